@@ -1,0 +1,169 @@
+"""What the doors refuse, while tracing: every message names the values and ends with the way out."""
+
+import math
+import operator
+from numbers import Number
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from softmax_jax._dtypes import accumulator
+from softmax_jax._token_loss import Options
+
+
+def class_axis(name: str, shape: tuple[int, ...], axis: Any) -> int:
+    """`axis` as an index from 0, for an array that has classes on it."""
+    try:
+        index = operator.index(axis)
+    except TypeError:
+        raise TypeError(f"`axis` must be an int, the axis of the classes; got {axis!r}.") from None
+    if not -len(shape) <= index < len(shape):
+        raise ValueError(
+            f"`axis` is out of range: axis={index} for {name}.shape={shape}. Pass an axis from {-len(shape)} to "
+            f"{len(shape) - 1}; `{name}` needs at least one axis, that of the classes."
+        )
+    if shape[index] == 0:
+        raise ValueError(f"there are no classes: {name}.shape={shape} is 0 on axis {index}. Pass at least one class.")
+    return index % len(shape)
+
+
+def floating(name: str, x: Array) -> None:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"`{name}` must be floating; got dtype {x.dtype}. Pass `{name}.astype(jnp.float32)`.")
+
+
+def labels_of(labels: Array, logits_shape: tuple[int, ...], axis: int) -> None:
+    """Integers in the batch shape, or floats in the logits' shape: nothing is broadcast, nothing guessed."""
+    batch = logits_shape[:axis] + logits_shape[axis + 1 :]
+    integer = jnp.issubdtype(labels.dtype, jnp.integer)
+    if not integer and not jnp.issubdtype(labels.dtype, jnp.floating):
+        raise TypeError(
+            f"`labels` must be integers (class ids) or floats (probabilities); got dtype {labels.dtype}. "
+            "Pass `labels.astype(jnp.int32)` for ids or `labels.astype(jnp.float32)` for a one-hot mask."
+        )
+    kind, expected = ("integer", batch) if integer else ("floating", logits_shape)
+    if labels.shape != expected:
+        raise ValueError(
+            f"{kind} `labels` must have shape {expected}; got labels.shape={labels.shape} for logits of shape "
+            f"{logits_shape} with the classes on axis {axis}. Class ids are integers of shape {batch}; probabilities "
+            f"are floats of shape {logits_shape}: cast `labels` to the kind that you mean, or reshape it."
+        )
+
+
+def broadcastable(name: str, shape: tuple[int, ...], target: tuple[int, ...], what: str) -> None:
+    fits = len(shape) <= len(target) and all(
+        s in (1, t) for s, t in zip(reversed(shape), reversed(target), strict=False)
+    )
+    if not fits:
+        raise ValueError(
+            f"`{name}` must broadcast to {what} {target}; got {name}.shape={shape}. Reshape it, or add axes of size 1."
+        )
+
+
+def scalar(name: str, value: Any, dtype: Any, low: float, high: float, open_low: bool = False) -> Array | np.ndarray:
+    """A float option in the accumulator's dtype. Concrete numbers are range-checked; of traced ones, those outside
+    the range become NaN."""
+    dtype = accumulator(dtype)
+    left, interval = ("(" if open_low else "["), f"{low}, {high}"
+    if isinstance(value, Number | np.generic):
+        number = float(value)  # pyright: ignore[reportArgumentType]
+        if not (low < number if open_low else low <= number) or not number <= high or not math.isfinite(number):
+            raise ValueError(f"`{name}` must be a finite number in {left}{interval}]; got {value!r}.")
+        return np.asarray(number, dtype)
+    value = jnp.asarray(value)
+    if value.shape != () or jnp.issubdtype(value.dtype, jnp.complexfloating) or value.dtype == bool:
+        raise ValueError(
+            f"`{name}` must be a scalar; got shape {value.shape}, dtype {value.dtype}. Pass a number or a 0-d array."
+        )
+    value = value.astype(dtype)
+    inside = ((value > low) if open_low else (value >= low)) & (value <= high)
+    return value if math.isinf(low) and math.isinf(high) else jnp.where(inside, value, jnp.nan)
+
+
+def unless(neutral: Any, name: str, value: Any, dtype: Any, low: float, high: float, open_low: bool = False):
+    """None for the neutral Python number (its path is then absent), else the checked scalar."""
+    if value is None or (isinstance(value, Number) and value == neutral):
+        return None
+    return scalar(name, value, dtype, low, high, open_low)
+
+
+def ignored_id(ignore_index: Any, labels: Array) -> np.ndarray | None:
+    """`ignore_index` in the labels' dtype; None where no label can equal it."""
+    if ignore_index is None:
+        return None
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(
+            f"`ignore_index` goes with integer labels; got ignore_index={ignore_index!r} and labels of dtype "
+            f"{labels.dtype}. Give those tokens weight 0 with `weights` instead."
+        )
+    try:
+        index = operator.index(ignore_index)
+    except TypeError:
+        raise TypeError(f"`ignore_index` must be an int; got {ignore_index!r}. Use `weights` for a mask.") from None
+    limits = jnp.iinfo(labels.dtype)
+    return np.asarray(index, labels.dtype) if limits.min <= index <= limits.max else None
+
+
+def options_for(
+    shape: tuple[int, ...],
+    dtype: Any,
+    axis: int,
+    labels: Array,
+    *,
+    where: ArrayLike | None,
+    weights: ArrayLike | None,
+    ignore_index: Any,
+    class_weights: ArrayLike | None,
+    label_smoothing: Any,
+    z_loss: Any,
+    logit_scale: Any,
+    softcap: Any,
+) -> Options:
+    """The options of logits of `shape` and `dtype`, checked; the neutral ones None."""
+    batch = shape[:axis] + shape[axis + 1 :]
+    if where is not None:
+        where = jnp.asarray(where)
+        if where.dtype != bool:
+            raise TypeError(f"`where` must be bool; got dtype {where.dtype}. Pass `where != 0`.")
+        broadcastable("where", where.shape, shape, "the logits' shape")
+    if weights is not None:
+        weights = jnp.asarray(weights)
+        if jnp.issubdtype(weights.dtype, jnp.complexfloating):
+            raise TypeError(f"`weights` must be bool, integer or floating; got dtype {weights.dtype}. Pass its `.real`.")
+        broadcastable("weights", weights.shape, batch, "the batch shape")
+    if class_weights is not None:
+        class_weights = jnp.asarray(class_weights)
+        if class_weights.shape != (shape[axis],) or jnp.issubdtype(class_weights.dtype, jnp.complexfloating):
+            raise ValueError(
+                f"`class_weights` must hold one real number a class, shape {(shape[axis],)}; got class_weights.shape="
+                f"{class_weights.shape}, dtype {class_weights.dtype}, for logits of shape {shape} with the classes on "
+                f"axis {axis}. Use `weights` for one number a token."
+            )
+    inf = math.inf
+    return Options(
+        where=where,
+        weights=weights,
+        ignore_index=ignored_id(ignore_index, labels),
+        class_weights=class_weights,
+        label_smoothing=unless(0, "label_smoothing", label_smoothing, dtype, 0.0, 1.0),
+        z_loss=unless(0, "z_loss", z_loss, dtype, -inf, inf),
+        logit_scale=unless(1, "logit_scale", logit_scale, dtype, -inf, inf),
+        softcap=unless(None, "softcap", softcap, dtype, 0.0, inf, open_low=True),
+    )
+
+
+def reduction_of(reduction: Any, normalizer: Any, dtype: Any) -> Array | np.ndarray | None:
+    """The checked normalizer."""
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"`reduction` must be 'mean', 'sum' or 'none'; got {reduction!r}.")
+    if normalizer is None:
+        return None
+    if reduction != "mean":
+        raise ValueError(
+            f"`normalizer` replaces the divisor of the mean; got normalizer={normalizer!r} with reduction={reduction!r}. "
+            "Pass reduction='mean', or divide the result yourself."
+        )
+    return scalar("normalizer", normalizer, dtype, -math.inf, math.inf)

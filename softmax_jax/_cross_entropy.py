@@ -1,0 +1,117 @@
+"""The door on logits."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Bool, Float, Num
+
+from softmax_jax import _checks
+from softmax_jax._token_loss import Options, Reduction, prepare, reduce_losses, weighted_losses
+
+Scalar = Float[ArrayLike, ""] | float
+
+
+def cross_entropy(
+    logits: Float[ArrayLike, "..."],
+    labels: Num[ArrayLike, "..."],
+    *,
+    axis: int = -1,
+    where: Bool[ArrayLike, "..."] | None = None,
+    weights: ArrayLike | None = None,
+    ignore_index: int | None = None,
+    class_weights: Num[ArrayLike, " classes"] | None = None,
+    label_smoothing: Scalar = 0.0,
+    z_loss: Scalar = 0.0,
+    logit_scale: Scalar = 1.0,
+    softcap: Scalar | None = None,
+    reduction: Reduction = "mean",
+    normalizer: ArrayLike | None = None,
+) -> Float[Array, "..."]:
+    r"""Cross-entropy of softmax(logits) against integer or dense labels, exact in loss and gradient.
+
+        ℓ = Σ_v c_v · target_v · (log_normalizer - z_v)  +  z_loss · log_normalizer²
+
+        z = softcap · tanh(logit_scale · logits / softcap), or logit_scale · logits without a softcap
+        log_normalizer = log Σ_v exp(z_v)
+        target = (1-ε) · (one-hot or dense label) + ε/K,   ε = label_smoothing, K = number of existing classes
+
+        "none": weights · ℓ      "sum": Σ weights · ℓ
+        "mean": Σ weights · ℓ / Σ weights · c_y for integer labels, / Σ weights for dense ones; 0 where that is 0
+
+    The gradient of the mean is the analytic (p - t)/N. Loss and every entry of the gradient are right to a few
+    roundings also where p_y → 1 and others round to 0. Kept for the backward pass: the logits as they came, and two
+    numbers a token. Losses are in nats, float32 (float64 for float64 logits); a gradient has its operand's dtype.
+
+    Args:
+      logits: floating, `[*batch, classes]` for `axis=-1`. -inf is a class of probability zero; a row that holds +inf
+        or NaN, or whose every logit is -inf, gives NaN.
+      labels: integers of the batch shape: class ids. Or floats of the logits' shape: probabilities, of any sum.
+        An id outside `[0, classes)` that is not `ignore_index` gives NaN in its row's loss and gradient.
+      axis: the axis of the classes.
+      where: bool, broadcastable to the logits; False: the class does not exist. An integer label on such a class has
+        loss inf; a row without any class counts as weight 0.
+      weights: bool, integer or float, broadcast to the batch shape. A row of weight 0 contributes exactly 0 to loss
+        and gradients, whatever it holds.
+      ignore_index: rows with this integer label get weight 0; in range or not.
+      class_weights: c, `[classes]`. A class weight of 0 wins over an infinite loss.
+      label_smoothing: ε in [0, 1].
+      z_loss: factor of log_normalizer², not class-weighted.
+      logit_scale: inverse temperature.
+      softcap: bound of the logits, > 0. It makes -inf the finite -softcap; use `where` to remove a class.
+      reduction: "mean", "sum" or "none".
+      normalizer: replaces the mean's divisor, say by the token count of all accumulation steps or devices; 0 gives 0.
+
+    Every float option may be a traced scalar, and has a gradient; `weights`, `class_weights` and dense labels too.
+    Of traced options, a value out of range gives NaN.
+
+    Returns:
+      A scalar, or the batch shape for `reduction="none"`.
+
+    Raises:
+      TypeError, ValueError: while tracing, for shapes, dtypes and numbers that do not fit; the message says which.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from softmax_jax import cross_entropy
+    >>> logits = jnp.array([[2.0, 1.0, 0.0], [0.0, 30.0, 0.0]])
+    >>> labels = jnp.array([0, 1])
+    >>> [f"{loss:.6e}" for loss in cross_entropy(logits, labels, reduction="none")]
+    ['4.076060e-01', '1.871525e-13']
+    >>> jax.grad(cross_entropy)(logits, labels).shape
+    (2, 3)
+
+    Forward mode (`jax.jvp`, `jax.jacfwd`) is refused by JAX for a function with a reverse rule.
+
+    Prieto et al., "Grokking at the Edge of Numerical Stability", ICLR 2025, on why the tail matters; Szegedy et al.,
+    CVPR 2016 (label smoothing); Chowdhery et al., "PaLM", 2022 (z-loss); Gemma Team, "Gemma 2", 2024 (softcap).
+    """
+    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
+    _checks.floating("logits", logits)
+    axis = _checks.class_axis("logits", logits.shape, axis)
+    _checks.labels_of(labels, logits.shape, axis)
+    options = _checks.options_for(
+        logits.shape,
+        logits.dtype,
+        axis,
+        labels,
+        where=where,
+        weights=weights,
+        ignore_index=ignore_index,
+        class_weights=class_weights,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        logit_scale=logit_scale,
+        softcap=softcap,
+    )
+    divisor = _checks.reduction_of(reduction, normalizer, logits.dtype)
+    return _cross_entropy(logits, labels, options, divisor, axis, reduction)
+
+
+@partial(jax.jit, static_argnames=("axis", "reduction"))
+def _cross_entropy(logits: Array, labels: Array, options: Options, normalizer: Any, axis: int, reduction: Reduction):
+    labels, weights, options = prepare(labels, options, logits.shape, logits.dtype, axis)
+    losses, shares = weighted_losses(logits, labels, weights, options, axis)
+    return reduce_losses(losses, shares, reduction, normalizer)

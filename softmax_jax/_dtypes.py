@@ -1,0 +1,20 @@
+"""The one policy on number formats: read in any, compute in float32 (float64 for float64), answer in the operand's."""
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+
+def accumulator(dtype: DTypeLike) -> jnp.dtype:
+    """The dtype of losses, sums and accumulators for operands of `dtype`."""
+    return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
+
+
+def upcast(x: Array) -> Array:
+    """`x` in the dtype that its sums are taken in."""
+    return x.astype(accumulator(x.dtype))
+
+
+def floating(x: Array) -> Array:
+    """`x`, or its float32 copy (float64 under x64) where it holds integers or bools, as `jax.nn` has it."""
+    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.result_type(float))

@@ -1,0 +1,182 @@
+"""From the waist to a loss: what happens to one token's sums, and the only reduction over tokens.
+
+Everything here is plain JAX on per-token numbers, but for the two logarithms, whose derivatives autodiff would
+compute by a subtraction that cancels.
+"""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from softmax_jax._class_sums import Adjustment, ClassSums, class_sums
+from softmax_jax._dtypes import accumulator
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+class Options(NamedTuple):
+    """A door's options as arrays; None where an option is neutral and its path absent."""
+
+    where: Array | None = None  # broadcastable to the logits, of their rank
+    weights: Array | None = None  # the batch shape
+    ignore_index: Array | None = None
+    class_weights: Array | None = None  # broadcastable to the logits, of their rank
+    label_smoothing: Array | None = None
+    z_loss: Array | None = None
+    logit_scale: Array | None = None
+    softcap: Array | None = None
+
+
+# With t = rest + exp(own):
+#
+#     nll    = log t - own     ∂/∂rest = 1/t    ∂/∂own = -rest/t
+#     spread = log t           ∂/∂rest = 1/t    ∂/∂own = exp(own)/t
+#     miss   = rest/t          ∂/∂rest = exp(own)/t²    ∂/∂own = -rest·exp(own)/t²
+#
+# log t is log1p(rest + expm1(own)), which is exact where own = 0 and rest is small. `miss` = 1 - p_y has a rule of its
+# own so that second derivatives do not cancel either, where p_y is small.
+
+
+@jax.custom_jvp
+def _miss(rest: Array, own: Array) -> Array:
+    """1 - p_y."""
+    return rest / (rest + jnp.exp(own))
+
+
+@_miss.defjvp
+def _miss_jvp(primals, tangents):
+    (rest, own), (drest, down) = primals, tangents
+    t = rest + jnp.exp(own)
+    hit = jnp.exp(own) / t
+    return _miss(rest, own), hit / t * drest - hit * _miss(rest, own) * down
+
+
+@jax.custom_jvp
+def negative_log_likelihood(rest: Array, own: Array) -> Array:
+    """-log p_y ≥ 0, exact to a few roundings however confident the token."""
+    return jnp.log1p(rest + jnp.expm1(own)) - own
+
+
+@negative_log_likelihood.defjvp
+def _negative_log_likelihood_jvp(primals, tangents):
+    (rest, own), (drest, down) = primals, tangents
+    return negative_log_likelihood(rest, own), drest / (rest + jnp.exp(own)) - _miss(rest, own) * down
+
+
+@jax.custom_jvp
+def log_spread(rest: Array, own: Array) -> Array:
+    """log_normalizer - m ≥ 0."""
+    return jnp.log1p(rest + jnp.expm1(own))
+
+
+@log_spread.defjvp
+def _log_spread_jvp(primals, tangents):
+    (rest, own), (drest, down) = primals, tangents
+    t = rest + jnp.exp(own)
+    return log_spread(rest, own), drest / t + jnp.exp(own) / t * down
+
+
+def _times(factor: Array, value: Array) -> Array:
+    """factor · value, where a factor of 0 wins over an infinite value."""
+    return factor * jnp.where((factor == 0) & jnp.isinf(value), 0, value)
+
+
+def prepare(labels: Array, options: Options, shape: tuple[int, ...], dtype: DTypeLike, axis: int):
+    """(labels, weights, options) in their one form for logits of `shape`: ids int32, arrays of the logits' rank.
+
+    `weights` are those of the tokens, 0 where one is ignored or no class of it exists; None is 1 for all.
+    """
+    where, weights, class_weights = options.where, options.weights, options.class_weights
+    dtype, batch = accumulator(dtype), shape[:axis] + shape[axis + 1 :]
+    if class_weights is not None:
+        class_weights = class_weights.astype(dtype).reshape([-1 if a == axis else 1 for a in range(len(shape))])
+    if weights is not None:
+        weights = jnp.broadcast_to(weights.astype(dtype), batch)
+    kept = []
+    if where is not None:
+        where = where.reshape((1,) * (len(shape) - where.ndim) + where.shape)
+        kept.append(jnp.any(where, axis))
+    if options.ignore_index is not None:
+        kept.append(labels != options.ignore_index)
+    for keep in kept:
+        weights = jnp.broadcast_to(jnp.where(keep, 1 if weights is None else weights, 0).astype(dtype), batch)
+    options = options._replace(where=where, class_weights=class_weights, weights=None, ignore_index=None)
+    return class_ids(labels, shape[axis]), weights, options
+
+
+def class_ids(labels: Array, classes: int) -> Array:
+    """Integer labels as int32. Wide ones are clipped to just outside the classes first, never wrapped."""
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        return labels
+    info = jnp.iinfo(labels.dtype)
+    if info.max > jnp.iinfo(jnp.int32).max:
+        labels = jnp.clip(labels, max(info.min, -1), classes)
+    return labels.astype(jnp.int32)
+
+
+def _smoothed(loss: Array, spread: Array, prior: Array, classes: int, options: Options, axis: int) -> Array:
+    """(1-ε) · loss + ε/K · Σ_v c_v (log_normalizer - z_v), over the K classes that exist."""
+    where, class_weights, smoothing = options.where, options.class_weights, options.label_smoothing
+    each = jnp.ones((), loss.dtype) if class_weights is None else class_weights
+    count = mass = jnp.asarray(classes, loss.dtype)
+    if where is not None:
+        width = classes if where.shape[axis] == 1 else 1
+        count = jnp.maximum(jnp.sum(where, axis, dtype=loss.dtype) * width, 1)
+    if where is not None or class_weights is not None:
+        present = each if where is None else jnp.where(where, each, 0)
+        mass = jnp.sum(present, axis) * (classes if present.shape[axis] == 1 else 1)
+    uniform = (mass * spread - prior) / count
+    return _times(1 - smoothing, loss) + _times(smoothing, uniform)
+
+
+def _loss(sums: ClassSums, classes: int, options: Options, axis: int) -> Array:
+    """ℓ of every token, before its weight."""
+    nll = negative_log_likelihood(sums.rest, sums.own)
+    spread = log_spread(sums.rest, sums.own)
+    loss = nll if sums.own_mass is None else _times(sums.own_mass, nll)
+    if sums.rest_mass is not None:
+        loss = loss + sums.rest_mass * spread - sums.label_sum
+    if sums.prior is not None:
+        loss = _smoothed(loss, spread, sums.prior, classes, options, axis)
+    if options.z_loss is not None:
+        loss = loss + options.z_loss * (sums.shift + spread) ** 2
+    return loss
+
+
+def weighted_losses(
+    logits: Array, labels: Array, weights: Array | None, options: Options, axis: int
+) -> tuple[Array, Array | None]:
+    """weights · ℓ of every token, and what it adds to the mean's divisor (None is 1 for all)."""
+    adjustment = Adjustment(options.where, options.logit_scale, options.softcap)
+    smooth = options.label_smoothing is not None
+    sums = class_sums(logits, labels, options.class_weights, adjustment, axis, smooth)
+    if weights is not None:
+        # A token of weight 0 is taken out before its loss is computed, so that no NaN of its own comes back.
+        sums = jax.tree.map(lambda s: jnp.where(weights == 0, 0, s), sums)
+    loss = _loss(sums, logits.shape[axis], options, axis)
+    share = sums.own_mass if jnp.issubdtype(labels.dtype, jnp.integer) else None
+    if weights is None:
+        return loss, share
+    return jnp.where(weights == 0, 0, weights * loss), weights if share is None else weights * share
+
+
+def reduce_losses(losses: Array, shares: Array | None, reduction: Reduction, normalizer: Array | None) -> Array:
+    """The losses as they are, their sum, or their sum over the sum of `shares` (or over `normalizer`); 0/0 is 0."""
+    if reduction == "none":
+        return losses
+    total = jnp.sum(losses)
+    return total if reduction == "sum" else divide(total, divisor(losses, shares, normalizer))
+
+
+def divisor(losses: Array, shares: Array | None, normalizer: Array | None) -> Array:
+    if normalizer is not None:
+        return normalizer
+    return jnp.asarray(losses.size, losses.dtype) if shares is None else jnp.sum(shares)
+
+
+def divide(total: Array, by: Array) -> Array:
+    """total / by, and 0 where by is 0."""
+    return jnp.where(by == 0, 0, total / jnp.where(by == 0, 1, by))
