@@ -19,7 +19,7 @@ def class_axis(name: str, shape: tuple[int, ...], axis: Any) -> int:
     try:
         index = operator.index(axis)
     except TypeError:
-        raise TypeError(f"`axis` must be an int, the axis of the classes; got {axis!r}.") from None
+        raise TypeError(f"`axis` must be an int, the axis of the classes; got {axis!r}. Pass one axis.") from None
     if not -len(shape) <= index < len(shape):
         raise ValueError(
             f"`axis` is out of range: axis={index} for {name}.shape={shape}. Pass an axis from {-len(shape)} to "
@@ -28,6 +28,33 @@ def class_axis(name: str, shape: tuple[int, ...], axis: Any) -> int:
     if shape[index] == 0:
         raise ValueError(f"there are no classes: {name}.shape={shape} is 0 on axis {index}. Pass at least one class.")
     return index % len(shape)
+
+
+def axes_of(name: str, shape: tuple[int, ...], axis: Any) -> tuple[int, ...]:
+    """`axis`, an int, a tuple or None for all, as indices from 0 in the order given."""
+    axes = tuple(range(len(shape))) if axis is None else axis if isinstance(axis, tuple) else (axis,)
+    try:
+        indices = [operator.index(a) for a in axes]
+    except TypeError:
+        raise TypeError(f"`axis` must be an int, a tuple of ints or None; got {axis!r}.") from None
+    if any(not -len(shape) <= a < len(shape) for a in indices):
+        raise ValueError(
+            f"`axis` is out of range: axis={axis} for {name}.shape={shape}. Pass axes from {-len(shape)} to "
+            f"{len(shape) - 1}; a scalar has none."
+        )
+    indices = tuple(a % len(shape) for a in indices)
+    if len(set(indices)) != len(indices):
+        raise ValueError(f"`axis` names an axis twice: axis={axis} for {name}.shape={shape}. Name each axis once.")
+    return indices
+
+
+def mask(name: str, where: ArrayLike, shape: tuple[int, ...]) -> Array:
+    """`where` as a bool array of the rank of `shape`."""
+    where = jnp.asarray(where)
+    if where.dtype != bool:
+        raise TypeError(f"`{name}` must be bool; got dtype {where.dtype}. Pass `{name} != 0`.")
+    broadcastable(name, where.shape, shape, "the shape")
+    return where.reshape((1,) * (len(shape) - where.ndim) + where.shape)
 
 
 def floating(name: str, x: Array) -> None:
@@ -125,14 +152,11 @@ def options_for(
     """The options of logits of `shape` and `dtype`, checked; the neutral ones None."""
     batch = shape[:axis] + shape[axis + 1 :]
     if where is not None:
-        where = jnp.asarray(where)
-        if where.dtype != bool:
-            raise TypeError(f"`where` must be bool; got dtype {where.dtype}. Pass `where != 0`.")
-        broadcastable("where", where.shape, shape, "the logits' shape")
+        where = mask("where", where, shape)
     if weights is not None:
         weights = jnp.asarray(weights)
         if jnp.issubdtype(weights.dtype, jnp.complexfloating):
-            raise TypeError(f"`weights` must be bool, integer or floating; got dtype {weights.dtype}. Pass its `.real`.")
+            raise TypeError(f"`weights` must be bool, integer or floating; got {weights.dtype}. Pass its `.real`.")
         broadcastable("weights", weights.shape, batch, "the batch shape")
     if class_weights is not None:
         class_weights = jnp.asarray(class_weights)
@@ -163,7 +187,7 @@ def reduction_of(reduction: Any, normalizer: Any, dtype: Any) -> Array | np.ndar
         return None
     if reduction != "mean":
         raise ValueError(
-            f"`normalizer` replaces the divisor of the mean; got normalizer={normalizer!r} with reduction={reduction!r}. "
+            f"`normalizer` replaces the divisor of the mean; got reduction={reduction!r}, normalizer={normalizer}. "
             "Pass reduction='mean', or divide the result yourself."
         )
     return scalar("normalizer", normalizer, dtype, -math.inf, math.inf)

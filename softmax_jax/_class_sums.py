@@ -82,16 +82,23 @@ def row_shift(z: Array, axis: int) -> Array:
     return jnp.where(largest == -jnp.inf, 0, largest)
 
 
+def class_index(z: Array, axes: tuple[int, ...]) -> Array:
+    """Each entry's index along `axes` (flat, in their order), in z's shape and dtype: exact up to 2**24 in float32."""
+    index = jnp.zeros((), z.dtype)
+    for axis in axes:
+        index = index * z.shape[axis] + lax.broadcasted_iota(z.dtype, z.shape, axis)
+    return index
+
+
 def not_at(pivot: Array, z: Array, axis: int) -> Array:
     """0 at each token's pivot class and 1 elsewhere, in z's shape and dtype.
 
     A factor min(|v - pivot|, 1) stays inside XLA's row reduction on the CPU where a comparison would write the
-    whole array out (3-6x slower). Class ids are exact in float32 up to 2**24.
+    whole array out (3-6x slower).
     """
     if z.shape[axis] > 2**24:
         return (lax.broadcasted_iota(jnp.int32, z.shape, axis) != jnp.expand_dims(pivot, axis)).astype(z.dtype)
-    ids = lax.broadcasted_iota(z.dtype, z.shape, axis)
-    return jnp.minimum(jnp.abs(ids - jnp.expand_dims(pivot, axis).astype(z.dtype)), 1)
+    return jnp.minimum(jnp.abs(class_index(z, (axis,)) - jnp.expand_dims(pivot, axis).astype(z.dtype)), 1)
 
 
 def pick(array: Array, ids: Array, axis: int) -> Array:

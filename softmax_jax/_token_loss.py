@@ -97,7 +97,6 @@ def prepare(labels: Array, options: Options, shape: tuple[int, ...], dtype: DTyp
         weights = jnp.broadcast_to(weights.astype(dtype), batch)
     kept = []
     if where is not None:
-        where = where.reshape((1,) * (len(shape) - where.ndim) + where.shape)
         kept.append(jnp.any(where, axis))
     if options.ignore_index is not None:
         kept.append(labels != options.ignore_index)

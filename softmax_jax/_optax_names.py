@@ -1,0 +1,179 @@
+"""The doors with Optax's names, signatures and values, for those who change only the import: the same waist."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Bool, Float, Integer, Num
+
+from softmax_jax import _checks
+from softmax_jax._cross_entropy import cross_entropy
+from softmax_jax._softmax import log_softmax
+
+Axes = tuple[int, ...]
+
+
+def softmax_cross_entropy(
+    logits: Float[ArrayLike, "..."],
+    labels: Num[ArrayLike, "..."],
+    axis: int | Axes | None = -1,
+    where: Bool[ArrayLike, "..."] | None = None,
+) -> Float[Array, "..."]:
+    """-Σ_v labels_v · log softmax(logits)_v per example: `optax.softmax_cross_entropy`, exact in the tail.
+
+    Args:
+      logits: floating, any shape.
+      labels: probabilities (or an integer one-hot) of the logits' shape.
+      axis: the class axis or axes; None for all.
+      where: bool; of the logits' rank: which classes exist, others are left out of the sum; of the batch shape:
+        which rows count, others give 0.
+
+    On purpose different from Optax: 0 · -inf is 0 and the result is float32 (float64 for float64 logits).
+
+    Raises:
+      TypeError, ValueError: for shapes, dtypes and axes that do not fit.
+
+    >>> import jax.numpy as jnp
+    >>> from softmax_jax import softmax_cross_entropy
+    >>> softmax_cross_entropy(jnp.array([[30.0, 0.0]]), jnp.array([[1.0, 0.0]])).tolist()
+    [9.357622912219837e-14]
+
+    Forward mode (`jax.jvp`, `jax.jacfwd`): use `optax.softmax_cross_entropy`.
+    """
+    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
+    _checks.floating("logits", logits)
+    if jnp.issubdtype(labels.dtype, jnp.integer):
+        labels = labels.astype(jnp.float32)
+    axes = _checks.axes_of("logits", logits.shape, axis)
+    _checks.labels_of(labels, logits.shape, axes[0] if len(axes) == 1 else -1)
+    merged, where = _classes_last(logits, axes), _mask(where, logits, axes)
+    return cross_entropy(merged, _classes_last(labels, axes), where=where, axis=_axis(axes), reduction="none")
+
+
+def softmax_cross_entropy_with_integer_labels(
+    logits: Float[ArrayLike, "..."],
+    labels: Integer[ArrayLike, "..."],
+    axis: int | Axes = -1,
+    where: Bool[ArrayLike, "..."] | None = None,
+) -> Float[Array, "..."]:
+    """-log softmax(logits)_labels per example: `optax.softmax_cross_entropy_with_integer_labels`, exact in the tail.
+
+    Args:
+      logits: floating, any shape.
+      labels: class ids of the batch shape; with several axes, flat indices into them in the order given.
+      axis: the class axis or axes.
+      where: bool; of the logits' rank: which classes exist; of the batch shape: which rows count, others give 0.
+
+    On purpose different from Optax: a label out of range is NaN (Optax: -1 is the last class), one hidden by `where`
+    is inf (Optax: a negative loss), and the result is float32 (float64 for float64 logits).
+
+    Raises:
+      TypeError, ValueError: for shapes, dtypes and axes that do not fit.
+
+    >>> import jax.numpy as jnp
+    >>> from softmax_jax import softmax_cross_entropy_with_integer_labels
+    >>> softmax_cross_entropy_with_integer_labels(jnp.array([[30.0, 0.0]]), jnp.array([0])).tolist()
+    [9.357622912219837e-14]
+
+    Forward mode: use `optax.softmax_cross_entropy_with_integer_labels`.
+    """
+    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
+    _checks.floating("logits", logits)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(
+            f"`labels` must be integers; got dtype {labels.dtype}. Pass class ids, or use `softmax_cross_entropy` for "
+            "probabilities."
+        )
+    if axis is None:
+        raise TypeError("`axis` must be an int or a tuple of ints; got None. Name the axes, in the labels' order.")
+    axes = _checks.axes_of("logits", logits.shape, axis)
+    merged, where = _classes_last(logits, axes), _mask(where, logits, axes)
+    return cross_entropy(merged, labels, where=where, axis=_axis(axes), reduction="none")
+
+
+def safe_softmax_cross_entropy(logits: Float[ArrayLike, "..."], labels: Num[ArrayLike, "..."]) -> Float[Array, "..."]:
+    """`softmax_cross_entropy` whose labels broadcast to the logits' shape: `optax.safe_softmax_cross_entropy`.
+
+    Safe is what every door here is: 0 · -inf is 0.
+
+    >>> import jax.numpy as jnp
+    >>> from softmax_jax import safe_softmax_cross_entropy
+    >>> safe_softmax_cross_entropy(jnp.array([[0.0, -jnp.inf], [0.0, 0.0]]), jnp.array([1.0, 0.0]))
+    Array([0.       , 0.6931472], dtype=float32)
+
+    Forward mode: use `optax.safe_softmax_cross_entropy`.
+    """
+    logits = jnp.asarray(logits)
+    return softmax_cross_entropy(logits, _broadcast(labels, logits))
+
+
+def poly_loss_cross_entropy(
+    logits: Float[ArrayLike, "..."],
+    labels: Num[ArrayLike, "..."],
+    *,
+    epsilon: ArrayLike = 2.0,
+    axis: int | Axes | None = -1,
+    where: Bool[ArrayLike, "..."] | None = None,
+) -> Float[Array, "..."]:
+    """Σ_v labels_v · (-log p_v + ε (1 - p_v)), p = softmax(logits): `optax.losses.poly_loss_cross_entropy`.
+
+    Exact in both terms where p_v → 1, as 1 - p_v = -expm1(log p_v). Labels broadcast to the logits' shape; the other
+    arguments are those of `softmax_cross_entropy`. `epsilon` may be traced, and has a gradient.
+
+    >>> import jax.numpy as jnp
+    >>> from softmax_jax import poly_loss_cross_entropy
+    >>> f"{poly_loss_cross_entropy(jnp.array([30.0, 0.0]), jnp.array([1.0, 0.0])):.6e}"
+    '2.807287e-13'
+
+    Forward mode: use `optax.losses.poly_loss_cross_entropy`.
+
+    Leng et al., "PolyLoss: A Polynomial Expansion Perspective of Classification Loss Functions", ICLR 2022.
+    """
+    logits = jnp.asarray(logits)
+    _checks.floating("logits", logits)
+    axes = _checks.axes_of("logits", logits.shape, axis)
+    where = _mask(where, logits, axes)
+    epsilon = _checks.scalar("epsilon", epsilon, logits.dtype, -float("inf"), float("inf"))
+    labels = _classes_last(_broadcast(labels, logits), axes)
+    return _poly_loss(_classes_last(logits, axes), labels, epsilon, where, _axis(axes))
+
+
+@partial(jax.jit, static_argnums=4)
+@partial(jax.checkpoint, static_argnums=4)
+def _poly_loss(logits: Array, labels: Array, epsilon: Array, where: Array | None, axis: int) -> Array:
+    labels = labels.astype(epsilon.dtype)
+    log_p = log_softmax(logits.astype(epsilon.dtype), axis, where)
+    log_p = jnp.where((labels == 0) & jnp.isinf(log_p), 0, log_p)
+    terms = labels * (-log_p - epsilon * jnp.expm1(log_p))
+    return jnp.sum(terms, axis, where=where)
+
+
+def _broadcast(labels: ArrayLike, logits: Array) -> Array:
+    labels = jnp.asarray(labels)
+    _checks.broadcastable("labels", labels.shape, logits.shape, "the logits' shape")
+    return jnp.broadcast_to(labels, logits.shape)
+
+
+def _mask(where: ArrayLike | None, logits: Array, axes: Axes) -> Array | None:
+    """`where` for `_classes_last(logits, axes)`: of lower rank than the logits it masks rows."""
+    if where is None:
+        return None
+    where = jnp.asarray(where)
+    if where.ndim != logits.ndim:
+        where = jnp.expand_dims(where, axes)
+    where = _checks.mask("where", where, logits.shape)
+    return where if len(axes) == 1 else _classes_last(jnp.broadcast_to(where, logits.shape), axes)
+
+
+def _axis(axes: Axes) -> int:
+    return axes[0] if len(axes) == 1 else -1
+
+
+def _classes_last(x: Array, axes: Axes) -> Array:
+    """Several class axes as one, the last, flat in the order given (a copy, unless they are the last already)."""
+    if len(axes) == 1:
+        return x
+    batch = tuple(a for a in range(x.ndim) if a not in axes)
+    return x.transpose(batch + axes).reshape([x.shape[a] for a in batch] + [-1])

@@ -1,0 +1,172 @@
+"""softmax and log_softmax, each with its full Jacobian-vector product as a rule."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Bool, Num
+
+from softmax_jax import _checks
+from softmax_jax._class_sums import apart, row_shift
+from softmax_jax._dtypes import floating, upcast
+
+Axes = tuple[int, ...]
+
+
+def softmax(
+    x: Num[ArrayLike, "..."], axis: int | Axes | None = -1, where: Bool[ArrayLike, "..."] | None = None
+) -> Num[Array, "..."]:
+    """softmax(x)_v = exp(x_v) / Σ_u exp(x_u), over `axis`: same signature and values as `jax.nn.softmax`.
+
+    float32 inside for 16-bit inputs, the input's dtype outside. The backward pass keeps the result y alone and
+    computes dx = y · (g - Σ g·y).
+
+    Args:
+      x: of any shape; integers count as float32. -inf has probability zero; a row that holds +inf or NaN, or
+        whose every entry is -inf, is NaN.
+      axis: an int, a tuple, or None for all axes.
+      where: bool, broadcastable to `x`; False: left out, with result 0. A row without any entry is all 0.
+
+    Raises:
+      TypeError, ValueError: for an axis out of range, and for bools and complex numbers.
+
+    >>> import jax.numpy as jnp
+    >>> from softmax_jax import softmax
+    >>> softmax(jnp.array([0.0, 1000.0, -jnp.inf])).tolist()
+    [0.0, 1.0, 0.0]
+
+    Forward mode (`jax.jvp`, `jax.jacfwd`): use `jax.nn.softmax`.
+
+    Bridle, "Probabilistic Interpretation of Feedforward Classification Network Outputs", 1990.
+    """
+    return _jitted_softmax(*_operands(x, axis, where))
+
+
+def log_softmax(
+    x: Num[ArrayLike, "..."], axis: int | Axes | None = -1, where: Bool[ArrayLike, "..."] | None = None
+) -> Num[Array, "..."]:
+    """log_softmax(x)_v = x_v - log Σ_u exp(x_u), over `axis`: same signature and values as `jax.nn.log_softmax`.
+
+    Exact at the top too: the largest class a of a row has log-probability -log1p(Σ_{v≠a} exp(x_v - x_a)), which
+    does not round to 0 when its probability rounds to 1. float32 inside for 16-bit inputs, the input's dtype
+    outside. The backward pass keeps the input and two float32 a row, and computes dx = g - softmax(x) · Σ g.
+
+    Args:
+      x: of any shape; integers count as float32. -inf has log-probability -inf; a row that holds +inf or NaN, or
+        whose every entry is -inf, is NaN.
+      axis: an int, a tuple, or None for all axes.
+      where: bool, broadcastable to `x`; False: left out, with result -inf.
+
+    Raises:
+      TypeError, ValueError: for an axis out of range, and for bools and complex numbers.
+
+    >>> import jax.numpy as jnp
+    >>> from softmax_jax import log_softmax
+    >>> f"{log_softmax(jnp.array([30.0, 0.0]))[0]:.6e}"
+    '-9.357623e-14'
+
+    Forward mode (`jax.jvp`, `jax.jacfwd`): use `jax.nn.log_softmax`.
+    """
+    return _jitted_log_softmax(*_operands(x, axis, where))
+
+
+def _operands(x: ArrayLike, axis: int | Axes | None, where: ArrayLike | None) -> tuple[Array, Array | None, Axes]:
+    x = jnp.asarray(x)
+    if x.dtype == bool or jnp.issubdtype(x.dtype, jnp.complexfloating):
+        raise TypeError(f"`x` must be real; got dtype {x.dtype}. Pass `x.astype(jnp.float32)`, or the part you mean.")
+    axes = _checks.axes_of("x", x.shape, axis)
+    if where is not None:
+        where = _checks.mask("where", where, x.shape)
+    return floating(x), where, axes
+
+
+def _shifted(x: Array, where: Array | None, axes: Axes) -> tuple[Array, Array]:
+    """(x - m with -inf at what is left out, m), both for the reductions over `axes`."""
+    z = upcast(x) if where is None else jnp.where(where, upcast(x), -jnp.inf)
+    shift = row_shift(z, axes)
+    x, shift = apart(x, shift)
+    z = upcast(x) if where is None else jnp.where(where, upcast(x), -jnp.inf)
+    return z - jnp.expand_dims(shift, axes), shift
+
+
+# y = exp(x - m) / Σ exp(x - m), and with the whole Jacobian ∂y_v/∂x_u = y_v (δ_uv - y_u)
+#
+#     dx_v = y_v (g_v - Σ_u g_u y_u)
+
+
+def _softmax_value(x, where, axes):
+    z, _ = _shifted(x, where, axes)
+    e = jnp.exp(z)
+    total = jnp.sum(e, axes, keepdims=True)
+    if where is not None:
+        total = jnp.where(jnp.any(where, axes, keepdims=True), total, 1)
+    return (e / total).astype(x.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _softmax_rule(x: Array, where: Array | None, axes: Axes) -> Array:
+    return _softmax_value(x, where, axes)
+
+
+def _softmax_fwd(x, where, axes):
+    y = _softmax_value(x, where, axes)
+    return y, y
+
+
+def _softmax_bwd(axes, y, g):
+    p, g = upcast(y), upcast(g)
+    return (p * (g - jnp.sum(g * p, axes, keepdims=True))).astype(y.dtype), None
+
+
+_softmax_rule.defvjp(_softmax_fwd, _softmax_bwd)
+_jitted_softmax = jax.jit(_softmax_rule, static_argnums=2)
+
+
+# With rest = Σ_{v≠a} exp(x_v - m) around the largest entry a, spread = log1p(rest), and
+#
+#     log p_v = (x_v - m) - spread                    dx_v = g_v - p_v Σ_u g_u = g_v (1 - p_v) - p_v (Σ_u g_u - g_v)
+#
+# where 1 - p_a = -expm1(-spread) does not cancel. Kept: x, m and spread.
+
+
+def _others(z: Array, axes: Axes) -> Array:
+    """Σ exp(z_v) but for the 1 of the row's maximum, at which z = 0; -1 for a row that has none."""
+    top, e = z == 0, jnp.exp(z)
+    return jnp.sum(jnp.where(top, 0, e), axes) + (jnp.sum(jnp.where(top, e, 0), axes) - 1)
+
+
+def _log_softmax_value(x, where, axes):
+    z, shift = _shifted(x, where, axes)
+    others = _others(z, axes)
+    if where is not None:
+        others = jnp.where(jnp.any(where, axes), others, 0)
+    shift, spread = apart(shift, jnp.log1p(others))
+    return (z - jnp.expand_dims(spread, axes)).astype(x.dtype), shift, spread
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _log_softmax_rule(x: Array, where: Array | None, axes: Axes) -> Array:
+    return _log_softmax_value(x, where, axes)[0]
+
+
+def _log_softmax_fwd(x, where, axes):
+    y, shift, spread = _log_softmax_value(x, where, axes)
+    return y, (x, where, shift, spread)
+
+
+def _log_softmax_bwd(axes, residuals, g):
+    x, where, shift, spread = residuals
+    shift, spread = jnp.expand_dims(shift, axes), jnp.expand_dims(spread, axes)
+    z, g = upcast(x) - shift, upcast(g)
+    if where is not None:
+        z, g = jnp.where(where, z, -jnp.inf), jnp.where(where, g, 0)
+    p = jnp.exp(z - spread)
+    # At the top z is 0 in value, but not its derivative, which second order needs.
+    miss = jnp.where(z == 0, -jnp.expm1(-spread), 1 - p) - p * jnp.where(z == 0, z, 0)
+    return (g * miss - p * (jnp.sum(g, axes, keepdims=True) - g)).astype(x.dtype), None
+
+
+_log_softmax_rule.defvjp(_log_softmax_fwd, _log_softmax_bwd)
+_jitted_log_softmax = jax.jit(_log_softmax_rule, static_argnums=2)
