@@ -7,6 +7,7 @@ from softmax_jax._softmax import log_softmax as log_softmax
 from softmax_jax._softmax import softmax as softmax
 
 from softmax_jax._cross_entropy import cross_entropy as cross_entropy  # isort: skip
+from softmax_jax._linear_cross_entropy import linear_cross_entropy as linear_cross_entropy  # isort: skip
 from softmax_jax._optax_names import poly_loss_cross_entropy as poly_loss_cross_entropy
 from softmax_jax._optax_names import safe_softmax_cross_entropy as safe_softmax_cross_entropy
 from softmax_jax._optax_names import softmax_cross_entropy as softmax_cross_entropy

@@ -191,3 +191,46 @@ def reduction_of(reduction: Any, normalizer: Any, dtype: Any) -> Array | np.ndar
             "Pass reduction='mean', or divide the result yourself."
         )
     return scalar("normalizer", normalizer, dtype, -math.inf, math.inf)
+
+
+def head(x: Array, weight: Array, bias: ArrayLike | None, transpose_weight: bool) -> int:
+    """The number of classes of `weight`, once `x`, `weight` and `bias` agree."""
+    floating("x", x)
+    floating("weight", weight)
+    layout, other = (
+        ("(classes, embed)", "(embed, classes)") if transpose_weight else ("(embed, classes)", "(classes, embed)")
+    )
+    if weight.ndim != 2 or x.ndim == 0:
+        raise ValueError(
+            f"`x` must be (*batch, embed) and `weight` {layout}; got x.shape={x.shape}, weight.shape={weight.shape}. "
+            "Reshape them to that."
+        )
+    classes, embed = weight.shape if transpose_weight else weight.shape[::-1]
+    if x.shape[-1] != embed:
+        raise ValueError(
+            f"`x` and `weight` must share the embed axis; got x.shape={x.shape}, weight.shape={weight.shape}. "
+            f"`weight` is {layout}: pass `transpose_weight={not transpose_weight}` if yours is {other}."
+        )
+    if classes == 0:
+        raise ValueError(f"there are no classes: weight.shape={weight.shape}, {layout}. Pass at least one class.")
+    if bias is not None:
+        bias = jnp.asarray(bias)
+        floating("bias", bias)
+        if bias.shape != (classes,):
+            raise ValueError(
+                f"`bias` must hold one number a class, {(classes,)}; got bias.shape={bias.shape}, weight.shape="
+                f"{weight.shape}, {layout}. Reshape it."
+            )
+    return classes
+
+
+def chunk_size_of(chunk_size: Any) -> int | None:
+    if chunk_size is None:
+        return None
+    try:
+        size = operator.index(chunk_size)
+    except TypeError:
+        raise TypeError(f"`chunk_size` must be an int; got {chunk_size!r}. Pass a number of tokens, or None.") from None
+    if size < 1:
+        raise ValueError(f"`chunk_size` must be at least 1 token; got {size}. Pass None for the default.")
+    return size

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Num
 
 from softmax_jax import _checks
-from softmax_jax._token_loss import Options, Reduction, prepare, reduce_losses, weighted_losses
+from softmax_jax._token_loss import Options, Reduction, divide, mean_divisor, prepare, weighted_losses
 
 Scalar = Float[ArrayLike, ""] | float
 
@@ -113,5 +113,10 @@ def cross_entropy(
 @partial(jax.jit, static_argnames=("axis", "reduction"))
 def _cross_entropy(logits: Array, labels: Array, options: Options, normalizer: Any, axis: int, reduction: Reduction):
     labels, weights, options = prepare(labels, options, logits.shape, logits.dtype, axis)
-    losses, shares = weighted_losses(logits, labels, weights, options, axis)
-    return reduce_losses(losses, shares, reduction, normalizer)
+    losses = weighted_losses(logits, labels, weights, options, axis)
+    if reduction == "none":
+        return losses
+    total = jnp.sum(losses)
+    if reduction == "sum":
+        return total
+    return divide(total, mean_divisor(labels, weights, options, losses.size, normalizer))

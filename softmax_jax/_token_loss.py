@@ -145,37 +145,29 @@ def _loss(sums: ClassSums, classes: int, options: Options, axis: int) -> Array:
     return loss
 
 
-def weighted_losses(
-    logits: Array, labels: Array, weights: Array | None, options: Options, axis: int
-) -> tuple[Array, Array | None]:
-    """weights · ℓ of every token, and what it adds to the mean's divisor (None is 1 for all)."""
+def weighted_losses(logits: Array, labels: Array, weights: Array | None, options: Options, axis: int) -> Array:
+    """weights · ℓ of every token."""
     adjustment = Adjustment(options.where, options.logit_scale, options.softcap)
     smooth = options.label_smoothing is not None
     sums = class_sums(logits, labels, options.class_weights, adjustment, axis, smooth)
-    if weights is not None:
-        # A token of weight 0 is taken out before its loss is computed, so that no NaN of its own comes back.
-        sums = jax.tree.map(lambda s: jnp.where(weights == 0, 0, s), sums)
-    loss = _loss(sums, logits.shape[axis], options, axis)
-    share = sums.own_mass if jnp.issubdtype(labels.dtype, jnp.integer) else None
     if weights is None:
-        return loss, share
-    return jnp.where(weights == 0, 0, weights * loss), weights if share is None else weights * share
+        return _loss(sums, logits.shape[axis], options, axis)
+    # A token of weight 0 is taken out before its loss is computed, so that no NaN of its own comes back.
+    sums = jax.tree.map(lambda s: jnp.where(weights == 0, 0, s), sums)
+    return jnp.where(weights == 0, 0, weights * _loss(sums, logits.shape[axis], options, axis))
 
 
-def reduce_losses(losses: Array, shares: Array | None, reduction: Reduction, normalizer: Array | None) -> Array:
-    """The losses as they are, their sum, or their sum over the sum of `shares` (or over `normalizer`); 0/0 is 0."""
-    if reduction == "none":
-        return losses
-    total = jnp.sum(losses)
-    return total if reduction == "sum" else divide(total, divisor(losses, shares, normalizer))
-
-
-def divisor(losses: Array, shares: Array | None, normalizer: Array | None) -> Array:
+def mean_divisor(labels: Array, weights: Array | None, options: Options, tokens: int, normalizer: Array | None):
+    """The `normalizer`, else Σ weights · c_y for integer labels or Σ weights for dense ones."""
     if normalizer is not None:
         return normalizer
-    return jnp.asarray(losses.size, losses.dtype) if shares is None else jnp.sum(shares)
+    if options.class_weights is not None and jnp.issubdtype(labels.dtype, jnp.integer):
+        share = jnp.take(options.class_weights.ravel(), jnp.clip(labels, 0, options.class_weights.size - 1))
+        weights = share if weights is None else weights * share
+    return tokens if weights is None else jnp.sum(weights)
 
 
-def divide(total: Array, by: Array) -> Array:
+def divide(total: Array, by: Array | int) -> Array:
     """total / by, and 0 where by is 0."""
+    by = jnp.asarray(by, total.dtype)
     return jnp.where(by == 0, 0, total / jnp.where(by == 0, 1, by))

@@ -1,0 +1,175 @@
+"""Sums and maps over chunks of tokens whose gradients are taken chunk by chunk. Knows nothing of losses.
+
+    sum_over_chunks(f, shared, chunks) = Σ_c f(shared, chunk_c)            f is scalar
+    map_over_chunks(f, shared, chunks)[:, c] = f(shared, chunk_c)          f gives one number a token
+
+`chunks` is a pytree of arrays [size, count, ...]; chunk c is [:, c]. Tokens are dealt out in turn, token t to chunk
+t % count, so that a batch that is sharded over its first axis stays where it is. `shared` is a pytree that every
+chunk sees, 16-bit leaves in float32, so that its gradient is summed in float32. `f` closes over nothing traced.
+
+The gradient of the sum is taken in the forward loop, since one scalar cotangent multiplies all of it afterwards:
+three matrix products for a linear layer, where recomputing the chunk in the backward pass would cost four. The map has
+a cotangent of its own for every token, so its chunks are made again in the backward loop. Only operands whose gradient
+is asked for get one.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from softmax_jax._dtypes import upcast
+
+PyTree = Any
+
+
+def sum_over_chunks(f: Callable[[PyTree, PyTree], Array], shared: PyTree, chunks: PyTree) -> Array:
+    """Σ_c f(shared, chunk_c) in float32, with its gradient computed and summed chunk by chunk.
+
+    Args:
+      f: (shared, chunk) -> scalar. It must take every traced value as an argument.
+      shared: a pytree of arrays; `f` gets 16-bit floats in it as float32, and casts them back where it wants to.
+      chunks: a pytree of arrays [size, count, ...], the same count for all; `f` gets [size, ...].
+
+    Raises:
+      ValueError: when `f` closes over a traced value.
+    """
+    _refuse_closure(f, shared, chunks)
+    return _sum(f, shared, chunks)
+
+
+def map_over_chunks(f: Callable[[PyTree, PyTree], Array], shared: PyTree, chunks: PyTree) -> Array:
+    """f(shared, chunk_c) for every chunk, [size, count]: `sum_over_chunks` for an `f` with one number a token."""
+    _refuse_closure(f, shared, chunks)
+    return _map(f, shared, chunks)
+
+
+def _refuse_closure(f, shared, chunks):
+    traced = jax.make_jaxpr(lambda shared, chunks: f(_up(shared), _take(chunks, 0)))(shared, chunks)
+    if any(isinstance(const, jax.core.Tracer) for const in traced.consts):
+        raise ValueError(
+            "the function given to a sum or map over chunks closes over a traced value, whose gradient would be lost. "
+            "Pass that value in `shared`, or in `chunks` if there is one a token."
+        )
+
+
+def _up(shared: PyTree) -> PyTree:
+    return jax.tree.map(lambda a: upcast(a) if jnp.issubdtype(a.dtype, jnp.floating) else a, shared)
+
+
+def _take(chunks: PyTree, index: ArrayLike) -> PyTree:
+    return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index, 1, keepdims=False), chunks)
+
+
+def _put(chunks: PyTree, part: PyTree, index: ArrayLike) -> PyTree:
+    return jax.tree.map(lambda a, p: lax.dynamic_update_index_in_dim(a, p, index, 1), chunks, part)
+
+
+def _loop(body: Callable, init: PyTree, chunks: PyTree) -> PyTree:
+    """`body(index, carry)` for every chunk. One chunk is not a loop at all."""
+    count = jax.tree.leaves(chunks)[0].shape[1]
+    if count == 1:
+        return body(0, init)
+    return lax.scan(lambda carry, index: (body(index, carry), None), init, jnp.arange(count))[0]
+
+
+# An operand is carried as two pytrees of one shape, (asked, given): each leaf stands in `asked` where its gradient is
+# asked for and in `given` otherwise, with None in the other. The None of a gradient's pytree is then a gradient that
+# nobody asked for, and it is never made.
+
+
+def _split(operand: PyTree) -> tuple[PyTree, PyTree]:
+    """(asked, given) of an operand as custom_vjp hands it over with `symbolic_zeros`."""
+    is_leaf = lambda a: hasattr(a, "perturbed")  # noqa: E731
+    asks = lambda a: a.perturbed and jnp.issubdtype(a.value.dtype, jnp.floating)  # noqa: E731
+    asked = jax.tree.map(lambda a: a.value if asks(a) else None, operand, is_leaf=is_leaf)
+    return asked, jax.tree.map(lambda a: None if asks(a) else a.value, operand, is_leaf=is_leaf)
+
+
+def _joined(asked: PyTree, given: PyTree) -> PyTree:
+    return jax.tree.map(lambda a, b: b if a is None else a, asked, given, is_leaf=lambda a: a is None)
+
+
+def _pull(f, shared, chunks, cotangents: Array | None) -> tuple[Array | None, PyTree, PyTree]:
+    """One loop for value and gradients: (Σ f or None, d(shared) in float32, d(chunks)).
+
+    `cotangents` are those of f's outputs, [size, count]; None is 1 for a scalar f, whose sum is then returned.
+    """
+    (shared, given_shared), (chunks, given_chunks) = shared, chunks
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def step(index, shared, given_shared, chunk, given_chunk, cotangent):
+        of_asked = lambda shared, chunk: f(_joined(shared, _up(given_shared)), _joined(chunk, given_chunk))  # noqa: E731
+        value, pull = jax.vjp(of_asked, _up(shared), chunk)
+        return value, *pull(jnp.ones_like(value) if cotangent is None else cotangent)
+
+    def body(index, carry):
+        total, dshared, dchunks = carry
+        chunk, given_chunk, cotangent = (_take(a, index) for a in (chunks, given_chunks, cotangents))
+        value, dshared_here, dchunk = step(index, shared, given_shared, chunk, given_chunk, cotangent)
+        total = None if total is None else total + value
+        return total, jax.tree.map(jnp.add, dshared, dshared_here), _put(dchunks, dchunk, index)
+
+    total = _zeros(f, _joined(shared, given_shared), _joined(chunks, given_chunks)) if cotangents is None else None
+    init = (total, jax.tree.map(jnp.zeros_like, _up(shared)), jax.tree.map(jnp.zeros_like, chunks))
+    return _loop(body, init, (chunks, given_chunks))
+
+
+def _zeros(f, shared, chunks) -> Array:
+    """What f returns for a chunk, all 0."""
+    out = jax.eval_shape(lambda shared, chunks: f(_up(shared), _take(chunks, 0)), shared, chunks)
+    return jnp.zeros(out.shape, out.dtype)
+
+
+def _cast(gradients: PyTree, dtypes: PyTree, factor: Array | None = None) -> PyTree:
+    """Gradients in their operands' dtype, multiplied by `factor` before that one cast."""
+    scaled = lambda g: g if factor is None else upcast(g) * factor  # noqa: E731
+    return jax.tree.map(lambda g, like: scaled(g).astype(like.dtype), gradients, dtypes)
+
+
+def _dtypes(operand: PyTree) -> PyTree:
+    return jax.tree.map(lambda a: jnp.zeros((0,), a.dtype), operand)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sum(f, shared, chunks):
+    return _loop(lambda index, total: total + f(_up(shared), _take(chunks, index)), _zeros(f, shared, chunks), chunks)
+
+
+def _sum_fwd(f, shared, chunks):
+    shared, chunks = _split(shared), _split(chunks)
+    total, dshared, dchunks = _pull(f, shared, chunks, None)
+    return total, (dshared, dchunks, _dtypes(shared[0]))
+
+
+def _sum_bwd(f, residuals, cotangent):
+    dshared, dchunks, dtypes = residuals
+    return _cast(dshared, dtypes, cotangent), _cast(dchunks, dchunks, cotangent)
+
+
+_sum.defvjp(_sum_fwd, _sum_bwd, symbolic_zeros=True)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _map(f, shared, chunks):
+    one = _zeros(f, shared, chunks)
+    init = jnp.broadcast_to(one[:, None], (one.shape[0], jax.tree.leaves(chunks)[0].shape[1]))
+    return _loop(lambda index, out: _put(out, f(_up(shared), _take(chunks, index)), index), init, chunks)
+
+
+def _map_fwd(f, shared, chunks):
+    shared, chunks = _split(shared), _split(chunks)
+    return _map(f, _joined(*shared), _joined(*chunks)), (shared, chunks)
+
+
+def _map_bwd(f, residuals, cotangents):
+    shared, chunks = residuals
+    _, dshared, dchunks = _pull(f, shared, chunks, cotangents)
+    return _cast(dshared, shared[0]), dchunks
+
+
+_map.defvjp(_map_fwd, _map_bwd, symbolic_zeros=True)

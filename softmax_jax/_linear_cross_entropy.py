@@ -1,0 +1,227 @@
+"""The door on hidden states and a head: the loss of x @ weight + bias without its logits."""
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Bool, Float, Num
+
+from softmax_jax import _checks
+from softmax_jax._chunks import map_over_chunks, sum_over_chunks
+from softmax_jax._cross_entropy import Scalar
+from softmax_jax._dtypes import accumulator
+from softmax_jax._token_loss import Options, Reduction, divide, mean_divisor, prepare, weighted_losses
+
+CHUNK_BYTES = 2**25
+"""What the default `chunk_size` aims at for the logits of one chunk, in the accumulator's dtype."""
+
+
+def linear_cross_entropy(
+    x: Float[ArrayLike, "*batch embed"],
+    weight: Float[ArrayLike, "_ _"],
+    labels: Num[ArrayLike, "..."],
+    *,
+    bias: Float[ArrayLike, " classes"] | None = None,
+    transpose_weight: bool = False,
+    where: Bool[ArrayLike, "..."] | None = None,
+    weights: ArrayLike | None = None,
+    ignore_index: int | None = None,
+    class_weights: Num[ArrayLike, " classes"] | None = None,
+    label_smoothing: Scalar = 0.0,
+    z_loss: Scalar = 0.0,
+    logit_scale: Scalar = 1.0,
+    softcap: Scalar | None = None,
+    reduction: Reduction = "mean",
+    normalizer: ArrayLike | None = None,
+    chunk_size: int | None = None,
+) -> Float[Array, "..."]:
+    """`cross_entropy(x @ weight + bias, labels, ...)` without ever holding the logits.
+
+    Tokens go through in chunks: one matrix product makes a chunk's logits, the very functions of `cross_entropy` make
+    its loss and, in the same pass, its gradients, and the logits are dropped. Memory beyond operands and gradients is
+    one chunk's logits, their gradient, and the float32 sum of a 16-bit weight's gradient, whatever the number of
+    tokens. Products multiply in the operands' dtype and accumulate in float32, as the sum over chunks does.
+
+    Args:
+      x: hidden states, `[*batch, embed]`.
+      weight: `[embed, classes]`, or `[classes, embed]` with `transpose_weight=True` (tied embeddings; not copied).
+      labels: integer class ids of the batch shape, or probabilities `[*batch, classes]`.
+      bias: `[classes]`, added to the logits.
+      where: bool, broadcastable to `[*batch, classes]`.
+      chunk_size: the most tokens a chunk may have. The default aims at 32 MiB of float32 logits. Chunks are of equal
+        size; where no such size divides the number of tokens, the per-token operands are copied once, padded with
+        tokens of weight 0. Strided: chunk c holds tokens c, c + count, c + 2 count, ...
+
+    The other arguments, their edge behaviour, the reductions and what is raised are those of `cross_entropy`. A row
+    of weight 0 contributes exactly 0 also to the gradient of `weight`, whatever its `x` holds. Gradients flow to `x`,
+    `weight`, `bias`, `weights`, `class_weights`, the float options and dense labels; those that nobody asks for are
+    not computed (a frozen head costs two matrix products, not three).
+
+    Returns:
+      A scalar, or the batch shape for `reduction="none"`, whose backward pass makes each chunk's logits again.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from softmax_jax import linear_cross_entropy
+    >>> x, weight = jnp.eye(3, 4), jnp.arange(20.0).reshape(4, 5)
+    >>> labels = jnp.array([0, 4, 2])
+    >>> print(f"{linear_cross_entropy(x, weight, labels):.5f}")
+    2.45191
+    >>> dx, dweight = jax.grad(linear_cross_entropy, argnums=(0, 1))(x, weight, labels)
+
+    Forward mode (`jax.jvp`, `jax.jacfwd`): use `optax.softmax_cross_entropy_with_integer_labels(x @ weight, labels)`.
+
+    Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", ICLR 2025; Hsu et al., "Liger Kernel", 2024.
+    """
+    x, weight, labels = jnp.asarray(x), jnp.asarray(weight), jnp.asarray(labels)
+    classes = _checks.head(x, weight, bias, transpose_weight)
+    shape, axis = (*x.shape[:-1], classes), x.ndim - 1
+    dtype = jnp.promote_types(x.dtype, weight.dtype)
+    _checks.labels_of(labels, shape, axis)
+    options = _checks.options_for(
+        shape,
+        dtype,
+        axis,
+        labels,
+        where=where,
+        weights=weights,
+        ignore_index=ignore_index,
+        class_weights=class_weights,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        logit_scale=logit_scale,
+        softcap=softcap,
+    )
+    divisor = _checks.reduction_of(reduction, normalizer, dtype)
+    tokens = math.prod(shape[:-1])
+    chunks = chunk_count(tokens, classes, dtype, _checks.chunk_size_of(chunk_size))
+    bias = None if bias is None else jnp.asarray(bias)
+    return _linear_cross_entropy(x, weight, bias, labels, options, divisor, transpose_weight, reduction, chunks)
+
+
+def chunk_count(tokens: int, classes: int, dtype: DTypeLike, chunk_size: int | None) -> int:
+    """How many chunks of equal size: the fewest that fit, or a few more if that many divide the tokens."""
+    if chunk_size is None:
+        chunk_size = max(1, CHUNK_BYTES // (classes * accumulator(dtype).itemsize))
+    fewest = max(1, -(-tokens // chunk_size))
+    return next((count for count in range(fewest, 2 * fewest) if tokens % count == 0), fewest)
+
+
+@partial(jax.jit, static_argnames=("transpose_weight", "reduction", "count"))
+def _linear_cross_entropy(
+    x: Array,
+    weight: Array,
+    bias: Array | None,
+    labels: Array,
+    options: Options,
+    normalizer: Any,
+    transpose_weight: bool,
+    reduction: Reduction,
+    count: int,
+):
+    batch, tokens, classes = x.shape[:-1], math.prod(x.shape[:-1]), weight.shape[0 if transpose_weight else 1]
+    dtype = jnp.promote_types(x.dtype, weight.dtype)
+    labels, weights, options = prepare(labels, options, (*batch, classes), dtype, x.ndim - 1)
+    divisor = mean_divisor(labels, weights, options, tokens, normalizer)
+    if weights is None and tokens % count:
+        weights = jnp.ones(batch, accumulator(dtype))
+
+    where, rows, row_of = _mask_rows(options.where, batch)
+    shared = _Shared(weight, bias, rows, options._replace(where=where, class_weights=_row(options.class_weights)))
+    each = _Each(x, labels, weights, row_of)
+    chunks = jax.tree.map(lambda a: _deal(a.reshape(tokens, *a.shape[len(batch) :]), count), each)
+    if reduction == "none":
+        losses = map_over_chunks(partial(_chunk_losses, transpose_weight, dtype), shared, chunks)
+        return losses.reshape(-1)[:tokens].reshape(batch)
+    total = sum_over_chunks(partial(_chunk_sum, transpose_weight, dtype), shared, chunks)
+    return total if reduction == "sum" else divide(total, divisor)
+
+
+class _Shared(NamedTuple):
+    """What every chunk sees."""
+
+    weight: Array
+    bias: Array | None
+    rows: Array | None  # `where` of groups of tokens, [groups, classes]
+    options: Options  # with the part of `where` that all tokens share
+
+
+class _Each(NamedTuple):
+    """One entry a token."""
+
+    x: Array
+    labels: Array
+    weights: Array | None
+    where: Array | None  # [tokens, classes], or the token's group in `rows`
+
+
+def _row(array: Array | None) -> Array | None:
+    return None if array is None else array.reshape(1, -1)
+
+
+def _mask_rows(where: Array | None, batch: tuple[int, ...]) -> tuple[Array | None, Array | None, Array | None]:
+    """`where`, [*batch or 1s, classes or 1], as (shared by all tokens, rows of groups, one a token).
+
+    A mask with some batch axes of size 1 is looked up by group, so that it never grows to the logits' size.
+    """
+    if where is None or math.prod(where.shape[:-1]) == 1:
+        return _row(where), None, None
+    if where.shape[:-1] == batch:
+        return None, None, where
+    groups = jnp.arange(math.prod(where.shape[:-1]), dtype=jnp.int32).reshape(where.shape[:-1])
+    return None, where.reshape(-1, where.shape[-1]), jnp.broadcast_to(groups, batch)
+
+
+def _deal(a: Array, count: int) -> Array:
+    """[tokens, ...] to [size, count, ...], token t to chunk t % count; padded with zeros where that does not divide."""
+    a = jnp.pad(a, [(0, -len(a) % count)] + [(0, 0)] * (a.ndim - 1)) if len(a) % count else a
+    return a.reshape(len(a) // count, count, *a.shape[1:])
+
+
+def _chunk_losses(transpose_weight: bool, dtype: DTypeLike, shared: _Shared, chunk: _Each) -> Array:
+    """weights · ℓ of one chunk of tokens, [size]."""
+    x, labels, weights, where = chunk
+    if weights is not None:
+        x = jnp.where(weights[:, None] == 0, 0, x)
+    logits = _project(x, shared.weight, dtype, transpose_weight)
+    if shared.bias is not None:
+        logits = logits + shared.bias
+    if where is not None:
+        where = where if shared.rows is None else shared.rows[where]
+        shared = shared._replace(options=shared.options._replace(where=where))
+    return weighted_losses(logits, labels, weights, shared.options, axis=1)
+
+
+def _chunk_sum(transpose_weight: bool, dtype: DTypeLike, shared: _Shared, chunk: _Each) -> Array:
+    return jnp.sum(_chunk_losses(transpose_weight, dtype, shared, chunk))
+
+
+# logits = x · weight, dx = dlogits · weightᵀ, dweight = xᵀ · dlogits: operands in the layer's dtype, results in
+# float32, also that of `dweight`: `weight` comes in as float32, or autodiff would round it to 16 bits in every chunk.
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _project(x: Array, weight: Array, dtype: DTypeLike, transpose_weight: bool) -> Array:
+    return _dot(x, 1, weight, 1 if transpose_weight else 0, dtype)
+
+
+def _dot(a: Array, a_axis: int, b: Array, b_axis: int, dtype: DTypeLike) -> Array:
+    dimensions = (((a_axis,), (b_axis,)), ((), ()))
+    return lax.dot_general(a.astype(dtype), b.astype(dtype), dimensions, preferred_element_type=accumulator(dtype))
+
+
+def _project_fwd(x, weight, dtype, transpose_weight):
+    return _project(x, weight, dtype, transpose_weight), (x, weight)
+
+
+def _project_bwd(dtype, transpose_weight, residuals, dlogits):
+    x, weight = residuals
+    dx = _dot(dlogits, 1, weight, 0 if transpose_weight else 1, dtype).astype(x.dtype)
+    dweight = _dot(dlogits, 0, x, 0, dtype) if transpose_weight else _dot(x, 0, dlogits, 0, dtype)
+    return dx, dweight.astype(weight.dtype)
+
+
+_project.defvjp(_project_fwd, _project_bwd)
