@@ -30,6 +30,7 @@ def cross_entropy(
     softcap: Scalar | None = None,
     reduction: Reduction = "mean",
     normalizer: ArrayLike | None = None,
+    forward_mode: bool = False,
 ) -> Float[Array, "..."]:
     r"""Cross-entropy of softmax(logits) against integer or dense labels, exact in loss and gradient.
 
@@ -64,6 +65,8 @@ def cross_entropy(
       softcap: bound of the logits, > 0. It makes -inf the finite -softcap; use `where` to remove a class.
       reduction: "mean", "sum" or "none".
       normalizer: replaces the mean's divisor, say by the token count of all accumulation steps or devices; 0 gives 0.
+      forward_mode: True makes `jax.jvp`, `jax.jacfwd` and `jax.linearize` work, which JAX refuses for a function with a
+        reverse rule. The same values; `jax.grad` works too, but makes more passes over the logits.
 
     Every float option may be a traced scalar, and has a gradient; `weights`, `class_weights` and dense labels too.
     Of traced options, a value out of range gives NaN.
@@ -82,8 +85,6 @@ def cross_entropy(
     ['4.07606e-01', '1.87152e-13']
     >>> jax.grad(cross_entropy)(logits, labels).shape
     (2, 3)
-
-    Forward mode (`jax.jvp`, `jax.jacfwd`) is refused by JAX for a function with a reverse rule.
 
     Prieto et al., "Grokking at the Edge of Numerical Stability", ICLR 2025, on why the tail matters; Szegedy et al.,
     CVPR 2016 (label smoothing); Chowdhery et al., "PaLM", 2022 (z-loss); Gemma Team, "Gemma 2", 2024 (softcap).
@@ -107,13 +108,21 @@ def cross_entropy(
         softcap=softcap,
     )
     divisor = _checks.reduction_of(reduction, normalizer, logits.dtype)
-    return _cross_entropy(logits, labels, options, divisor, axis, reduction)
+    return _cross_entropy(logits, labels, options, divisor, axis, reduction, bool(forward_mode))
 
 
-@partial(jax.jit, static_argnames=("axis", "reduction"))
-def _cross_entropy(logits: Array, labels: Array, options: Options, normalizer: Any, axis: int, reduction: Reduction):
+@partial(jax.jit, static_argnames=("axis", "reduction", "forward_mode"))
+def _cross_entropy(
+    logits: Array,
+    labels: Array,
+    options: Options,
+    normalizer: Any,
+    axis: int,
+    reduction: Reduction,
+    forward_mode: bool,
+):
     labels, weights, options = prepare(labels, options, logits.shape, logits.dtype, axis)
-    losses = weighted_losses(logits, labels, weights, options, axis)
+    losses = weighted_losses(logits, labels, weights, options, axis, forward_mode)
     if reduction == "none":
         return losses
     total = jnp.sum(losses)

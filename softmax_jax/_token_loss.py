@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from softmax_jax._class_sums import Adjustment, ClassSums, class_sums
+from softmax_jax._class_sums import Adjustment, ClassSums, class_sums, class_sums_forward_mode
 from softmax_jax._dtypes import accumulator
 
 Reduction = Literal["mean", "sum", "none"]
@@ -145,16 +145,22 @@ def _loss(sums: ClassSums, classes: int, options: Options, axis: int) -> Array:
     return loss
 
 
-def weighted_losses(logits: Array, labels: Array, weights: Array | None, options: Options, axis: int) -> Array:
+def weighted_losses(
+    logits: Array, labels: Array, weights: Array | None, options: Options, axis: int, forward_mode: bool = False
+) -> Array:
     """weights · ℓ of every token."""
     adjustment = Adjustment(options.where, options.logit_scale, options.softcap)
     smooth = options.label_smoothing is not None
-    sums = class_sums(logits, labels, options.class_weights, adjustment, axis, smooth)
-    if weights is None:
+    unused = None if weights is None else weights == 0
+    if forward_mode:
+        sums = class_sums_forward_mode(logits, labels, options.class_weights, adjustment, unused, axis, smooth)
+    else:
+        sums = class_sums(logits, labels, options.class_weights, adjustment, axis, smooth)
+    if unused is None:
         return _loss(sums, logits.shape[axis], options, axis)
     # A token of weight 0 is taken out before its loss is computed, so that no NaN of its own comes back.
-    sums = jax.tree.map(lambda s: jnp.where(weights == 0, 0, s), sums)
-    return jnp.where(weights == 0, 0, weights * _loss(sums, logits.shape[axis], options, axis))
+    sums = jax.tree.map(lambda s: jnp.where(unused, 0, s), sums)
+    return jnp.where(unused, 0, weights * _loss(sums, logits.shape[axis], options, axis))
 
 
 def mean_divisor(labels: Array, weights: Array | None, options: Options, tokens: int, normalizer: Array | None):
