@@ -99,24 +99,28 @@ def _pull(f, shared, chunks, cotangents: Array | None) -> tuple[Array | None, Py
 
     `cotangents` are those of f's outputs, [size, count]; None is 1 for a scalar f, whose sum is then returned.
     """
-    (shared, given_shared), (chunks, given_chunks) = shared, chunks
 
     @partial(jax.checkpoint, prevent_cse=False)
-    def step(index, shared, given_shared, chunk, given_chunk, cotangent):
-        of_asked = lambda shared, chunk: f(_joined(shared, _up(given_shared)), _joined(chunk, given_chunk))  # noqa: E731
-        value, pull = jax.vjp(of_asked, _up(shared), chunk)
+    def step(shared, chunk, cotangent):
+        value, pull = _vjp(f, shared, chunk)
         return value, *pull(jnp.ones_like(value) if cotangent is None else cotangent)
 
     def body(index, carry):
         total, dshared, dchunks = carry
-        chunk, given_chunk, cotangent = (_take(a, index) for a in (chunks, given_chunks, cotangents))
-        value, dshared_here, dchunk = step(index, shared, given_shared, chunk, given_chunk, cotangent)
+        value, dshared_here, dchunk = step(shared, _take(chunks, index), _take(cotangents, index))
         total = None if total is None else total + value
         return total, jax.tree.map(jnp.add, dshared, dshared_here), _put(dchunks, dchunk, index)
 
-    total = _zeros(f, _joined(shared, given_shared), _joined(chunks, given_chunks)) if cotangents is None else None
-    init = (total, jax.tree.map(jnp.zeros_like, _up(shared)), jax.tree.map(jnp.zeros_like, chunks))
-    return _loop(body, init, (chunks, given_chunks))
+    total = _zeros(f, _joined(*shared), _joined(*chunks)) if cotangents is None else None
+    init = (total, *(jax.tree.map(jnp.zeros_like, asked) for asked in (_up(shared[0]), chunks[0])))
+    return _loop(body, init, chunks)
+
+
+def _vjp(f, shared, chunk):
+    """f of one chunk, and its pullback to what is asked for; `shared` and `chunk` are (asked, given)."""
+    (asked_shared, given_shared), (asked_chunk, given_chunk) = shared, chunk
+    of_asked = lambda s, c: f(_joined(s, _up(given_shared)), _joined(c, given_chunk))  # noqa: E731
+    return jax.vjp(of_asked, _up(asked_shared), asked_chunk)
 
 
 def _zeros(f, shared, chunks) -> Array:
@@ -154,16 +158,22 @@ def _sum_bwd(f, residuals, cotangent):
 _sum.defvjp(_sum_fwd, _sum_bwd, symbolic_zeros=True)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _map(f, shared, chunks):
+def _map_loop(of_index, f, shared, chunks):
     one = _zeros(f, shared, chunks)
     init = jnp.broadcast_to(one[:, None], (one.shape[0], jax.tree.leaves(chunks)[0].shape[1]))
-    return _loop(lambda index, out: _put(out, f(_up(shared), _take(chunks, index)), index), init, chunks)
+    return _loop(lambda index, out: _put(out, of_index(index), index), init, chunks)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _map(f, shared, chunks):
+    return _map_loop(lambda index: f(_up(shared), _take(chunks, index)), f, shared, chunks)
 
 
 def _map_fwd(f, shared, chunks):
     shared, chunks = _split(shared), _split(chunks)
-    return _map(f, _joined(*shared), _joined(*chunks)), (shared, chunks)
+    # By way of jax.vjp, since rules inside f that are called plainly have no second derivative.
+    of_index = lambda index: _vjp(f, shared, [_take(c, index) for c in chunks])[0]  # noqa: E731
+    return _map_loop(of_index, f, _joined(*shared), _joined(*chunks)), (shared, chunks)
 
 
 def _map_bwd(f, residuals, cotangents):

@@ -188,7 +188,7 @@ def _chunk_losses(transpose_weight: bool, dtype: DTypeLike, shared: _Shared, chu
         x = jnp.where(weights[:, None] == 0, 0, x)
     logits = _project(x, shared.weight, dtype, transpose_weight)
     if shared.bias is not None:
-        logits = logits + shared.bias
+        logits = logits + shared.bias[None, :]
     if where is not None:
         where = where if shared.rows is None else shared.rows[where]
         shared = shared._replace(options=shared.options._replace(where=where))
@@ -214,7 +214,7 @@ def _dot(a: Array, a_axis: int, b: Array, b_axis: int, dtype: DTypeLike) -> Arra
 
 
 def _project_fwd(x, weight, dtype, transpose_weight):
-    return _project(x, weight, dtype, transpose_weight), (x, weight)
+    return _dot(x, 1, weight, 1 if transpose_weight else 0, dtype), (x, weight)
 
 
 def _project_bwd(dtype, transpose_weight, residuals, dlogits):

@@ -1,0 +1,96 @@
+"""Each example runs in a process of its own, as its readers run it, only shorter; a warning there is an error."""
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import matplotlib.image
+import numpy as np
+import optax
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def _digits(printed: str) -> None:
+    before, after = (float(number) for number in re.findall(r"training loss: (\S+) -> (\S+) nats", printed)[0])
+    assert 2.2 < before < 2.6  # log 10 = 2.30 for a network that knows nothing yet
+    assert after < 0.3
+    assert _percentages(printed)[-1] > 93  # 10 epochs reach 96 to 97, the whole 50 reach 99
+
+
+def _vmap_batches(printed: str) -> None:
+    """10 epochs find nine tenths of the wrong labels; a random choice would find one in eight."""
+    rows = re.findall(r"^(\S+) +([\d.]+)% +(\d+) of (\d+) +([\d.]+)%$", printed, re.MULTILINE)
+    assert [row[0] for row in rows] == ["0.00", "0.12", "0.23", "0.35", "ensemble"]
+    for _, before, found, flipped, after in rows:
+        assert int(found) > 0.75 * int(flipped)
+        assert float(before) > 90 and float(after) > 90
+
+
+def _char_lm(printed: str) -> None:
+    """Before the first step it guesses: log 8192 = 9.01. In 40 steps it learns which tokens are frequent."""
+    linear, logits = (float(number) for number in re.findall(r"--loss \w+ (\S+) MiB", printed))
+    assert linear < 0.6 * logits
+    before, after = (float(number) for number in re.findall(r"training loss: (\S+) -> (\S+) nats", printed)[0])
+    assert 8.9 < before < 9.2
+    assert after < 7.5
+    assert float(re.findall(r"held-out perplexity: (\S+)", printed)[0]) < 8192 / 2
+    assert "class " in printed
+
+
+def _percentages(printed: str) -> list[float]:
+    return [float(number) for number in re.findall(r"([\d.]+)%", printed)]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "check"),
+    [
+        pytest.param("digits", "--epochs 10", _digits, id="digits"),
+        pytest.param("vmap_batches", "--epochs 10 --members 4", _vmap_batches, id="vmap_batches"),
+        pytest.param("char_lm", "--steps 40 --batch 8 --length 64 --files 40", _char_lm, id="char_lm"),
+    ],
+)
+def test_an_example_learns_and_draws(name: str, arguments: str, check: Callable[[str], None], tmp_path: Path):
+    picture = tmp_path / "made" / f"{name}.png"
+    command = [sys.executable, "-W", "error", str(EXAMPLES / f"{name}.py"), *arguments.split(), "--out", str(picture)]
+    # One CPU device, whatever conftest.py told this process to simulate and whatever else the machine has.
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "warning" not in run.stderr.lower()
+    check(run.stdout)
+
+    assert f"picture: {picture}" in run.stdout
+    pixels = matplotlib.image.imread(picture)
+    assert pixels.shape[0] > 800 and pixels.shape[1] > 1200
+    shown = pixels[..., :3].mean(-1)
+    assert 0.02 < (shown < 0.9).mean() < 0.6  # there is ink, on mostly white
+
+
+def test_both_doors_train_the_same_language_model(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    char_lm = importlib.import_module("char_lm")
+    monkeypatch.setattr(char_lm, "LAYERS", 1)
+    tokens = np.random.default_rng(0).integers(1000, size=(3, 33), dtype=np.int32)
+    optimizer = optax.adamw(1e-3)
+    losses = {}
+    cpu = jax.default_device(jax.devices("cpu")[0])
+    with cpu, jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):  # as in a process of its own
+        for door in char_lm.DOORS:
+            model = char_lm.LanguageModel(1000, jax.random.key(0))
+            state = optimizer.init(eqx.filter(model, eqx.is_array))
+            losses[door] = []
+            for _ in range(4):
+                model, state, loss = char_lm.step(model, state, tokens, optimizer, door)
+                losses[door].append(float(loss))
+    assert losses["linear"][-1] < losses["linear"][0] - 0.1
+    # The first losses are two sums of the same 96 losses. The rounding of the gradients grows in later steps, as Adam
+    # divides by their size: measured 1 eps in all four; 16 leave room for another order of the sums.
+    np.testing.assert_allclose(losses["linear"], losses["logits"], rtol=16 * float(np.finfo(np.float32).eps))
