@@ -50,20 +50,27 @@ class ClassSums(NamedTuple):
 
 
 def adjust(logits: Array, adjustment: Adjustment) -> Array:
-    """z = softcap · tanh(logit_scale · logits / softcap) in float32, and -inf where `where` is False.
+    """z = softcap · tanh(logit_scale · logits / softcap), and -inf where `where` is False.
+
+    In float32 where it computes anything, else as it came, so that the maximum of 16-bit logits is read as such.
 
     Infinities are judged on the raw logit, because logit_scale may be 0 or negative and tanh(inf) is 1: -inf stays
     a class of probability zero (or -softcap), +inf becomes NaN. The scale's own gradient there is 0, not 0 · inf.
     """
     where, scale, softcap = adjustment
-    z = upcast(logits)
+    z = logits
     if scale is not None or softcap is not None:
-        raw, z = z, jnp.where(jnp.isinf(z), 0, z)
+        raw, z = upcast(z), jnp.where(jnp.isinf(z), 0, upcast(z))
         z = z if scale is None else scale * z
         z = z if softcap is None else softcap * jnp.tanh(z / softcap)
-        floor = jnp.full_like(z, -jnp.inf) if softcap is None else -softcap
+        floor = raw if softcap is None else -softcap
         z = jnp.where(raw == -jnp.inf, floor, jnp.where(raw == jnp.inf, jnp.nan, z))
     return z if where is None else jnp.where(where, z, -jnp.inf)
+
+
+def shifted(logits: Array, adjustment: Adjustment, shift: Array, axis: int) -> Array:
+    """z - m in float32."""
+    return upcast(adjust(logits, adjustment)) - jnp.expand_dims(shift, axis)
 
 
 def apart(*arrays: Array) -> tuple[Array, ...]:
@@ -76,9 +83,9 @@ def apart(*arrays: Array) -> tuple[Array, ...]:
     return lax.optimization_barrier(arrays)
 
 
-def row_shift(z: Array, axis: int) -> Array:
+def row_shift(z: Array, axis: int | tuple[int, ...]) -> Array:
     """m = max_v z_v as a constant; 0 for a row whose every logit is -inf, since -inf - -inf is NaN."""
-    largest = lax.stop_gradient(jnp.max(z, axis=axis, initial=-jnp.inf))
+    largest = lax.stop_gradient(upcast(jnp.max(z, axis=axis, initial=-jnp.inf)))
     return jnp.where(largest == -jnp.inf, 0, largest)
 
 
@@ -137,18 +144,21 @@ def _linear_sums(z, pivot, labels, class_weights, where, axis, smooth):
 def _sums(logits, labels, class_weights, adjustment, axis, smooth):
     """ClassSums by plain JAX, and the pivot."""
     shift = row_shift(adjust(logits, adjustment), axis)
-    logits, shift = apart(logits, shift)
-    z = adjust(logits, adjustment) - jnp.expand_dims(shift, axis)
+    fenced, shift = apart(logits, shift)
+    z = shifted(fenced, adjustment, shift, axis)
     pivot = labels if jnp.issubdtype(labels.dtype, jnp.integer) else jnp.argmax(z, axis).astype(jnp.int32)
     rest = jnp.sum(jnp.exp(z) * not_at(pivot, z, axis), axis)
 
     # The label's logit is read raw and adjusted by itself. An id that names no class makes its whole row NaN.
     in_range = jnp.clip(pivot, 0, z.shape[axis] - 1)
     there = None if adjustment.where is None else pick(adjustment.where, in_range, axis)
-    own = adjust(pick(logits, in_range, axis), adjustment._replace(where=there)) - shift
+    own = upcast(adjust(pick(logits, in_range, axis), adjustment._replace(where=there))) - shift
     own = jnp.where(in_range == pivot, own, jnp.nan)
-    linear = _linear_sums(z, pivot, labels, class_weights, adjustment.where, axis, smooth)
     shift, rest, own = apart(shift, rest, own)
+
+    fenced, rest = apart(logits, rest)
+    z = shifted(fenced, adjustment, shift, axis)
+    linear = _linear_sums(z, pivot, labels, class_weights, adjustment.where, axis, smooth)
     return ClassSums(shift, rest, own, *linear), pivot
 
 
@@ -195,10 +205,8 @@ def _class_sums_bwd(axis, smooth, residuals, cotangents):
     if dense:
         labels = jnp.where(jnp.expand_dims(unused, axis) & ~jnp.isfinite(labels), 0, labels)
 
-    def adjusted(logits, scale, softcap):
-        return adjust(logits, Adjustment(where, scale, softcap)) - jnp.expand_dims(shift, axis)
-
-    z, pull_adjusted = jax.vjp(adjusted, logits, scale, softcap)
+    of_operands = lambda x, scale, softcap: shifted(x, Adjustment(where, scale, softcap), shift, axis)  # noqa: E731
+    z, pull_adjusted = jax.vjp(of_operands, logits, scale, softcap)
     at_pivot = lax.broadcasted_iota(jnp.int32, z.shape, axis) == jnp.expand_dims(pivot, axis)
     dz = jnp.where(at_pivot, jnp.expand_dims(down, axis), jnp.expand_dims(drest, axis) * jnp.exp(z))
 

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Num
 from softmax_jax import _checks
 from softmax_jax._token_loss import Options, Reduction, divide, mean_divisor, prepare, weighted_losses
 
-Scalar = Float[ArrayLike, ""] | float
+Scalar = Float[ArrayLike, ""] | float | int
 
 
 def cross_entropy(
