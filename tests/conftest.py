@@ -1,0 +1,52 @@
+"""Strict settings, simulated devices, and the fixtures that every file shares."""
+
+import os
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+
+import jax  # noqa: E402
+import jaxtyping  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jaxtyping.install_import_hook("softmax_jax", "beartype.beartype")
+
+
+def _devices(backend):
+    try:
+        return jax.devices(backend)
+    except RuntimeError:
+        return []
+
+
+@pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+def device(request):
+    """Every backend that JAX finds; computations run on it."""
+    devices = _devices(request.param)
+    if not devices:
+        pytest.skip(f"JAX finds no {request.param} on this machine")
+    with jax.default_device(devices[0]):
+        yield devices[0]
+
+
+@pytest.fixture(params=["eager", "jit"])
+def variant(request):
+    """A function that takes a function and gives its eager or its jitted form."""
+    return jax.jit if request.param == "jit" else lambda f: f
+
+
+@pytest.fixture
+def rng(request):
+    """Random numbers of each test's own, the same in every run."""
+    return np.random.default_rng(list(request.node.name.encode()))
+
+
+@pytest.fixture
+def untyped():
+    """Bad input: without jaxtyping, which would speak before the library does."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)

@@ -1,0 +1,156 @@
+"""Truth: softmax and cross-entropy in NumPy float64, as in a textbook. Imports nothing of the library.
+
+Nothing here subtracts a logit from a log-sum-exp: the largest class `a` is left out of the sum,
+
+    rest = Σ_{v≠a} exp(z_v - z_a)       -log p_v = (z_a - z_v) + log1p(rest)       1 - p_a = rest / (1 + rest)
+
+so the float64 result itself is right to a few 1e-16 however confident the prediction.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+quiet = np.errstate(all="ignore")  # infinities and NaN are results here
+
+
+@quiet
+def softmax(x, axis=-1, where=None):
+    """exp(x_v) / Σ exp(x_u); 0 where masked, and in a row that is masked as a whole."""
+    x, where = np.asarray(x, np.float64), True if where is None else np.asarray(where)
+    e = np.where(where, np.exp(x - np.max(x, axis, initial=-np.inf, where=where, keepdims=True)), 0)
+    return np.where(np.broadcast_to(where, e.shape), e / np.sum(e, axis, keepdims=True), 0)
+
+
+def log_softmax(x, axis=-1, where=None):
+    """log softmax(x); -inf where masked. `axis` may be a tuple or None."""
+    x = np.asarray(x, np.float64)
+    axes = tuple(range(x.ndim)) if axis is None else tuple(np.atleast_1d(axis) % x.ndim)
+    kept = [a for a in range(x.ndim) if a not in axes]
+    order = (*kept, *axes)
+    z = x if where is None else np.where(where, x, -np.inf)
+    z = z.transpose(order).reshape(*(x.shape[a] for a in kept), -1)
+    out = -_negative_log_softmax(z)[0] if z.size else z
+    out = out.reshape([x.shape[a] for a in order]).transpose(np.argsort(order))
+    return out if where is None else np.where(where, out, -np.inf)
+
+
+@quiet
+def _negative_log_softmax(z):
+    """(-log p, p, 1 - p, log_normalizer) over the last axis, each exact."""
+    a = np.argmax(z, -1)[..., None]
+    largest = np.take_along_axis(z, a, -1)
+    largest = np.where(largest == -np.inf, np.nan, largest)
+    e = np.exp(z - largest)
+    rest = np.sum(np.where(np.arange(z.shape[-1]) == a, 0, e), -1, keepdims=True)
+    p = e / (1 + rest)
+    missing = np.where(np.arange(z.shape[-1]) == a, rest / (1 + rest), 1 - p)
+    return largest - z + np.log1p(rest), p, missing, (largest + np.log1p(rest))[..., 0]
+
+
+def hessian(logits):
+    """∂²(-log p_y)/∂z∂z = diag(p) - p pᵀ of one row, 1 - p_v as the sum of the others."""
+    _, p, missing, _ = _negative_log_softmax(np.asarray(logits, np.float64))
+    return np.where(np.eye(len(p), dtype=bool), p * missing, -np.outer(p, p))
+
+
+class CrossEntropy(NamedTuple):
+    """Loss and gradient, and the condition of each: the sum of the absolute values of the terms that it is made of,
+    each times the size of what is rounded on the way to it (1 + the sizes of the logit and of its row's maximum).
+    A float result computed without further cancellation is off by a small multiple of eps · condition."""
+
+    loss: np.ndarray
+    grad: np.ndarray
+    loss_condition: np.ndarray
+    grad_condition: np.ndarray
+
+
+@quiet
+def cross_entropy(
+    logits,
+    labels,
+    *,
+    axis=-1,
+    where=None,
+    weights=None,
+    ignore_index=None,
+    class_weights=None,
+    label_smoothing=0.0,
+    z_loss=0.0,
+    logit_scale=1.0,
+    softcap=None,
+    reduction="mean",
+    normalizer=None,
+    cotangent=1.0,
+) -> CrossEntropy:
+    """The loss, and its gradient with respect to the logits times `cotangent`."""
+    raw = np.moveaxis(np.asarray(logits, np.float64), axis, -1)
+    exists = np.moveaxis(np.broadcast_to(True if where is None else np.asarray(where), np.shape(logits)), axis, -1)
+    batch, classes = raw.shape[:-1], raw.shape[-1]
+    labels, options = np.asarray(labels), (label_smoothing, z_loss, logit_scale, softcap)
+    label_smoothing, z_loss, logit_scale, softcap = (None if o is None else np.float64(o) for o in options)
+    c = np.ones(classes) if class_weights is None else np.asarray(class_weights, np.float64)
+    w = np.broadcast_to(1.0 if weights is None else np.asarray(weights, np.float64), batch)
+    w = np.where(exists.any(-1), w, 0)
+
+    # What each class weighs in the loss.
+    if labels.dtype.kind in "iu":
+        if ignore_index is not None:
+            w = np.where(labels == ignore_index, 0, w)
+        inside = (labels >= 0) & (labels < classes)
+        target = (np.arange(classes) == labels[..., None]).astype(np.float64)
+        share = np.where(w == 0, 0, w * np.where(inside, c[np.where(inside, labels, 0).astype(np.int64)], np.nan))
+    else:
+        inside = np.ones(batch, bool)
+        target = np.where(exists, np.moveaxis(labels.astype(np.float64), axis, -1), 0)
+        share = w
+    count = np.maximum(exists.sum(-1, keepdims=True), 1)
+    target = c * ((1 - label_smoothing) * target + label_smoothing * exists / count)
+
+    z, slope = _adjust(raw, exists, logit_scale, softcap)
+    nll, p, missing, log_normalizer = _negative_log_softmax(z)
+    each = np.where((target == 0) & np.isinf(nll), 0, target * nll)
+    loss = np.where(inside, each.sum(-1) + z_loss * log_normalizer**2, np.nan)
+
+    # ∂/∂z_v: Σ_u target_u (p_v - [u = v]), with p_v - 1 = -(1 - p_v).
+    others = target.sum(-1, keepdims=True) - target
+    others = np.where(target == target.sum(-1, keepdims=True), 0, others)
+    dz = others * p - target * missing + 2 * (z_loss * log_normalizer)[..., None] * p
+    dz = np.where(slope == 0, 0, np.where(inside[..., None], dz * slope, np.nan))
+
+    size = 1 + np.abs(np.where(np.isfinite(z), z, 0)) + np.abs(np.max(z, -1, keepdims=True))
+    tail = np.sum(p * missing * size, -1)
+    loss_condition = np.sum(np.abs(target) * size, -1) + np.abs(target).sum(-1) * tail
+    loss_condition += np.abs(z_loss) * (np.abs(log_normalizer) + 1) * (size.max(-1) + tail)
+    mass = np.abs(target).sum(-1, keepdims=True) + 2 * np.abs(z_loss * log_normalizer)[..., None]
+    grad_condition = (mass * p + np.abs(target)) * (size + tail[..., None]) * np.abs(logit_scale)
+
+    # A row of weight 0 is exactly 0, whatever it holds.
+    losses, loss_condition = (np.where(w == 0, 0, w * x) for x in (loss, np.abs(loss_condition)))
+    divisor = 1.0 if reduction != "mean" else share.sum() if normalizer is None else np.float64(normalizer)
+    scale = 0.0 if divisor == 0 else 1 / divisor
+    factor = (w * cotangent * scale)[..., None]
+    dz, grad_condition = (np.where(factor == 0, 0, factor * x) for x in (dz, grad_condition))
+    total = losses if reduction == "none" else losses.sum()
+    size = np.abs(loss_condition) if reduction == "none" else np.abs(loss_condition).sum()
+    # The divisor is a sum too: share it out, as its own relative error.
+    size = size + np.abs(total) * (
+        np.abs(share).sum() * abs(scale) if reduction == "mean" and normalizer is None else 0
+    )
+    return CrossEntropy(
+        0.0 * total if divisor == 0 else total * scale,
+        np.moveaxis(dz, -1, axis),
+        np.abs(size * scale),
+        np.moveaxis(np.abs(grad_condition), -1, axis),
+    )
+
+
+def _adjust(raw, exists, logit_scale, softcap):
+    """The logits of the softmax, and their derivative by the raw ones. Infinities are judged on the raw logits."""
+    x = np.where(np.isinf(raw), 0, raw) * logit_scale
+    z = x if softcap is None else softcap * np.tanh(x / softcap)
+    slope = logit_scale * (np.ones_like(x) if softcap is None else 1 / np.cosh(x / softcap) ** 2)
+    floor = -np.inf if softcap is None else -softcap
+    z = np.where(raw == np.inf, np.nan, np.where(raw == -np.inf, floor, z))
+    slope = np.where(np.isinf(raw) & ((softcap is not None) | (logit_scale != 1)), 0, slope)
+    return np.where(exists, z, -np.inf), np.where(exists, slope, 0)

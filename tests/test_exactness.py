@@ -1,0 +1,149 @@
+"""Confident tokens: loss and gradient against float64 at every margin, with Optax's error beside ours."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+from helpers import ALONE, assert_within, epsilon, loss_and_grad, random_case, relative_error
+
+from softmax_jax import cross_entropy
+
+MARGINS = np.linspace(-100, 100, 401)
+OFFSETS = [0, 1e4, -1e4]
+DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
+
+# The argument of the largest exponential that matters is about -margin, rounded to float32: ≤ 100 · 2^-24 = 6e-6
+# relative, and a few roundings more. That is the budget of the promise.
+PROMISE = 1e-5
+
+
+def at_margins(rng, margins, dtype=jnp.float32, offset=0.0, classes=11):
+    """Logits, one row a margin: the label's logit is the log-sum of the others plus the margin. Rounded to `dtype`;
+    what the rounded ones give in float64 is the truth."""
+    logits = rng.normal(size=(len(margins), classes))
+    labels = rng.integers(0, classes, len(margins)).astype(np.int32)
+    rows = np.arange(len(margins))
+    others = np.exp(logits).sum(-1) - np.exp(logits[rows, labels])
+    logits[rows, labels] = np.log(others) + margins
+    return (logits + offset).astype(dtype), labels
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
+@pytest.mark.parametrize("kind", ["integer", "one-hot"])
+def test_every_margin_from_minus_100_to_100(device, rng, dtype, kind):
+    """Also with 1e4 added to every logit, or taken from it."""
+    logits, labels = (
+        np.concatenate(rows)
+        for rows in zip(*(at_margins(rng, MARGINS, dtype, offset) for offset in OFFSETS), strict=True)
+    )
+    targets = labels if kind == "integer" else np.eye(11, dtype=np.float32)[labels]
+    cotangent = rng.normal(size=len(logits)).astype(np.float32)
+    want = reference.cross_entropy(logits, labels, reduction="none", cotangent=np.float64(cotangent))
+    loss, grad = loss_and_grad(jax.jit, logits, targets, cotangent, {"reduction": "none"})
+    assert relative_error(loss, want.loss).max() < PROMISE
+    if dtype == jnp.float32:
+        assert relative_error(grad, want.grad).max() < PROMISE
+    else:  # one rounding to its own dtype, whose smallest numbers are coarser
+        allowed = epsilon(dtype) / 2 * (1 + PROMISE) * abs(want.grad) + PROMISE * abs(want.grad)
+        smallest = float(jnp.finfo(dtype).smallest_subnormal) if dtype == jnp.float16 else 1e-30
+        assert np.all(abs(np.asarray(grad, np.float64) - want.grad) <= allowed + smallest)
+
+
+@pytest.mark.parametrize("offset", OFFSETS)
+def test_the_mean_is_as_exact(rng, offset):
+    """Its gradient is (p - t)/N; the loss of a mean over confident tokens alone does not round to 0."""
+    logits, labels = at_margins(rng, np.linspace(20, 60, 81), offset=offset)
+    want = reference.cross_entropy(logits, labels, cotangent=-0.7)
+    loss, grad = loss_and_grad(jax.jit, logits, labels, np.float32(-0.7), {})
+    assert relative_error(loss, want.loss).max() < PROMISE and relative_error(grad, want.grad).max() < PROMISE
+    assert want.loss > 1e-11
+
+
+def test_optax_and_ours_side_by_side(rng):
+    """Float32 is not the reason: Optax keeps log_normalizer - z_y, which is 0 from a margin of 17 on."""
+    rows = []
+    for margin in (0, 5, 10, 15, 17.5, 20, 30, 60):
+        logits, labels = at_margins(rng, np.full(64, margin))
+        want = reference.cross_entropy(logits, labels, reduction="none", cotangent=1.0)
+        peer, pull = jax.vjp(
+            lambda x, y=labels: optax.softmax_cross_entropy_with_integer_labels(x, y), jnp.asarray(logits)
+        )
+        ours = loss_and_grad(jax.jit, logits, labels, np.ones(64, np.float32), {"reduction": "none"})
+        theirs = peer, pull(jnp.ones(64))[0]
+        own = np.arange(64), labels
+        errors = [
+            relative_error(a, b).max()
+            for loss, grad in (ours, theirs)
+            for a, b in ((loss, want.loss), (grad[own], want.grad[own]))
+        ]
+        rows.append((margin, *errors))
+        print("margin {:5.1f}   ours {:.0e} {:.0e}   Optax {:.0e} {:.0e}".format(*rows[-1]))
+    table = np.array(rows)
+    assert table[:, 1:3].max() < PROMISE
+    assert np.all(table[table[:, 0] >= 10, 3] > 1e-3) and np.all(table[table[:, 0] >= 15, 3] > 0.1)
+    np.testing.assert_array_equal(table[table[:, 0] >= 17.5, 3:], 1)  # exactly 0: all of it is lost
+
+
+@pytest.mark.parametrize("margin", [0.0, 20.0, 60.0])
+def test_smoothed_and_weighted_losses_lose_nothing_either(rng, margin):
+    """A class weight and a z-loss beside the tail: the z-loss of logits near their log-sum 0 is small itself."""
+    logits, labels = at_margins(rng, np.full(16, margin))
+    logits = (logits - np.max(logits, -1, keepdims=True)).astype(np.float32)
+    options = {"class_weights": rng.uniform(0.5, 2, 11).astype(np.float32), "reduction": "none"}
+    cotangent = rng.normal(size=16).astype(np.float32)
+    want = reference.cross_entropy(logits, labels, cotangent=np.float64(cotangent), **options)
+    got = loss_and_grad(jax.jit, logits, labels, cotangent, options)
+    for ours, truth in zip(got, want, strict=False):
+        assert relative_error(ours, truth).max() < PROMISE
+
+
+SECOND_ORDER = {
+    "hessian": jax.hessian,
+    "jvp of grad": lambda f: jax.jacfwd(jax.grad(f)),
+    "grad of grad": lambda f: jax.jacrev(jax.grad(f)),
+}
+
+
+@pytest.mark.parametrize("how", SECOND_ORDER)
+@pytest.mark.parametrize("dense", [False, True], ids=["integer", "one-hot"])
+def test_hessian_is_the_analytic_one(rng, how, dense):
+    """diag(p) - p pᵀ, every entry of at least 1e-30; twice as many roundings of the exponent as the gradient has."""
+    logits, labels = at_margins(rng, np.array([-100.0, -30, -10, 0, 5, 17, 30, 60, 100]))
+    labels = np.eye(11, dtype=np.float32)[labels] if dense else labels
+    second = SECOND_ORDER[how](lambda z, label: -0.7 * cross_entropy(z, label))
+    got = jax.jit(jax.vmap(second))(logits, labels)
+    want = np.stack([-0.7 * reference.hessian(row) for row in logits])
+    assert np.all(np.isfinite(got))
+    assert relative_error(got, want).max() < 2 * PROMISE
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", SECOND_ORDER)
+@pytest.mark.parametrize("dense", [False, True], ids=["integer", "one-hot"])
+def test_one_class_has_no_loss_no_gradient_no_curvature(how, dense):
+    label = np.ones((1, 1), np.float32) if dense else np.zeros(1, np.int32)
+    f = jax.jit(lambda z: 3 * cross_entropy(z[None], label))
+    for z in (-100.0, 0.0, 1e4):
+        z = jnp.full(1, z)
+        assert f(z) == 0 and jax.grad(f)(z) == 0 and SECOND_ORDER[how](f)(z) == 0
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
+def test_second_order_with_all_options(rng, dense):
+    """A Hessian-vector product against central differences of the analytic float64 gradient."""
+    names = [name for name in ALONE if not (dense and name == "ignore_index")]
+    logits, labels, options = random_case(rng, (5, 7), dense=dense, names=names)
+    v = rng.normal(size=logits.shape)
+
+    def gradient(x):
+        return reference.cross_entropy(x, labels, **options).grad
+
+    want = (gradient(logits + 1e-5 * v) - gradient(logits - 1e-5 * v)) / 2e-5
+    grad = jax.grad(lambda x: cross_entropy(x, labels, **options))
+    forward = jax.jit(lambda x, v: jax.jvp(grad, (x,), (v,))[1])(logits, np.float32(v))
+    reverse = jax.jit(lambda x, v: jax.grad(lambda x: jnp.vdot(grad(x), v))(x))(logits, np.float32(v))
+    scale = np.abs(want).max() * np.abs(v).max() * (1 + np.abs(logits).max())  # the direction mixes terms of this size
+    assert_within(forward, want, np.full_like(want, scale), 16)
+    assert_within(reverse, want, np.full_like(want, scale), 16)

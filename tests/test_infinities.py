@@ -1,0 +1,136 @@
+"""Very large logits, infinite ones, soft caps, hidden labels: rows 19 to 23 of the table in test_failures.py."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from helpers import assert_within, check_against_reference, epsilon, loss_and_grad, random_case
+
+from softmax_jax import cross_entropy
+
+INF = np.inf
+both = pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
+
+
+@both
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("offset", [1e4, -1e4, 1e7, -1e7, 6e4, 3e38, -3e38])
+def test_very_large_logits(rng, offset, dtype, dense):
+    if abs(offset) > float(jnp.finfo(dtype).max) / 1.01:
+        pytest.skip("more than the dtype holds")
+    logits, labels, _ = random_case(rng, (5, 7), dense=dense)
+    step = abs(offset) * epsilon(dtype)  # the coarseness of logits there
+    logits = (np.float64(offset) + np.round(logits) * max(step, 1)).astype(dtype)
+    logits[:, 0] = -logits[:, 0] if offset < 0 else logits[:, 0]  # and far apart
+    options = {"label_smoothing": np.float32(0)}
+    want = reference.cross_entropy(logits, labels, reduction="none", **options)
+    if np.abs(want.loss).max() > 3e38:
+        pytest.skip("the loss is more than float32 holds")
+    loss, grad = loss_and_grad(jax.jit, logits, labels, np.ones(5, np.float32), {"reduction": "none"})
+    assert_within(loss, want.loss, 20 + abs(want.loss), 8)  # differences of logits are exact or rounded once
+    assert_within(grad, want.grad, want.grad * 0 + 20 * (1 + (labels.sum(-1, keepdims=True) if dense else 0)), 8, dtype)
+
+
+@both
+@pytest.mark.parametrize("names", [[], ["logit_scale"], ["class_weights", "logit_scale", "where"], ["z_loss"]], ids=str)
+def test_zero_times_infinity_is_zero(rng, names, dense):
+    """Classes of probability zero (-inf) with target 0 are as if they did not exist."""
+    logits, labels, options = random_case(rng, (5, 7), dense=dense, names=names)
+    logits[:, 2] = -INF
+    labels = np.where(np.arange(7) == 2, 0, labels) if dense else np.where(labels == 2, 3, labels).astype(np.int32)
+    if "where" in names:
+        options["where"][:, 3] = True
+    for reduction in ("mean", "none"):
+        check_against_reference(jax.jit, rng, logits, labels, options | {"reduction": reduction})
+    loss, grad = loss_and_grad(jax.jit, logits, labels, np.float32(0.7), options | {"label_smoothing": 0.0})
+    assert np.isfinite(loss) and np.all(np.isfinite(grad)) and np.all(grad[:, 2] == 0)
+
+
+@both
+def test_a_smoothed_class_of_probability_zero_is_infinite(rng, dense):
+    logits, labels, _ = random_case(rng, (5, 7), dense=dense)
+    logits[1, 2] = -INF
+    labels[1] = np.arange(7) == 3 if dense else 3
+    options = {"label_smoothing": np.float32(0.1), "reduction": "none"}
+    losses = np.asarray(cross_entropy(logits, labels, **options))
+    np.testing.assert_array_equal(np.isinf(losses), np.arange(5) == 1)
+    assert losses[1] == INF
+    hidden = {"where": np.isfinite(logits)}
+    check_against_reference(jax.jit, rng, logits, labels, options | hidden)
+    zero_class = {"class_weights": np.float32([1, 2, 0, 1, 1, 1, 1])}  # a class weight of 0 wins
+    check_against_reference(jax.jit, rng, logits, labels, options | zero_class)
+
+
+def test_a_class_weight_of_zero_wins_over_an_infinite_loss(rng):
+    logits, labels, _ = random_case(rng, (5, 7))
+    labels[1], logits[1, 2] = 2, -INF
+    c = np.float32([1, 2, 0, 1, 1, 1, 1])
+    for where in (None, np.arange(7) != 2):
+        labels = np.where((labels == 2) & (np.arange(5) != 1), 3, labels).astype(np.int32)
+        options = {"class_weights": c, "reduction": "none"} | ({} if where is None else {"where": where})
+        want = reference.cross_entropy(logits, labels, **options)
+        got = np.asarray(cross_entropy(logits, labels, **options))
+        assert got[1] == 0 and np.all(np.isfinite(want.loss))
+        assert_within(got, want.loss, want.loss_condition, 8)
+
+
+@pytest.mark.parametrize("total", [0.0, 0.3, 1.0, 7.0])
+def test_soft_labels_of_any_sum(rng, total):
+    """The gradient is T p - t, not p - t."""
+    logits, labels, _ = random_case(rng, (5, 7), dense=True)
+    labels = labels / labels.sum(-1, keepdims=True) * np.float32(total)
+    check_against_reference(jax.jit, rng, logits, labels, {"reduction": "none"})
+    _, grad = loss_and_grad(jax.jit, logits, labels, np.float32(0.7), {"reduction": "sum"})
+    want = 0.7 * (total * reference.softmax(logits) - labels)
+    assert_within(grad, want, 20 * (abs(want) + labels + 0.01), 8)
+
+
+@both
+@pytest.mark.parametrize("names", [["softcap"], ["softcap", "logit_scale"]], ids=len)
+def test_the_labels_own_logit_is_capped_too(rng, names, dense):
+    """Logits far above the cap: an uncapped label would give a negative loss."""
+    logits, labels, options = random_case(rng, (5, 7), dense=dense, names=names)
+    logits *= 20
+    check_against_reference(jax.jit, rng, logits, labels, options | {"reduction": "none"})
+    assert np.all(np.asarray(cross_entropy(logits, labels, reduction="none", **options)) >= 0)
+
+
+@pytest.mark.parametrize("softcap", [None, np.float32(5)])
+@pytest.mark.parametrize("scale", [0.7, -0.7, 0.0])
+def test_infinities_are_judged_on_the_raw_logit(rng, scale, softcap):
+    """A scale of 0 or below leaves -inf a class of probability zero; a cap makes it -softcap; +inf stays NaN."""
+    logits, labels, _ = random_case(rng, (4, 7))
+    logits[:2, 2], logits[3, 4] = -INF, INF
+    labels[:2] = 3
+    options = {"logit_scale": np.float32(scale), "reduction": "none"} | (
+        {} if softcap is None else {"softcap": softcap}
+    )
+    cotangent = rng.normal(size=4).astype(np.float32)
+    want = reference.cross_entropy(logits, labels, cotangent=np.float64(cotangent), **options)
+    loss, grad = loss_and_grad(jax.jit, logits, labels, cotangent, options)
+    assert np.isnan(loss[3]) and np.all(np.isfinite(loss[:3])) and np.all(np.isnan(grad[3]) | (np.arange(7) == 4))
+    assert_within(loss, want.loss, want.loss_condition, 8)
+    assert_within(grad[:3], want.grad[:3], want.grad_condition[:3] + epsilon(jnp.float32), 8)
+    through_scale = jax.grad(
+        lambda s: jnp.sum(cross_entropy(logits[:3], labels[:3], **(options | {"logit_scale": s})))
+    )(jnp.float32(scale))
+    assert np.isfinite(through_scale)
+
+
+@both
+def test_a_hidden_label_is_infinite_or_dropped_and_never_negative(rng, dense):
+    """An integer label on a hidden class: inf. Dense mass on a hidden class is left out, with gradient 0."""
+    logits, labels, _ = random_case(rng, (4, 7), dense=dense)
+    logits[:, 2] += 20  # hidden, and far above the others: log_normalizer - z_y would be negative
+    labels = labels + np.float32(0.1) if dense else np.where(np.arange(4) == 1, 2, 3).astype(np.int32)
+    options = {"where": np.arange(7) != 2, "reduction": "none"}
+    losses = np.asarray(cross_entropy(logits, labels, **options))
+    if dense:
+        check_against_reference(jax.jit, rng, logits, labels, options)
+        d_labels = jax.grad(lambda t: 0.7 * jnp.sum(cross_entropy(logits, t, **options)))(labels)
+        want = -0.7 * reference.log_softmax(logits, where=options["where"])
+        assert_within(d_labels, np.where(options["where"], want, 0), 20 * np.ones((4, 7)), 8)
+    else:
+        np.testing.assert_array_equal(losses == INF, np.arange(4) == 1)
+    assert np.all(losses >= 0)

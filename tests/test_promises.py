@@ -1,0 +1,163 @@
+"""What is promised beside the numbers: bytes kept, bytes used, no recompilation, no NaN on the way, repeatability."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import ALONE, FLOATS, compilations, random_case
+
+from softmax_jax import cross_entropy
+
+
+def kept(pull):
+    """Bytes of the residuals of a pullback."""
+    return sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(pull))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(("shape", "axis"), [((32, 512), -1), ((512, 32), 0)], ids=str)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: d.__name__)
+def test_kept_are_the_raw_logits_and_a_few_numbers_a_token(variant, rng, dtype, shape, axis, reduction):
+    """No probabilities, no one-hot, no float32 copy, no transpose; the label and at most 6 float32 a token."""
+    logits, labels, _ = random_case(rng, shape, axis, dtype)
+    _, pull = jax.vjp(variant(lambda x: cross_entropy(x, labels, axis=axis, reduction=reduction)), jnp.asarray(logits))
+    assert logits.nbytes <= kept(pull) <= logits.nbytes + 32 * 4 * 7 + 64
+    assert sum(np.asarray(leaf).shape == shape for leaf in jax.tree.leaves(pull)) == 1
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
+def test_options_keep_no_array_of_logits_size_but_the_operands(variant, rng, dense):
+    """Logits, the mask, dense labels: as they came. For all options together, 16 numbers a token (weights,
+    counts, the partial derivatives that each step keeps), and the class weights twice."""
+    names = [name for name in ALONE if not (dense and name == "ignore_index")]
+    logits, labels, options = random_case(rng, (32, 512), -1, jnp.bfloat16, dense, names)
+    _, pull = jax.vjp(variant(lambda x: cross_entropy(x, labels, **options)), jnp.asarray(logits))
+    operands = logits.nbytes + options["where"].nbytes + 2 * options["class_weights"].nbytes + labels.nbytes
+    assert kept(pull) <= operands + 32 * 4 * 16 + 64
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_compiled_gradient_needs_at_most_a_twentieth_of_the_logits(device, dtype, label_smoothing):
+    logits = jax.ShapeDtypeStruct((4096, 32000), dtype)
+    labels = jax.ShapeDtypeStruct((4096,), jnp.int32)
+    f = jax.value_and_grad(lambda x, y: cross_entropy(x, y, label_smoothing=label_smoothing))
+    memory = jax.jit(f).lower(logits, labels).compile().memory_analysis()
+    assert memory.temp_size_in_bytes <= 0.05 * logits.size * logits.dtype.itemsize
+
+
+def test_eager_calls_of_one_shape_compile_once(rng):
+    logits, labels, options = random_case(rng, (5, 17), names=FLOATS)
+    arrays = jnp.asarray(logits), jnp.asarray(labels)
+    options = {k: float(options[k]) for k in FLOATS}
+    cross_entropy(*arrays, **options)
+    with compilations() as names:
+        for factor in (0.3, 0.7, 0.9):
+            cross_entropy(*arrays, **{k: v * factor for k, v in options.items()})
+    assert names == []
+
+
+def test_a_schedule_compiles_once(rng):
+    """Every float option is a traced scalar of a training step."""
+    logits, labels, options = random_case(rng, (5, 17), names=[*FLOATS, "weights", "class_weights"])
+    axis = options.pop("axis")
+    step = jax.jit(jax.value_and_grad(lambda x, o: cross_entropy(x, labels, axis=axis, normalizer=o["z_loss"], **o)))
+    results = {float(step(logits, options)[0])}
+    with compilations() as names:
+        for factor in np.float32([0.3, 0.7, 0.9]):
+            results.add(float(step(logits, {k: v * factor for k, v in options.items()})[0]))
+    assert names == [] and len(results) == 4
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_python_numbers_do_not_change_the_dtype(rng, x64):
+    with jax.enable_x64(x64):
+        for dtype in (jnp.float32, jnp.bfloat16):
+            logits, labels, options = random_case(rng, (5, 7), dtype=dtype, names=ALONE)
+            options = {k: float(v) if k in FLOATS else v for k, v in options.items()}
+            loss, grad = jax.value_and_grad(lambda x, y=labels, o=options: cross_entropy(x, y, normalizer=3.0, **o))(
+                jnp.asarray(logits)
+            )
+            assert loss.dtype == jnp.float32 and grad.dtype == dtype and not loss.weak_type and not grad.weak_type
+
+
+def births_of_nan(jaxpr, consts, *args):
+    """Evaluates, and names every operation that makes a NaN from operands without any."""
+    values, born = {}, []
+
+    def read(v):
+        return v.val if hasattr(v, "val") else values[v]
+
+    def has_nan(x):
+        return jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating) and bool(jnp.any(jnp.isnan(x)))
+
+    values.update(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
+    for eqn in jaxpr.eqns:
+        operands = [read(v) for v in eqn.invars]
+        inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+        if inner is not None:
+            closed = (inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, ())
+            results, deeper = births_of_nan(*closed, *operands)
+            born += deeper
+        else:
+            results = eqn.primitive.bind(*operands, **eqn.params)
+            results = results if eqn.primitive.multiple_results else [results]
+            if any(map(has_nan, results)) and not any(map(has_nan, operands)):
+                born.append(str(eqn.primitive))
+        values.update(zip(eqn.outvars, results, strict=True))
+    return [read(v) for v in jaxpr.outvars], born
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
+@pytest.mark.parametrize("names", [[], ["label_smoothing"], [n for n in ALONE if n != "ignore_index"]], ids=len)
+def test_debug_nans_stays_silent_on_valid_input(rng, names, dense):
+    """With logits of -inf, hidden classes, rows of weight 0 and rows without any class. Not one operation of the
+    forward or of the backward pass makes a NaN that a `where` then hides."""
+    logits, labels, options = random_case(rng, (6, 7), dense=dense, names=names)
+    at_zero = "softcap" in names or "label_smoothing" not in names  # a smoothed -inf is a loss of inf
+    if at_zero:
+        logits[:, 2] = -np.inf
+        labels = np.where(np.arange(7) == 2, 0, labels) if dense else np.where(labels == 2, 3, labels).astype(np.int32)
+    if "where" in names:
+        options["where"][np.arange(6), 3] |= True
+        options["where"][4] = False
+        options["weights"][5], logits[5] = 0, -np.inf
+    gradient = jax.value_and_grad(lambda x: -1.3 * cross_entropy(x, labels, **options))
+    with jax.debug_nans(True):
+        loss, grad = gradient(jnp.asarray(logits))
+    assert np.isfinite(loss) and np.all(np.isfinite(grad))
+    closed = jax.make_jaxpr(gradient)(logits)
+    (again, *_), born = births_of_nan(closed.jaxpr, closed.consts, logits)
+    assert born == [] and np.allclose(again, loss, rtol=1e-6)
+
+
+def test_bitwise_the_same_in_every_run(rng):
+    logits, labels, options = random_case(rng, (64, 507), dtype=jnp.bfloat16, names=ALONE)
+    f = jax.jit(jax.value_and_grad(lambda x: 0.3 * cross_entropy(x, labels, **options)))
+    first = f(logits)
+    for _ in range(5):
+        for a, b in zip(f(logits), first, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("names", [[], ["label_smoothing", "z_loss", "class_weights"]], ids=len)
+def test_bitwise_the_same_whatever_the_other_rows_hold(rng, names):
+    """A row's loss and gradient depend neither on its place in the batch nor on NaN, inf or bad labels beside it."""
+    logits, labels, options = random_case(rng, (8, 123), names=names)
+    cotangent = rng.normal(size=8).astype(np.float32)
+
+    @jax.jit
+    def f(logits, labels, cotangent):
+        loss, pull = jax.vjp(lambda x: cross_entropy(x, labels, reduction="none", **options), logits)
+        return loss, pull(cotangent)[0]
+
+    want = f(logits, labels, cotangent)
+    order = rng.permutation(8)
+    bad, bad_labels = logits.copy(), labels.copy()
+    bad[0], bad[1], bad[2], bad_labels[3] = np.nan, np.inf, -np.inf, -1
+    for got, rows, places in (
+        (f(logits[order], labels[order], cotangent[order]), order, slice(None)),
+        (f(bad, bad_labels, cotangent), slice(4, None), slice(4, None)),
+    ):
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_array_equal(a[places], b[rows])
