@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from softmax_jax._dtypes import upcast
@@ -50,7 +51,7 @@ def map_over_chunks(f: Callable[[PyTree, PyTree], Array], shared: PyTree, chunks
 
 def _refuse_closure(f, shared, chunks):
     traced = jax.make_jaxpr(lambda shared, chunks: f(_up(shared), _take(chunks, 0)))(shared, chunks)
-    if any(isinstance(const, jax.core.Tracer) for const in traced.consts):
+    if any(isinstance(const, Tracer) for const in traced.consts):
         raise ValueError(
             "the function given to a sum or map over chunks closes over a traced value, whose gradient would be lost. "
             "Pass that value in `shared`, or in `chunks` if there is one a token."

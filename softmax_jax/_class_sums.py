@@ -173,8 +173,7 @@ def _sums(logits, labels, class_weights, adjustment, axis, smooth):
 # there, since replacing the product instead would lose second derivatives at weight 0.
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def class_sums(
+def _class_sums(
     logits: Array, labels: Array, class_weights: Array | None, adjustment: Adjustment, axis: int, smooth: bool
 ) -> ClassSums:
     """The sums of every token over the classes on `axis`.
@@ -225,6 +224,7 @@ def _class_sums_bwd(axis, smooth, residuals, cotangents):
     return dlogits, dlabels, dclass_weights, Adjustment(None, dscale, dsoftcap)
 
 
+class_sums = jax.custom_vjp(_class_sums, nondiff_argnums=(4, 5))
 class_sums.defvjp(_class_sums_fwd, _class_sums_bwd)
 
 

@@ -44,7 +44,7 @@ def cross_entropy(
         "mean": Σ weights · ℓ / Σ weights · c_y for integer labels, / Σ weights for dense ones; 0 where that is 0
 
     The gradient of the mean is the analytic (p - t)/N. Loss and every entry of the gradient are right to a few
-    roundings also where p_y → 1 and others round to 0. Kept for the backward pass: the logits as they came, and two
+    roundings also where p_y → 1 and others round to 0. Kept for the backward pass: the logits as they came, and a few
     numbers a token. Losses are in nats, float32 (float64 for float64 logits); a gradient has its operand's dtype.
 
     Args:

@@ -203,25 +203,25 @@ def _chunk_sum(transpose_weight: bool, dtype: DTypeLike, shared: _Shared, chunk:
 # float32, also that of `dweight`: `weight` comes in as float32, or autodiff would round it to 16 bits in every chunk.
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _project(x: Array, weight: Array, dtype: DTypeLike, transpose_weight: bool) -> Array:
-    return _dot(x, 1, weight, 1 if transpose_weight else 0, dtype)
-
-
 def _dot(a: Array, a_axis: int, b: Array, b_axis: int, dtype: DTypeLike) -> Array:
     dimensions = (((a_axis,), (b_axis,)), ((), ()))
     return lax.dot_general(a.astype(dtype), b.astype(dtype), dimensions, preferred_element_type=accumulator(dtype))
 
 
-def _project_fwd(x, weight, dtype, transpose_weight):
-    return _dot(x, 1, weight, 1 if transpose_weight else 0, dtype), (x, weight)
+def _logits(x: Array, weight: Array, dtype: DTypeLike, transpose_weight: bool) -> Array:
+    return _dot(x, 1, weight, 1 if transpose_weight else 0, dtype)
 
 
-def _project_bwd(dtype, transpose_weight, residuals, dlogits):
+def _logits_fwd(x, weight, dtype, transpose_weight):
+    return _logits(x, weight, dtype, transpose_weight), (x, weight)
+
+
+def _logits_bwd(dtype, transpose_weight, residuals, dlogits):
     x, weight = residuals
     dx = _dot(dlogits, 1, weight, 0 if transpose_weight else 1, dtype).astype(x.dtype)
     dweight = _dot(dlogits, 0, x, 0, dtype) if transpose_weight else _dot(x, 0, dlogits, 0, dtype)
     return dx, dweight.astype(weight.dtype)
 
 
-_project.defvjp(_project_fwd, _project_bwd)
+_project = jax.custom_vjp(_logits, nondiff_argnums=(2, 3))
+_project.defvjp(_logits_fwd, _logits_bwd)

@@ -4,7 +4,7 @@ Everything here is plain JAX on per-token numbers, but for the two logarithms, w
 compute by a subtraction that cancels.
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +22,12 @@ class Options(NamedTuple):
 
     where: Array | None = None  # broadcastable to the logits, of their rank
     weights: Array | None = None  # the batch shape
-    ignore_index: Array | None = None
+    ignore_index: Any = None
     class_weights: Array | None = None  # broadcastable to the logits, of their rank
-    label_smoothing: Array | None = None
-    z_loss: Array | None = None
-    logit_scale: Array | None = None
-    softcap: Array | None = None
+    label_smoothing: Any = None  # scalars, as are those that follow
+    z_loss: Any = None
+    logit_scale: Any = None
+    softcap: Any = None
 
 
 # With t = rest + exp(own):
@@ -136,7 +136,7 @@ def _loss(sums: ClassSums, classes: int, options: Options, axis: int) -> Array:
     nll = negative_log_likelihood(sums.rest, sums.own)
     spread = log_spread(sums.rest, sums.own)
     loss = nll if sums.own_mass is None else _times(sums.own_mass, nll)
-    if sums.rest_mass is not None:
+    if sums.rest_mass is not None and sums.label_sum is not None:
         loss = loss + sums.rest_mass * spread - sums.label_sum
     if sums.prior is not None:
         loss = _smoothed(loss, spread, sums.prior, classes, options, axis)
@@ -156,7 +156,7 @@ def weighted_losses(
         sums = class_sums_forward_mode(logits, labels, options.class_weights, adjustment, unused, axis, smooth)
     else:
         sums = class_sums(logits, labels, options.class_weights, adjustment, axis, smooth)
-    if unused is None:
+    if weights is None or unused is None:
         return _loss(sums, logits.shape[axis], options, axis)
     # A token of weight 0 is taken out before its loss is computed, so that no NaN of its own comes back.
     sums = jax.tree.map(lambda s: jnp.where(unused, 0, s), sums)

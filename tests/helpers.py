@@ -1,7 +1,9 @@
 """What several test files use: random cases, one way to differentiate, error budgets."""
 
 import logging
+from collections.abc import Iterable
 from contextlib import contextmanager
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,9 @@ def epsilon(dtype) -> float:
     return float(jnp.finfo(dtype).eps)
 
 
-def random_case(rng, shape, axis=-1, dtype=jnp.float32, dense=False, names=()):
+def random_case(
+    rng, shape, axis=-1, dtype: Any = jnp.float32, dense=False, names: Iterable[str] = ()
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """(logits, labels, options): random, all weights and classes of use, the named options on."""
     axis = axis % len(shape)
     batch, classes = shape[:axis] + shape[axis + 1 :], shape[axis]
@@ -29,7 +33,7 @@ def random_case(rng, shape, axis=-1, dtype=jnp.float32, dense=False, names=()):
         labels = rng.gamma(0.5, size=shape).astype(np.float32)  # of any sum, some of them tiny
     else:
         labels = ids.astype(np.int32)
-    options = {"axis": axis}
+    options: dict[str, Any] = {"axis": axis}
     for name in names:
         if name == "where":
             label = np.arange(classes) == ids[..., None]

@@ -64,8 +64,8 @@ def test_a_schedule_compiles_once(rng):
     step = jax.jit(jax.value_and_grad(lambda x, o: cross_entropy(x, labels, axis=axis, normalizer=o["z_loss"], **o)))
     results = {float(step(logits, options)[0])}
     with compilations() as names:
-        for factor in np.float32([0.3, 0.7, 0.9]):
-            results.add(float(step(logits, {k: v * factor for k, v in options.items()})[0]))
+        for factor in (0.3, 0.7, 0.9):
+            results.add(float(step(logits, {k: v * np.float32(factor) for k, v in options.items()})[0]))
     assert names == [] and len(results) == 4
 
 
