@@ -5,7 +5,8 @@
 
 `chunks` is a pytree of arrays [size, count, ...]; chunk c is [:, c]. Tokens are dealt out in turn, token t to chunk
 t % count, so that a batch that is sharded over its first axis stays where it is. `shared` is a pytree that every
-chunk sees, 16-bit leaves in float32, so that its gradient is summed in float32. `f` closes over nothing traced.
+chunk sees. What a gradient is asked of, and all of `shared`, comes to `f` as float32 where it is 16-bit, so that its
+gradient is float32 until the one cast at the end; `f` casts back where it wants to. `f` closes over nothing traced.
 
 The gradient of the sum is taken in the forward loop, since one scalar cotangent multiplies all of it afterwards:
 three matrix products for a linear layer, where recomputing the chunk in the backward pass would cost four. The map has
@@ -33,7 +34,7 @@ def sum_over_chunks(f: Callable[[PyTree, PyTree], Array], shared: PyTree, chunks
 
     Args:
       f: (shared, chunk) -> scalar. It must take every traced value as an argument.
-      shared: a pytree of arrays; `f` gets 16-bit floats in it as float32, and casts them back where it wants to.
+      shared: a pytree of arrays.
       chunks: a pytree of arrays [size, count, ...], the same count for all; `f` gets [size, ...].
 
     Raises:
@@ -96,7 +97,7 @@ def _joined(asked: PyTree, given: PyTree) -> PyTree:
 
 
 def _pull(f, shared, chunks, cotangents: Array | None) -> tuple[Array | None, PyTree, PyTree]:
-    """One loop for value and gradients: (Σ f or None, d(shared) in float32, d(chunks)).
+    """One loop for value and gradients: (Σ f or None, d(shared), d(chunks)), both in float32.
 
     `cotangents` are those of f's outputs, [size, count]; None is 1 for a scalar f, whose sum is then returned.
     """
@@ -113,7 +114,7 @@ def _pull(f, shared, chunks, cotangents: Array | None) -> tuple[Array | None, Py
         return total, jax.tree.map(jnp.add, dshared, dshared_here), _put(dchunks, dchunk, index)
 
     total = _zeros(f, _joined(*shared), _joined(*chunks)) if cotangents is None else None
-    init = (total, *(jax.tree.map(jnp.zeros_like, asked) for asked in (_up(shared[0]), chunks[0])))
+    init = (total, *(jax.tree.map(jnp.zeros_like, asked) for asked in (_up(shared[0]), _up(chunks[0]))))
     return _loop(body, init, chunks)
 
 
@@ -121,7 +122,7 @@ def _vjp(f, shared, chunk):
     """f of one chunk, and its pullback to what is asked for; `shared` and `chunk` are (asked, given)."""
     (asked_shared, given_shared), (asked_chunk, given_chunk) = shared, chunk
     of_asked = lambda s, c: f(_joined(s, _up(given_shared)), _joined(c, given_chunk))  # noqa: E731
-    return jax.vjp(of_asked, _up(asked_shared), asked_chunk)
+    return jax.vjp(of_asked, _up(asked_shared), _up(asked_chunk))
 
 
 def _zeros(f, shared, chunks) -> Array:
@@ -130,13 +131,13 @@ def _zeros(f, shared, chunks) -> Array:
     return jnp.zeros(out.shape, out.dtype)
 
 
-def _cast(gradients: PyTree, dtypes: PyTree, factor: Array | None = None) -> PyTree:
+def _cast(gradients: PyTree, operands: PyTree, factor: Array | float = 1.0) -> PyTree:
     """Gradients in their operands' dtype, multiplied by `factor` before that one cast."""
-    scaled = lambda g: g if factor is None else upcast(g) * factor  # noqa: E731
-    return jax.tree.map(lambda g, like: scaled(g).astype(like.dtype), gradients, dtypes)
+    return jax.tree.map(lambda g, like: (g * factor).astype(like.dtype), gradients, operands)
 
 
-def _dtypes(operand: PyTree) -> PyTree:
+def _empty(operand: PyTree) -> PyTree:
+    """Nothing of an operand but its pytree and its dtypes."""
     return jax.tree.map(lambda a: jnp.zeros((0,), a.dtype), operand)
 
 
@@ -148,12 +149,12 @@ def _sum(f, shared, chunks):
 def _sum_fwd(f, shared, chunks):
     shared, chunks = _split(shared), _split(chunks)
     total, dshared, dchunks = _pull(f, shared, chunks, None)
-    return total, (dshared, dchunks, _dtypes(shared[0]))
+    return total, (dshared, dchunks, _empty(shared[0]), _empty(chunks[0]))
 
 
 def _sum_bwd(f, residuals, cotangent):
-    dshared, dchunks, dtypes = residuals
-    return _cast(dshared, dtypes, cotangent), _cast(dchunks, dchunks, cotangent)
+    dshared, dchunks, shared, chunks = residuals
+    return _cast(dshared, shared, cotangent), _cast(dchunks, chunks, cotangent)
 
 
 _sum.defvjp(_sum_fwd, _sum_bwd, symbolic_zeros=True)
@@ -180,7 +181,7 @@ def _map_fwd(f, shared, chunks):
 def _map_bwd(f, residuals, cotangents):
     shared, chunks = residuals
     _, dshared, dchunks = _pull(f, shared, chunks, cotangents)
-    return _cast(dshared, shared[0]), dchunks
+    return _cast(dshared, shared[0]), _cast(dchunks, chunks[0])
 
 
 _map.defvjp(_map_fwd, _map_bwd, symbolic_zeros=True)

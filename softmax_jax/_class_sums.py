@@ -58,7 +58,7 @@ def adjust(logits: Array, adjustment: Adjustment) -> Array:
     a class of probability zero (or -softcap), +inf becomes NaN. The scale's own gradient there is 0, not 0 · inf.
     """
     where, scale, softcap = adjustment
-    z = logits
+    z = upcast(logits) if logits.dtype.itemsize == 1 else logits  # some 8-bit formats have no infinity
     if scale is not None or softcap is not None:
         raw, z = upcast(z), jnp.where(jnp.isinf(z), 0, upcast(z))
         z = z if scale is None else scale * z
@@ -89,23 +89,16 @@ def row_shift(z: Array, axis: int | tuple[int, ...]) -> Array:
     return jnp.where(largest == -jnp.inf, 0, largest)
 
 
-def class_index(z: Array, axes: tuple[int, ...]) -> Array:
-    """Each entry's index along `axes` (flat, in their order), in z's shape and dtype: exact up to 2**24 in float32."""
-    index = jnp.zeros((), z.dtype)
-    for axis in axes:
-        index = index * z.shape[axis] + lax.broadcasted_iota(z.dtype, z.shape, axis)
-    return index
-
-
 def not_at(pivot: Array, z: Array, axis: int) -> Array:
     """0 at each token's pivot class and 1 elsewhere, in z's shape and dtype.
 
     A factor min(|v - pivot|, 1) stays inside XLA's row reduction on the CPU where a comparison would write the
-    whole array out (3-6x slower).
+    whole array out (3-6x slower). Class ids are exact in float32 up to 2**24.
     """
     if z.shape[axis] > 2**24:
         return (lax.broadcasted_iota(jnp.int32, z.shape, axis) != jnp.expand_dims(pivot, axis)).astype(z.dtype)
-    return jnp.minimum(jnp.abs(class_index(z, (axis,)) - jnp.expand_dims(pivot, axis).astype(z.dtype)), 1)
+    ids = lax.broadcasted_iota(z.dtype, z.shape, axis)
+    return jnp.minimum(jnp.abs(ids - jnp.expand_dims(pivot, axis).astype(z.dtype)), 1)
 
 
 def pick(array: Array, ids: Array, axis: int) -> Array:
@@ -115,30 +108,31 @@ def pick(array: Array, ids: Array, axis: int) -> Array:
     return jnp.squeeze(jnp.take_along_axis(array, jnp.expand_dims(ids, axis), axis, mode="promise_in_bounds"), axis)
 
 
-def _linear_sums(z, pivot, labels, class_weights, where, axis, smooth):
-    """The sums that are linear in z - m: (own_mass, rest_mass, label_sum, prior).
+# The sums that are linear in z - m. In each, a factor of exactly 0 wins over z = -inf.
 
-    A factor of exactly 0 wins over z = -inf.
-    """
-    own_mass = rest_mass = label_sum = prior = None
+
+def _label_sums(z, pivot, labels, class_weights, where, axis):
+    """(own_mass, rest_mass, label_sum), None where they are 1, 0 and 0."""
     in_range = jnp.clip(pivot, 0, z.shape[axis] - 1)
-    if jnp.issubdtype(labels.dtype, jnp.floating):
-        target = labels.astype(z.dtype)
-        target = target if class_weights is None else class_weights * target
-        target = target if where is None else jnp.where(where, target, 0)
-        own_mass = pick(target, in_range, axis)
-        target = target * not_at(pivot, z, axis)
-        rest_mass = jnp.sum(target, axis)
-        label_sum = jnp.sum(target * jnp.where((target == 0) & jnp.isinf(z), 0, z), axis)
-    elif class_weights is not None:
-        own_mass = jnp.where(in_range == pivot, pick(class_weights, in_range, axis), jnp.nan)
-    if smooth and class_weights is None and where is None:
-        prior = jnp.sum(z, axis)
-    elif smooth:
-        each = jnp.ones_like(z) if class_weights is None else class_weights
-        each = each if where is None else jnp.where(where, each, 0)
-        prior = jnp.sum(each * jnp.where((each == 0) & jnp.isinf(z), 0, z), axis)
-    return own_mass, rest_mass, label_sum, prior
+    if jnp.issubdtype(labels.dtype, jnp.integer):
+        if class_weights is None:
+            return None, None, None
+        return jnp.where(in_range == pivot, pick(class_weights, in_range, axis), jnp.nan), None, None
+    target = labels.astype(z.dtype)
+    target = target if class_weights is None else class_weights * target
+    target = target if where is None else jnp.where(where, target, 0)
+    own_mass = pick(target, in_range, axis)
+    target = target * not_at(pivot, z, axis)
+    label_sum = jnp.sum(target * jnp.where((target == 0) & jnp.isinf(z), 0, z), axis)
+    return own_mass, jnp.sum(target, axis), label_sum
+
+
+def _prior(z, class_weights, where, axis):
+    if class_weights is None and where is None:
+        return jnp.sum(z, axis)
+    each = jnp.ones_like(z) if class_weights is None else class_weights
+    each = each if where is None else jnp.where(where, each, 0)
+    return jnp.sum(each * jnp.where((each == 0) & jnp.isinf(z), 0, z), axis)
 
 
 def _sums(logits, labels, class_weights, adjustment, axis, smooth):
@@ -158,8 +152,9 @@ def _sums(logits, labels, class_weights, adjustment, axis, smooth):
 
     fenced, rest = apart(logits, rest)
     z = shifted(fenced, adjustment, shift, axis)
-    linear = _linear_sums(z, pivot, labels, class_weights, adjustment.where, axis, smooth)
-    return ClassSums(shift, rest, own, *linear), pivot
+    masses = _label_sums(z, pivot, labels, class_weights, adjustment.where, axis)
+    prior = _prior(z, class_weights, adjustment.where, axis) if smooth else None
+    return ClassSums(shift, rest, own, *masses, prior), pivot
 
 
 # The rule. With the cotangents drest and down, and m a constant,
@@ -193,7 +188,7 @@ def _class_sums_fwd(logits, labels, class_weights, adjustment, axis, smooth):
 def _class_sums_bwd(axis, smooth, residuals, cotangents):
     logits, labels, class_weights, adjustment, shift, pivot = residuals
     where, scale, softcap = adjustment
-    drest, down, dlinear = cotangents.rest, cotangents.own, tuple(cotangents[3:])
+    drest, down = cotangents.rest, cotangents.own
     unused = jax.tree.reduce(jnp.logical_and, [ct == 0 for ct in jax.tree.leaves(cotangents[1:])])
     dense = jnp.issubdtype(labels.dtype, jnp.floating)
 
@@ -209,18 +204,23 @@ def _class_sums_bwd(axis, smooth, residuals, cotangents):
     at_pivot = lax.broadcasted_iota(jnp.int32, z.shape, axis) == jnp.expand_dims(pivot, axis)
     dz = jnp.where(at_pivot, jnp.expand_dims(down, axis), jnp.expand_dims(drest, axis) * jnp.exp(z))
 
-    dlabels = dclass_weights = None
-    if jax.tree.leaves(dlinear):
-        z = jnp.where(jnp.expand_dims(unused, axis) & jnp.isinf(z), 0, z)
-        linear = lambda z, labels, weights: _linear_sums(z, pivot, labels, weights, where, axis, smooth)  # noqa: E731
-        if dense:
-            _, pull_linear = jax.vjp(linear, z, labels, class_weights)
-            dz_linear, dlabels, dclass_weights = pull_linear(dlinear)
-        else:
-            _, pull_linear = jax.vjp(lambda z, weights: linear(z, labels, weights), z, class_weights)
-            dz_linear, dclass_weights = pull_linear(dlinear)
-        dz = dz + dz_linear
+    # An infinite z counts for nothing in a linear sum whose cotangent is 0.
+    finite = lambda cotangent: jnp.where(jnp.isinf(z) & (jnp.expand_dims(cotangent, axis) == 0), 0, z)  # noqa: E731
+    dlabels, dclass_weights = None, [] if class_weights is None else [jnp.zeros_like(class_weights)]
+    if dense:
+        masses = lambda z, t, c: _label_sums(z, pivot, t, c, where, axis)  # noqa: E731
+        _, pull = jax.vjp(masses, finite(cotangents.label_sum), labels, class_weights)
+        dz_labels, dlabels, dc = pull(tuple(cotangents[3:6]))
+        dz, dclass_weights = dz + dz_labels, [*dclass_weights, dc]
+    elif class_weights is not None:
+        _, pull = jax.vjp(lambda c: _label_sums(z, pivot, labels, c, where, axis), class_weights)
+        dclass_weights = [*dclass_weights, *pull(tuple(cotangents[3:6]))]
+    if smooth:
+        _, pull = jax.vjp(lambda z, c: _prior(z, c, where, axis), finite(cotangents.prior), class_weights)
+        dz_prior, dc = pull(cotangents.prior)
+        dz, dclass_weights = dz + dz_prior, [*dclass_weights, dc]
     dlogits, dscale, dsoftcap = pull_adjusted(dz)
+    dclass_weights = None if class_weights is None else sum(dclass_weights)
     return dlogits, dlabels, dclass_weights, Adjustment(None, dscale, dsoftcap)
 
 

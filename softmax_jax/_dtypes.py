@@ -1,5 +1,6 @@
 """The one policy on number formats: read in any, compute in float32 (float64 for float64), answer in the operand's."""
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
@@ -13,6 +14,13 @@ def accumulator(dtype: DTypeLike) -> jnp.dtype:
 def upcast(x: Array) -> Array:
     """`x` in the dtype that its sums are taken in."""
     return x.astype(accumulator(x.dtype))
+
+
+def product_dtype(a: DTypeLike, b: DTypeLike) -> jnp.dtype:
+    """The dtype that two operands of a matrix product are multiplied in: their promotion, also where the user has
+    switched implicit promotion off."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(a, b)
 
 
 def floating(x: Array) -> Array:

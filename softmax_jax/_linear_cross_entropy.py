@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Num
 from softmax_jax import _checks
 from softmax_jax._chunks import map_over_chunks, sum_over_chunks
 from softmax_jax._cross_entropy import Scalar
-from softmax_jax._dtypes import accumulator
+from softmax_jax._dtypes import accumulator, product_dtype
 from softmax_jax._token_loss import Options, Reduction, divide, mean_divisor, prepare, weighted_losses
 
 CHUNK_BYTES = 2**25
@@ -43,8 +43,8 @@ def linear_cross_entropy(
 
     Tokens go through in chunks: one matrix product makes a chunk's logits, the very functions of `cross_entropy` make
     its loss and, in the same pass, its gradients, and the logits are dropped. Memory beyond operands and gradients is
-    one chunk's logits, their gradient, and the float32 sum of a 16-bit weight's gradient, whatever the number of
-    tokens. Products multiply in the operands' dtype and accumulate in float32, as the sum over chunks does.
+    one chunk's logits, their gradient, and the float32 gradients of 16-bit operands until they are cast, whatever the
+    number of tokens. Products multiply in the operands' dtype and accumulate in float32, as the sum over chunks does.
 
     Args:
       x: hidden states, `[*batch, embed]`.
@@ -72,14 +72,14 @@ def linear_cross_entropy(
     2.45191
     >>> dx, dweight = jax.grad(linear_cross_entropy, argnums=(0, 1))(x, weight, labels)
 
-    Forward mode (`jax.jvp`, `jax.jacfwd`): use `optax.softmax_cross_entropy_with_integer_labels(x @ weight, labels)`.
+    Forward mode (`jax.jvp`, `jax.jacfwd`): use `cross_entropy(x @ weight, labels, forward_mode=True)`.
 
     Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", ICLR 2025; Hsu et al., "Liger Kernel", 2024.
     """
     x, weight, labels = jnp.asarray(x), jnp.asarray(weight), jnp.asarray(labels)
     classes = _checks.head(x, weight, bias, transpose_weight)
     shape, axis = (*x.shape[:-1], classes), x.ndim - 1
-    dtype = jnp.promote_types(x.dtype, weight.dtype)
+    dtype = product_dtype(x.dtype, weight.dtype)
     _checks.labels_of(labels, shape, axis)
     options = _checks.options_for(
         shape,
@@ -99,7 +99,7 @@ def linear_cross_entropy(
     tokens = math.prod(shape[:-1])
     chunks = chunk_count(tokens, classes, dtype, _checks.chunk_size_of(chunk_size))
     bias = None if bias is None else jnp.asarray(bias)
-    return _linear_cross_entropy(x, weight, bias, labels, options, divisor, transpose_weight, reduction, chunks)
+    return _linear_cross_entropy(x, weight, bias, labels, options, divisor, bool(transpose_weight), reduction, chunks)
 
 
 def chunk_count(tokens: int, classes: int, dtype: DTypeLike, chunk_size: int | None) -> int:
@@ -123,7 +123,7 @@ def _linear_cross_entropy(
     count: int,
 ):
     batch, tokens, classes = x.shape[:-1], math.prod(x.shape[:-1]), weight.shape[0 if transpose_weight else 1]
-    dtype = jnp.promote_types(x.dtype, weight.dtype)
+    dtype = product_dtype(x.dtype, weight.dtype)
     labels, weights, options = prepare(labels, options, (*batch, classes), dtype, x.ndim - 1)
     divisor = mean_divisor(labels, weights, options, tokens, normalizer)
     if weights is None and tokens % count:
@@ -188,7 +188,7 @@ def _chunk_losses(transpose_weight: bool, dtype: DTypeLike, shared: _Shared, chu
         x = jnp.where(weights[:, None] == 0, 0, x)
     logits = _project(x, shared.weight, dtype, transpose_weight)
     if shared.bias is not None:
-        logits = logits + shared.bias[None, :]
+        logits = logits + shared.bias[None, :].astype(logits.dtype)
     if where is not None:
         where = where if shared.rows is None else shared.rows[where]
         shared = shared._replace(options=shared.options._replace(where=where))
@@ -200,7 +200,8 @@ def _chunk_sum(transpose_weight: bool, dtype: DTypeLike, shared: _Shared, chunk:
 
 
 # logits = x · weight, dx = dlogits · weightᵀ, dweight = xᵀ · dlogits: operands in the layer's dtype, results in
-# float32, also that of `dweight`: `weight` comes in as float32, or autodiff would round it to 16 bits in every chunk.
+# float32, those of `dx` and `dweight` too: `x` and `weight` come in as float32 and are cast here, or autodiff would
+# round their gradients to 16 bits in every chunk, before the divisor is applied.
 
 
 def _dot(a: Array, a_axis: int, b: Array, b_axis: int, dtype: DTypeLike) -> Array:
@@ -218,9 +219,19 @@ def _logits_fwd(x, weight, dtype, transpose_weight):
 
 def _logits_bwd(dtype, transpose_weight, residuals, dlogits):
     x, weight = residuals
-    dx = _dot(dlogits, 1, weight, 0 if transpose_weight else 1, dtype).astype(x.dtype)
+    dlogits, scale = _in_range(dlogits, dtype)
+    dx = _dot(dlogits, 1, weight, 0 if transpose_weight else 1, dtype) / scale
     dweight = _dot(dlogits, 0, x, 0, dtype) if transpose_weight else _dot(x, 0, dlogits, 0, dtype)
-    return dx, dweight.astype(weight.dtype)
+    return dx.astype(x.dtype), (dweight / scale).astype(weight.dtype)
+
+
+def _in_range(dlogits: Array, dtype: DTypeLike) -> tuple[Array, Array | float]:
+    """(dlogits · scale, scale): for float16, the largest at 2**14, as token weights and p may leave its range."""
+    if jnp.dtype(dtype) != jnp.float16:
+        return dlogits, 1.0
+    largest = lax.stop_gradient(jnp.max(jnp.abs(dlogits), initial=0))
+    scale = jnp.where((largest > 0) & jnp.isfinite(largest), 2.0**14 / jnp.maximum(largest, 1e-30), 1)
+    return dlogits * scale, scale
 
 
 _project = jax.custom_vjp(_logits, nondiff_argnums=(2, 3))

@@ -144,10 +144,11 @@ def poly_loss_cross_entropy(
 @partial(jax.checkpoint, static_argnums=4)
 def _poly_loss(logits: Array, labels: Array, epsilon: Array, where: Array | None, axis: int) -> Array:
     labels = labels.astype(epsilon.dtype)
+    labels = labels if where is None else jnp.where(where, labels, 0)
     log_p = log_softmax(logits.astype(epsilon.dtype), axis, where)
     log_p = jnp.where((labels == 0) & jnp.isinf(log_p), 0, log_p)
     terms = labels * (-log_p - epsilon * jnp.expm1(log_p))
-    return jnp.sum(terms, axis, where=where)
+    return jnp.sum(terms, axis)
 
 
 def _broadcast(labels: ArrayLike, logits: Array) -> Array:
@@ -162,7 +163,8 @@ def _mask(where: ArrayLike | None, logits: Array, axes: Axes) -> Array | None:
         return None
     where = jnp.asarray(where)
     if where.ndim != logits.ndim:
-        where = jnp.expand_dims(where, axes)
+        batch = tuple(n for a, n in enumerate(logits.shape) if a not in axes)
+        where = jnp.expand_dims(_checks.mask("where", where, batch), axes)
     where = _checks.mask("where", where, logits.shape)
     return where if len(axes) == 1 else _classes_last(jnp.broadcast_to(where, logits.shape), axes)
 

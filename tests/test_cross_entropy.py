@@ -155,3 +155,10 @@ def test_keyword_defaults_are_neutral(rng):
     logits, labels, _ = random_case(rng, (5, 7))
     got = cross_entropy(logits, labels, label_smoothing=0, z_loss=0, logit_scale=1, softcap=None, normalizer=None)
     assert got == cross_entropy(logits, labels)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_formats_without_infinity(dtype):
+    logits = jnp.asarray([[1.0, 2.0, -3.0]], jnp.dtype(dtype))
+    want = cross_entropy(logits.astype(jnp.float32), jnp.array([1]))
+    np.testing.assert_array_equal(cross_entropy(logits, jnp.array([1])), want)

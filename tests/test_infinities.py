@@ -134,3 +134,12 @@ def test_a_hidden_label_is_infinite_or_dropped_and_never_negative(rng, dense):
     else:
         np.testing.assert_array_equal(losses == INF, np.arange(4) == 1)
     assert np.all(losses >= 0)
+
+
+@both
+def test_a_traced_smoothing_of_zero_over_minus_infinity_has_class_weight_gradients(dense):
+    """A cotangent of 0 times -inf is 0: the gradient is that without smoothing."""
+    logits = jnp.array([[1.0, 2.0, -INF], [0.0, 1.0, 2.0]])
+    labels = jnp.array([[0.25, 0.75, 0.0], [0.0, 1.0, 0.0]]) if dense else jnp.array([0, 1])
+    gradient = jax.grad(lambda c, e: cross_entropy(logits, labels, class_weights=c, label_smoothing=e))
+    np.testing.assert_array_equal(gradient(jnp.ones(3), jnp.float32(0)), gradient(jnp.ones(3), 0.0))

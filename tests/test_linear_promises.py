@@ -28,8 +28,8 @@ def test_memory_is_a_chunk_its_gradient_and_the_heads_gradient_whatever_the_toke
     chunk, head = 4 * CHUNK * CLASSES, 4 * EMBED * CLASSES
     once, twice = temporary(TOKENS, dtype), temporary(2 * TOKENS, dtype)
     assert once <= 1.1 * (2 * chunk + head)
-    # Doubling the tokens adds dx, and at most one copy of x in the layout and the dtype of the loop.
-    assert twice - once <= TOKENS * EMBED * (jnp.dtype(dtype).itemsize + 4) + 2**16
+    # Doubling the tokens adds dx as the loop has it, in float32, and at most a copy of x in the loop's layout.
+    assert twice - once <= 2 * TOKENS * EMBED * 4 + 2**16
 
 
 @pytest.mark.parametrize(("asked", "products"), [((0, 1), 3), ((0,), 2), ((1,), 2), ((), 1)], ids=str)
@@ -147,6 +147,40 @@ def test_float16_with_65536_tokens(rng):
     # dlogits is rounded to float16 (eps/2 each, at random), and the result once.
     error = np.linalg.norm(np.asarray(dweight, np.float64) - truth) / np.linalg.norm(truth)
     assert error <= epsilon(np.float16)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("weight_of_all", [1e-9, 1e-6, 1.0, 1e5, 1e8])
+def test_token_weights_beyond_float16_cancel_in_its_gradients(rng, weight_of_all, reduction):
+    """Equal weights w, over w: dlogits is scaled into float16's range before it is rounded to it."""
+    x, weight = (rng.normal(size=s).astype(np.float16) for s in ((64, 8), (8, 16)))
+    labels = rng.integers(0, 16, 64).astype(np.int32)
+    weights = np.full(64, weight_of_all, np.float32)
+
+    def loss(x, w):
+        out = linear_cross_entropy(x, w, labels, weights=weights, chunk_size=20, reduction=reduction)
+        return out if reduction == "mean" else jnp.sum(out / (64 * weight_of_all))
+
+    p = np.exp(x.astype(np.float64) @ weight.astype(np.float64))
+    d = (p / p.sum(1, keepdims=True) - np.eye(16)[labels]) / 64
+    truths = d @ weight.astype(np.float64).T, x.astype(np.float64).T @ d
+    for got, truth in zip(jax.grad(loss, (0, 1))(jnp.asarray(x), jnp.asarray(weight)), truths, strict=True):
+        # dlogits is rounded to float16 and so is the result: eps/2 each, at random; float16's own subnormals beside.
+        error = np.linalg.norm(np.asarray(got, np.float64) - truth) / np.linalg.norm(truth)
+        assert error <= epsilon(np.float16)
+
+
+@pytest.mark.parametrize(
+    ("of_x", "of_weight"), [("bfloat16", "float32"), ("float32", "float16"), ("float16", "bfloat16")]
+)
+def test_operands_of_two_dtypes_multiply_in_their_promotion(rng, of_x, of_weight):
+    """Also under strict promotion, which these tests have on; each gradient in its operand's dtype."""
+    x, weight = rng.normal(size=(6, 8)).astype(jnp.dtype(of_x)), rng.normal(size=(8, 16)).astype(jnp.dtype(of_weight))
+    labels = rng.integers(0, 16, 6).astype(np.int32)
+    loss, (dx, dweight) = jax.value_and_grad(linear_cross_entropy, (0, 1))(x, weight, labels)
+    want = cross_entropy(jnp.asarray(x, jnp.float32) @ jnp.asarray(weight, jnp.float32), labels)
+    np.testing.assert_allclose(loss, want, rtol=16 * epsilon(jnp.float32))
+    assert (dx.dtype, dweight.dtype) == (x.dtype, weight.dtype)
 
 
 def test_one_chunk_is_the_plain_path(rng):

@@ -1,0 +1,136 @@
+"""The doors with Optax's names: Optax's values and gradients on what it documents, and the differences on purpose."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import epsilon
+
+import softmax_jax
+
+SHAPE = (3, 4, 5)
+AXES = [-1, 1, (2, 0), (0, 1, 2)]
+DENSE = ["softmax_cross_entropy", "poly_loss_cross_entropy"]
+
+
+def operands(rng, axis, dense):
+    logits = jnp.asarray(3 * rng.normal(size=SHAPE), jnp.float32)
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    batch = [n for a, n in enumerate(SHAPE) if a not in [x % 3 for x in axes]]
+    if dense:
+        return logits, jnp.asarray(rng.gamma(1.0, size=SHAPE), jnp.float32)
+    return logits, jnp.asarray(rng.integers(0, np.prod([SHAPE[a] for a in axes]), batch), jnp.int32)
+
+
+def assert_same(rng, ours, theirs, logits):
+    """Value and pullback of a random cotangent; Optax cancels by up to eps times the sum of the terms."""
+    got, pull = jax.vjp(ours, logits)
+    with jax.numpy_rank_promotion("allow"):
+        want, pull_theirs = jax.vjp(theirs, logits)
+    cotangent = jnp.asarray(rng.normal(size=want.shape), jnp.float32)
+    for a, b in ((got, want), (pull(cotangent)[0], pull_theirs(cotangent)[0])):
+        np.testing.assert_allclose(a, b, rtol=0, atol=64 * epsilon(jnp.float32) * (1 + np.max(np.abs(b), initial=0)))
+
+
+@pytest.mark.parametrize("axis", AXES, ids=str)
+@pytest.mark.parametrize("masked", ["", "classes", "rows"])
+@pytest.mark.parametrize("name", [*DENSE, "softmax_cross_entropy_with_integer_labels"])
+def test_value_and_gradient_are_optaxs(rng, name, masked, axis):
+    if masked == "rows" and name == "poly_loss_cross_entropy":
+        pytest.skip("Optax's own refuses it")
+    logits, labels = operands(rng, axis, name in DENSE)
+    where = None
+    if masked == "classes":
+        where = jnp.asarray(rng.random(SHAPE) < 0.8)
+        if name not in DENSE:  # the label's class exists; hidden, Optax's loss is negative
+            merged = logits if not isinstance(axis, tuple) else None
+            if merged is None:
+                where = jnp.ones(SHAPE, bool)
+            else:
+                where = where | (jnp.expand_dims(labels, axis) == jax.lax.broadcasted_iota(jnp.int32, SHAPE, axis % 3))
+    elif masked == "rows":
+        batch = operands(rng, axis, False)[1].shape
+        where = jnp.asarray(rng.random(batch) < 0.6)
+    both = (getattr(module, name) for module in (softmax_jax, optax.losses))
+    ours, theirs = (lambda z, f=f: f(z, labels, axis=axis, where=where) for f in both)
+    assert_same(rng, ours, theirs, logits)
+
+
+def test_all_axes_and_positional_arguments(rng):
+    logits, labels = operands(rng, -1, True)
+    where = jnp.asarray(rng.random(SHAPE) < 0.8)
+    for arguments in ((None,), (1, where), (-1, None)):
+        ours = lambda z, a=arguments: softmax_jax.softmax_cross_entropy(z, labels, *a)  # noqa: E731
+        theirs = lambda z, a=arguments: optax.softmax_cross_entropy(z, labels, *a)  # noqa: E731
+        assert_same(rng, ours, theirs, logits)
+
+
+def test_labels_broadcast_in_safe_and_poly_only(rng):
+    logits, labels = operands(rng, -1, True)
+    for name in ("safe_softmax_cross_entropy", "poly_loss_cross_entropy"):
+        ours, theirs = (lambda z, m=m, n=name: getattr(m, n)(z, labels[0, 0]) for m in (softmax_jax, optax.losses))
+        assert_same(rng, ours, theirs, logits)
+    with pytest.raises(ValueError, match=r"labels.shape=\(5,\)"):
+        softmax_jax.softmax_cross_entropy(logits, labels[0, 0])
+
+
+def test_a_row_mask_of_lower_rank_broadcasts_over_the_batch(rng):
+    logits, labels = operands(rng, -1, True)
+    where = jnp.array([True, False, True, True])
+    got = softmax_jax.softmax_cross_entropy(logits, labels, where=where)
+    want = softmax_jax.softmax_cross_entropy(logits, labels) * where.astype(jnp.float32)[None, :]
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("epsilon_1", [2.0, -1.0, 0.0])
+def test_poly_loss_epsilon_and_its_gradient(rng, epsilon_1):
+    logits, labels = operands(rng, -1, True)
+    value = lambda e, m: jnp.sum(m.poly_loss_cross_entropy(logits, labels, epsilon=e))  # noqa: E731
+    got = jax.value_and_grad(value)(jnp.float32(epsilon_1), softmax_jax)
+    want = jax.value_and_grad(value)(jnp.float32(epsilon_1), optax.losses)
+    np.testing.assert_allclose(got, want, rtol=64 * epsilon(jnp.float32))
+
+
+@pytest.mark.parametrize("margin", [0, 10, 20, 40, 60])
+def test_exact_in_the_tail(margin):
+    """Odds e^-margin: -log p = log1p(odds), 1 - p = odds/(1 + odds), gradient -p' of both, in every door."""
+    logits, one_hot = jnp.array([[margin, 0.0]], jnp.float32), jnp.array([[1.0, 0.0]])
+    odds = np.exp(-np.float64(margin))
+    miss = odds / (1 + odds)
+    cases = [
+        (softmax_jax.softmax_cross_entropy, one_hot, np.log1p(odds), -miss),
+        (softmax_jax.safe_softmax_cross_entropy, one_hot, np.log1p(odds), -miss),
+        (softmax_jax.softmax_cross_entropy_with_integer_labels, jnp.array([0]), np.log1p(odds), -miss),
+        (softmax_jax.poly_loss_cross_entropy, one_hot, np.log1p(odds) + 2 * miss, -miss - 2 * miss * (1 - miss)),
+    ]
+    for door, labels, loss, gradient in cases:
+        got = jax.value_and_grad(lambda z, door=door, labels=labels: jnp.sum(door(z, labels)))(logits)
+        np.testing.assert_allclose(got[0], loss, rtol=1e-5)
+        np.testing.assert_allclose(got[1][0, 0], gradient, rtol=1e-5)
+
+
+def test_what_differs_on_purpose():
+    """Out of range is NaN, hidden is inf, 0 · -inf is 0, 16-bit logits give a float32 loss."""
+    logits, integer = jnp.array([[1.0, 2.0, -jnp.inf]]), softmax_jax.softmax_cross_entropy_with_integer_labels
+    assert jnp.isnan(integer(logits, jnp.array([-1]))) and jnp.isnan(integer(logits, jnp.array([3])))
+    assert integer(logits, jnp.array([0]), where=jnp.array([[False, True, True]])) == jnp.inf
+    dense = softmax_jax.softmax_cross_entropy(logits, jnp.array([[0.0, 1.0, 0.0]]))
+    np.testing.assert_allclose(dense, np.log1p(np.exp(-1.0)), rtol=4 * epsilon(jnp.float32))
+    assert integer(logits.astype(jnp.bfloat16), jnp.array([1])).dtype == jnp.float32
+    hidden = jax.grad(lambda t: softmax_jax.poly_loss_cross_entropy(logits, t, where=logits > 1)[0])
+    np.testing.assert_array_equal(hidden(jnp.ones((1, 3)))[0, ::2], 0)
+
+
+@pytest.mark.usefixtures("untyped")
+def test_bad_input_is_refused_with_the_way_out():
+    logits = jnp.ones((2, 3))
+    integer = softmax_jax.softmax_cross_entropy_with_integer_labels
+    with pytest.raises(TypeError, match="must be integers; got dtype float32.*softmax_cross_entropy"):
+        integer(logits, jnp.ones(2))
+    with pytest.raises(TypeError, match="int or a tuple of ints; got None"):
+        integer(logits, jnp.zeros(2, jnp.int32), axis=None)
+    with pytest.raises(ValueError, match="names an axis twice"):
+        softmax_jax.softmax_cross_entropy(logits, logits, axis=(0, 0))
+    with pytest.raises(ValueError, match=r"axis=2 for logits.shape=\(2, 3\)"):
+        softmax_jax.softmax_cross_entropy(logits, logits, axis=2)
