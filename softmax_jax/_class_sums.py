@@ -164,40 +164,50 @@ def _sums(logits, labels, class_weights, adjustment, axis, smooth):
 # to which the linear sums add their own, and which is pulled back through `adjust`, where it is cast once. Kept: the
 # operands as they came, m and the pivot, one number each per token. Made again: z and its exponential.
 #
-# A cotangent of 0 times anything is 0, also in a row that holds NaN or inf: such a row's logits are replaced, but only
-# there, since replacing the product instead would lose second derivatives at weight 0.
+# A row whose sums are not used, since its token has weight 0, is emptied before its gradient is made: whatever it
+# holds, NaN or inf, its gradient is exactly 0.
 
 
 def _class_sums(
-    logits: Array, labels: Array, class_weights: Array | None, adjustment: Adjustment, axis: int, smooth: bool
+    logits: Array,
+    labels: Array,
+    class_weights: Array | None,
+    adjustment: Adjustment,
+    unused: Array | None,
+    axis: int,
+    smooth: bool,
 ) -> ClassSums:
     """The sums of every token over the classes on `axis`.
 
     Integer `labels` have the batch shape, floating ones the shape of `logits`; `class_weights` and
-    `adjustment.where` broadcast to the logits; `smooth` asks for `prior`.
+    `adjustment.where` broadcast to the logits; the sums of `unused` rows (None: there are none) must have cotangent 0;
+    `smooth` asks for `prior`.
     """
     return _sums(logits, labels, class_weights, adjustment, axis, smooth)[0]
 
 
-def _class_sums_fwd(logits, labels, class_weights, adjustment, axis, smooth):
+def _emptied(unused, logits, labels, axis):
+    if unused is None:
+        return logits, labels
+    rows = jnp.expand_dims(unused, axis)
+    dense = jnp.issubdtype(labels.dtype, jnp.floating)
+    return jnp.where(rows, 0, logits), jnp.where(rows, 0, labels) if dense else labels
+
+
+def _class_sums_fwd(logits, labels, class_weights, adjustment, unused, axis, smooth):
     sums, pivot = _sums(logits, labels, class_weights, adjustment, axis, smooth)
-    shift = jnp.where(jnp.isnan(sums.rest), jnp.nan, sums.shift)
-    return sums, (logits, labels, class_weights, adjustment, shift, pivot)
+    return sums, (logits, labels, class_weights, adjustment, unused, sums.shift, pivot)
 
 
 def _class_sums_bwd(axis, smooth, residuals, cotangents):
-    logits, labels, class_weights, adjustment, shift, pivot = residuals
+    logits, labels, class_weights, adjustment, unused, shift, pivot = residuals
     where, scale, softcap = adjustment
     drest, down = cotangents.rest, cotangents.own
-    unused = jax.tree.reduce(jnp.logical_and, [ct == 0 for ct in jax.tree.leaves(cotangents[1:])])
     dense = jnp.issubdtype(labels.dtype, jnp.floating)
 
-    logits, shift, unused, drest = apart(logits, shift, unused, drest)
-    poisoned = unused & ~jnp.isfinite(shift)
-    logits = jnp.where(jnp.expand_dims(poisoned, axis), 0, logits)
-    shift = jnp.where(poisoned, 0, shift)
-    if dense:
-        labels = jnp.where(jnp.expand_dims(unused, axis) & ~jnp.isfinite(labels), 0, labels)
+    logits, shift, drest = apart(logits, shift, drest)
+    logits, labels = _emptied(unused, logits, labels, axis)
+    shift = shift if unused is None else jnp.where(unused, 0, shift)
 
     of_operands = lambda x, scale, softcap: shifted(x, Adjustment(where, scale, softcap), shift, axis)  # noqa: E731
     z, pull_adjusted = jax.vjp(of_operands, logits, scale, softcap)
@@ -221,10 +231,10 @@ def _class_sums_bwd(axis, smooth, residuals, cotangents):
         dz, dclass_weights = dz + dz_prior, [*dclass_weights, dc]
     dlogits, dscale, dsoftcap = pull_adjusted(dz)
     dclass_weights = None if class_weights is None else sum(dclass_weights)
-    return dlogits, dlabels, dclass_weights, Adjustment(None, dscale, dsoftcap)
+    return dlogits, dlabels, dclass_weights, Adjustment(None, dscale, dsoftcap), None
 
 
-class_sums = jax.custom_vjp(_class_sums, nondiff_argnums=(4, 5))
+class_sums = jax.custom_vjp(_class_sums, nondiff_argnums=(5, 6))
 class_sums.defvjp(_class_sums_fwd, _class_sums_bwd)
 
 
@@ -240,10 +250,6 @@ def class_sums_forward_mode(
 ) -> ClassSums:
     """`class_sums` by JAX's own derivatives, for forward mode: slower in reverse, and kept as small by recomputing.
 
-    With m a constant they are the rule above. `unused` rows are emptied, as the rule does when their cotangent is 0.
+    With m a constant they are the rule above.
     """
-    if unused is not None:
-        logits = jnp.where(jnp.expand_dims(unused, axis), 0, logits)
-        if jnp.issubdtype(labels.dtype, jnp.floating):
-            labels = jnp.where(jnp.expand_dims(unused, axis), 0, labels)
-    return _sums(logits, labels, class_weights, adjustment, axis, smooth)[0]
+    return _sums(*_emptied(unused, logits, labels, axis), class_weights, adjustment, axis, smooth)[0]

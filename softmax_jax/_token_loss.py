@@ -152,10 +152,8 @@ def weighted_losses(
     adjustment = Adjustment(options.where, options.logit_scale, options.softcap)
     smooth = options.label_smoothing is not None
     unused = None if weights is None else weights == 0
-    if forward_mode:
-        sums = class_sums_forward_mode(logits, labels, options.class_weights, adjustment, unused, axis, smooth)
-    else:
-        sums = class_sums(logits, labels, options.class_weights, adjustment, axis, smooth)
+    of_operands = class_sums_forward_mode if forward_mode else class_sums
+    sums = of_operands(logits, labels, options.class_weights, adjustment, unused, axis, smooth)
     if weights is None or unused is None:
         return _loss(sums, logits.shape[axis], options, axis)
     # A token of weight 0 is taken out before its loss is computed, so that no NaN of its own comes back.
