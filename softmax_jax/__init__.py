@@ -1,16 +1,16 @@
 """Softmax and cross-entropy for JAX: exact, small, fast.
 
-Read from the top of this list: the doors, then `_token_loss`, then the waist, `_class_sums`.
+The table of contents, in reading order: the doors; behind them `_token_loss`, `_chunks` and the waist, `_class_sums`.
 """
 
-from softmax_jax._softmax import log_softmax as log_softmax
+# ruff: noqa: I001
 from softmax_jax._softmax import softmax as softmax
-
-from softmax_jax._cross_entropy import cross_entropy as cross_entropy  # isort: skip
-from softmax_jax._linear_cross_entropy import linear_cross_entropy as linear_cross_entropy  # isort: skip
-from softmax_jax._optax_names import poly_loss_cross_entropy as poly_loss_cross_entropy
-from softmax_jax._optax_names import safe_softmax_cross_entropy as safe_softmax_cross_entropy
+from softmax_jax._softmax import log_softmax as log_softmax
+from softmax_jax._cross_entropy import cross_entropy as cross_entropy
+from softmax_jax._linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from softmax_jax._optax_names import softmax_cross_entropy as softmax_cross_entropy
 from softmax_jax._optax_names import (
     softmax_cross_entropy_with_integer_labels as softmax_cross_entropy_with_integer_labels,
 )
+from softmax_jax._optax_names import safe_softmax_cross_entropy as safe_softmax_cross_entropy
+from softmax_jax._optax_names import poly_loss_cross_entropy as poly_loss_cross_entropy

@@ -2,8 +2,8 @@
 
 import math
 import operator
-from numbers import Number
-from typing import Any
+from numbers import Real
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +11,21 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from softmax_jax._dtypes import accumulator
-from softmax_jax._token_loss import Options
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+class Options(NamedTuple):
+    """A door's options as arrays; None where an option is neutral and its path absent."""
+
+    where: Array | None = None  # broadcastable to the logits, of their rank
+    weights: Array | None = None  # the batch shape
+    ignore_index: Any = None
+    class_weights: Array | None = None  # broadcastable to the logits, of their rank
+    label_smoothing: Any = None  # scalars, as are those that follow
+    z_loss: Any = None
+    logit_scale: Any = None
+    softcap: Any = None
 
 
 def class_axis(name: str, shape: tuple[int, ...], axis: Any) -> int:
@@ -95,10 +109,12 @@ def scalar(name: str, value: Any, dtype: Any, low: float, high: float, open_low:
     the range become NaN."""
     dtype = accumulator(dtype)
     left, interval = ("(" if open_low else "["), f"{low}, {high}"
-    if isinstance(value, Number | np.generic):
+    if isinstance(value, Real | np.floating | np.integer):
         number = float(value)  # pyright: ignore[reportArgumentType]
         if not (low < number if open_low else low <= number) or not number <= high or not math.isfinite(number):
-            raise ValueError(f"`{name}` must be a finite number in {left}{interval}]; got {value!r}.")
+            raise ValueError(
+                f"`{name}` must be a finite number in {left}{interval}]; got {value!r}. Pass one, or leave it out."
+            )
         return np.asarray(number, dtype)
     value = jnp.asarray(value)
     if value.shape != () or jnp.issubdtype(value.dtype, jnp.complexfloating) or value.dtype == bool:
@@ -112,7 +128,7 @@ def scalar(name: str, value: Any, dtype: Any, low: float, high: float, open_low:
 
 def unless(neutral: Any, name: str, value: Any, dtype: Any, low: float, high: float, open_low: bool = False):
     """None for the neutral Python number (its path is then absent), else the checked scalar."""
-    if value is None or (isinstance(value, Number) and value == neutral):
+    if value is None or (isinstance(value, Real) and value == neutral):
         return None
     return scalar(name, value, dtype, low, high, open_low)
 

@@ -10,7 +10,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Num
 
 from softmax_jax import _checks
-from softmax_jax._token_loss import Options, Reduction, divide, mean_divisor, prepare, weighted_losses
+from softmax_jax._checks import Options, Reduction
+from softmax_jax._token_loss import divide, mean_divisor, prepare, weighted_losses
 
 Scalar = Float[ArrayLike, ""] | float | int
 

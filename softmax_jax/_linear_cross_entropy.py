@@ -11,10 +11,11 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Bool, Float, Num
 
 from softmax_jax import _checks
+from softmax_jax._checks import Options, Reduction
 from softmax_jax._chunks import map_over_chunks, sum_over_chunks
 from softmax_jax._cross_entropy import Scalar
 from softmax_jax._dtypes import accumulator, product_dtype
-from softmax_jax._token_loss import Options, Reduction, divide, mean_divisor, prepare, weighted_losses
+from softmax_jax._token_loss import divide, mean_divisor, prepare, weighted_losses
 
 CHUNK_BYTES = 2**25
 """What the default `chunk_size` aims at for the logits of one chunk, in the accumulator's dtype."""

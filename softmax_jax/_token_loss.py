@@ -4,31 +4,14 @@ Everything here is plain JAX on per-token numbers, but for the two logarithms, w
 compute by a subtraction that cancels.
 """
 
-from typing import Any, Literal, NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from softmax_jax._checks import Options
 from softmax_jax._class_sums import Adjustment, ClassSums, class_sums, class_sums_forward_mode
 from softmax_jax._dtypes import accumulator
-
-Reduction = Literal["mean", "sum", "none"]
-
-
-class Options(NamedTuple):
-    """A door's options as arrays; None where an option is neutral and its path absent."""
-
-    where: Array | None = None  # broadcastable to the logits, of their rank
-    weights: Array | None = None  # the batch shape
-    ignore_index: Any = None
-    class_weights: Array | None = None  # broadcastable to the logits, of their rank
-    label_smoothing: Any = None  # scalars, as are those that follow
-    z_loss: Any = None
-    logit_scale: Any = None
-    softcap: Any = None
-
 
 # With t = rest + exp(own):
 #
