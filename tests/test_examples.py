@@ -92,5 +92,5 @@ def test_both_doors_train_the_same_language_model(monkeypatch: pytest.MonkeyPatc
                 losses[door].append(float(loss))
     assert losses["linear"][-1] < losses["linear"][0] - 0.1
     # The first losses are two sums of the same 96 losses. The rounding of the gradients grows in later steps, as Adam
-    # divides by their size: measured 1 eps in all four; 16 leave room for another order of the sums.
+    # divides by their size: measured: at most about 1 eps; 16 leave room for another order of the sums.
     np.testing.assert_allclose(losses["linear"], losses["logits"], rtol=16 * float(np.finfo(np.float32).eps))
