@@ -68,7 +68,7 @@ def adjust(logits: Array, adjustment: Adjustment) -> Array:
     return z if where is None else jnp.where(where, z, -jnp.inf)
 
 
-def shifted(logits: Array, adjustment: Adjustment, shift: Array, axis: int) -> Array:
+def shifted(logits: Array, adjustment: Adjustment, shift: Array, axis: int | tuple[int, ...]) -> Array:
     """z - m in float32."""
     return upcast(adjust(logits, adjustment)) - jnp.expand_dims(shift, axis)
 

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Num
 
 from softmax_jax import _checks
-from softmax_jax._class_sums import apart, row_shift
+from softmax_jax._class_sums import Adjustment, adjust, apart, row_shift, shifted
 from softmax_jax._dtypes import floating, upcast
 
 Axes = tuple[int, ...]
@@ -84,11 +84,9 @@ def _operands(x: ArrayLike, axis: int | Axes | None, where: ArrayLike | None) ->
 
 def _shifted(x: Array, where: Array | None, axes: Axes) -> tuple[Array, Array]:
     """(x - m with -inf at what is left out, m), both for the reductions over `axes`."""
-    z = upcast(x) if where is None else jnp.where(where, upcast(x), -jnp.inf)
-    shift = row_shift(z, axes)
-    x, shift = apart(x, shift)
-    z = upcast(x) if where is None else jnp.where(where, upcast(x), -jnp.inf)
-    return z - jnp.expand_dims(shift, axes), shift
+    masked = Adjustment(where=where)
+    x, shift = apart(x, row_shift(adjust(x, masked), axes))
+    return shifted(x, masked, shift, axes), shift
 
 
 # y = exp(x - m) / Σ exp(x - m), and with the whole Jacobian ∂y_v/∂x_u = y_v (δ_uv - y_u)
@@ -158,10 +156,8 @@ def _log_softmax_fwd(x, where, axes):
 
 def _log_softmax_bwd(axes, residuals, g):
     x, where, shift, spread = residuals
-    shift, spread = jnp.expand_dims(shift, axes), jnp.expand_dims(spread, axes)
-    z, g = upcast(x) - shift, upcast(g)
-    if where is not None:
-        z, g = jnp.where(where, z, -jnp.inf), jnp.where(where, g, 0)
+    z, spread = shifted(x, Adjustment(where=where), shift, axes), jnp.expand_dims(spread, axes)
+    g = upcast(g) if where is None else jnp.where(where, upcast(g), 0)
     p = jnp.exp(z - spread)
     # At the top z is 0 in value, but not its derivative, which second order needs.
     miss = jnp.where(z == 0, -jnp.expm1(-spread), 1 - p) - p * jnp.where(z == 0, z, 0)
