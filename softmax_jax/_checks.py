@@ -11,6 +11,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from softmax_jax._dtypes import accumulator
+from softmax_jax._sharding import Names, checks_varying, varying
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -207,6 +208,33 @@ def reduction_of(reduction: Any, normalizer: Any, dtype: Any) -> Array | np.ndar
             "Pass reduction='mean', or divide the result yourself."
         )
     return scalar("normalizer", normalizer, dtype, -math.inf, math.inf)
+
+
+def mesh_axes(axis_name: Any, forward_mode: bool = False) -> Names:
+    """`axis_name`, a name, several or None, as the tuple of mesh axes that the classes are sharded over."""
+    names = () if axis_name is None else axis_name if isinstance(axis_name, tuple | list) else (axis_name,)
+    try:
+        checked = checks_varying(tuple(names))
+    except (NameError, TypeError, ValueError):
+        raise ValueError(
+            f"`axis_name` must name mesh axes of the `jax.shard_map` around the call; got {axis_name!r}. Call it inside "
+            "one, or leave `axis_name` out: under `jit` sharded classes need none."
+        ) from None
+    if forward_mode and not checked:
+        raise ValueError(
+            f"`forward_mode` with axis_name={axis_name!r} needs `jax.shard_map(..., check_vma=True)`, its default."
+        )
+    return tuple(names)
+
+
+def sharded(name: str, array: Array, names: Names) -> None:
+    """That `array` holds each device's own classes."""
+    same = [axis for axis in names if axis not in varying(array)]
+    if same and checks_varying(names):
+        raise ValueError(
+            f"`{name}` is the same on every device along {same}, yet axis_name={names} says that its classes are "
+            f"sharded there. Give `{name}` an in_spec that names {same}, or leave `axis_name` out."
+        )
 
 
 def head(x: Array, weight: Array, bias: ArrayLike | None, transpose_weight: bool) -> int:

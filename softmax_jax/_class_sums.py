@@ -17,6 +17,9 @@ included) and spread = log t = log_normalizer - m,
 
 With `a` the largest logit a one-hot target is as exact as the integer label: at `a` itself the gradient comes out as
 rest_mass · p_a - own_mass · (1 - p_a), not as p_a - t_a. The class that is left out, y or a, is the `pivot`.
+
+The waist is also where devices meet: of classes that are sharded over the mesh axes `names`, each device sums its own,
+with a pivot that may be none of them, and one psum adds the sums up.
 """
 
 from functools import partial
@@ -26,15 +29,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from softmax_jax._adjustment import Adjustment, adjust, apart, row_shift, shifted
 from softmax_jax._dtypes import upcast
-
-
-class Adjustment(NamedTuple):
-    """What is done to a logit before its softmax. None leaves a step out."""
-
-    where: Array | None = None
-    logit_scale: Array | None = None
-    softcap: Array | None = None
+from softmax_jax._sharding import Names, checks_varying, count, offset, smallest, total, vary, vary_alike, varying
 
 
 class ClassSums(NamedTuple):
@@ -49,56 +46,28 @@ class ClassSums(NamedTuple):
     prior: Array | None = None  # Σ_v c_v (z_v - m), for label smoothing
 
 
-def adjust(logits: Array, adjustment: Adjustment) -> Array:
-    """z = softcap · tanh(logit_scale · logits / softcap), and -inf where `where` is False.
-
-    In float32 where it computes anything, else as it came, so that the maximum of 16-bit logits is read as such.
-
-    Infinities are judged on the raw logit, because logit_scale may be 0 or negative and tanh(inf) is 1: -inf stays
-    a class of probability zero (or -softcap), +inf becomes NaN. The scale's own gradient there is 0, not 0 · inf.
-    """
-    where, scale, softcap = adjustment
-    z = upcast(logits) if logits.dtype.itemsize == 1 else logits  # some 8-bit formats have no infinity
-    if scale is not None or softcap is not None:
-        raw, z = upcast(z), jnp.where(jnp.isinf(z), 0, upcast(z))
-        z = z if scale is None else scale * z
-        z = z if softcap is None else softcap * jnp.tanh(z / softcap)
-        floor = raw if softcap is None else -softcap
-        z = jnp.where(raw == -jnp.inf, floor, jnp.where(raw == jnp.inf, jnp.nan, z))
-    return z if where is None else jnp.where(where, z, -jnp.inf)
-
-
-def shifted(logits: Array, adjustment: Adjustment, shift: Array, axis: int | tuple[int, ...]) -> Array:
-    """z - m in float32."""
-    return upcast(adjust(logits, adjustment)) - jnp.expand_dims(shift, axis)
-
-
-def apart(*arrays: Array) -> tuple[Array, ...]:
-    """The same arrays, fenced off from what made them.
-
-    XLA on the CPU would otherwise share one float32 copy of 16-bit logits between the maximum, the sum and the
-    gradient (2x the logits' bytes; without it the gradient is 1.5x faster), and fuse a row sum with the mean over
-    rows that follows it (0.12.0, 4096 x 32000: 970 ms instead of 90 ms).
-    """
-    return lax.optimization_barrier(arrays)
-
-
-def row_shift(z: Array, axis: int | tuple[int, ...]) -> Array:
-    """m = max_v z_v as a constant; 0 for a row whose every logit is -inf, since -inf - -inf is NaN."""
-    largest = lax.stop_gradient(upcast(jnp.max(z, axis=axis, initial=-jnp.inf)))
-    return jnp.where(largest == -jnp.inf, 0, largest)
+def _ids(z: Array, axis: int) -> Array:
+    """The class of every entry, in z's dtype: XLA's row reductions on the CPU keep a float inside where an integer, a
+    comparison or a select would write the whole array out (3-6x slower). Exact up to 2**24 classes in float32."""
+    exact = z.shape[axis] <= 2**24
+    return lax.broadcasted_iota(z.dtype if exact else jnp.int32, z.shape, axis)
 
 
 def not_at(pivot: Array, z: Array, axis: int) -> Array:
-    """0 at each token's pivot class and 1 elsewhere, in z's shape and dtype.
+    """0 at each token's pivot class and 1 elsewhere, in z's shape and dtype."""
+    ids = _ids(z, axis)
+    pivot = jnp.expand_dims(pivot, axis).astype(ids.dtype)
+    return jnp.minimum(jnp.abs(ids - pivot), 1).astype(z.dtype)
 
-    A factor min(|v - pivot|, 1) stays inside XLA's row reduction on the CPU where a comparison would write the
-    whole array out (3-6x slower). Class ids are exact in float32 up to 2**24.
-    """
-    if z.shape[axis] > 2**24:
-        return (lax.broadcasted_iota(jnp.int32, z.shape, axis) != jnp.expand_dims(pivot, axis)).astype(z.dtype)
-    ids = lax.broadcasted_iota(z.dtype, z.shape, axis)
-    return jnp.minimum(jnp.abs(ids - jnp.expand_dims(pivot, axis).astype(z.dtype)), 1)
+
+def _first_maximum(z: Array, axis: int, names: Names) -> Array:
+    """The first class at which z = 0; the number of classes for a row that has none."""
+    size, ids = z.shape[axis], _ids(z, axis)
+    below = jnp.minimum(jnp.minimum(-z * 1e38, 1) * 1e38, 1)  # 0 where z = 0, else 1, without a comparison
+    first = jnp.min(ids + size * below.astype(ids.dtype), axis)
+    found = first < size
+    first = jnp.where(found, first, 0).astype(jnp.int32) + offset(size, names)
+    return smallest(jnp.where(found, first, count(size, names)), names)
 
 
 def pick(array: Array, ids: Array, axis: int) -> Array:
@@ -112,16 +81,16 @@ def pick(array: Array, ids: Array, axis: int) -> Array:
 
 
 def _label_sums(z, pivot, labels, class_weights, where, axis):
-    """(own_mass, rest_mass, label_sum), None where they are 1, 0 and 0."""
+    """(own_mass, rest_mass, label_sum) of the classes here, None where they are 1, 0 and 0."""
     in_range = jnp.clip(pivot, 0, z.shape[axis] - 1)
     if jnp.issubdtype(labels.dtype, jnp.integer):
         if class_weights is None:
             return None, None, None
-        return jnp.where(in_range == pivot, pick(class_weights, in_range, axis), jnp.nan), None, None
+        return jnp.where(in_range == pivot, pick(class_weights, in_range, axis), 0), None, None
     target = labels.astype(z.dtype)
     target = target if class_weights is None else class_weights * target
     target = target if where is None else jnp.where(where, target, 0)
-    own_mass = pick(target, in_range, axis)
+    own_mass = jnp.where(in_range == pivot, pick(target, in_range, axis), 0)
     target = target * not_at(pivot, z, axis)
     label_sum = jnp.sum(target * jnp.where((target == 0) & jnp.isinf(z), 0, z), axis)
     return own_mass, jnp.sum(target, axis), label_sum
@@ -135,26 +104,29 @@ def _prior(z, class_weights, where, axis):
     return jnp.sum(each * jnp.where((each == 0) & jnp.isinf(z), 0, z), axis)
 
 
-def _sums(logits, labels, class_weights, adjustment, axis, smooth):
+def _sums(logits, labels, class_weights, adjustment, axis, smooth, names):
     """ClassSums by plain JAX, and the pivot."""
-    shift = row_shift(adjust(logits, adjustment), axis)
-    fenced, shift = apart(logits, shift)
+    m = row_shift(adjust(logits, adjustment), axis, names)
+    fenced, shift = apart(logits, m)
     z = shifted(fenced, adjustment, shift, axis)
-    pivot = labels if jnp.issubdtype(labels.dtype, jnp.integer) else jnp.argmax(z, axis).astype(jnp.int32)
-    rest = jnp.sum(jnp.exp(z) * not_at(pivot, z, axis), axis)
+    dense, size = jnp.issubdtype(labels.dtype, jnp.floating), z.shape[axis]
+    pivot = _first_maximum(z, axis, names) if dense else labels
+    here = pivot - offset(size, names)
+    rest = jnp.sum(jnp.exp(z) * not_at(here, z, axis), axis)
 
     # The label's logit is read raw and adjusted by itself. An id that names no class makes its whole row NaN.
-    in_range = jnp.clip(pivot, 0, z.shape[axis] - 1)
+    in_range, exists = jnp.clip(here, 0, size - 1), (pivot >= 0) & (pivot < count(size, names))
     there = None if adjustment.where is None else pick(adjustment.where, in_range, axis)
     own = upcast(adjust(pick(logits, in_range, axis), adjustment._replace(where=there))) - shift
-    own = jnp.where(in_range == pivot, own, jnp.nan)
+    own = jnp.where(in_range == here, own, jnp.where(exists, 0, jnp.nan))
     shift, rest, own = apart(shift, rest, own)
 
     fenced, rest = apart(logits, rest)
     z = shifted(fenced, adjustment, shift, axis)
-    masses = _label_sums(z, pivot, labels, class_weights, adjustment.where, axis)
+    masses = _label_sums(z, here, labels, class_weights, adjustment.where, axis)
     prior = _prior(z, class_weights, adjustment.where, axis) if smooth else None
-    return ClassSums(shift, rest, own, *masses, prior), pivot
+    # Behind a fence JAX 0.10 takes `shift` to vary over devices as the logits do; m does not.
+    return ClassSums(m if names else shift, *total((rest, own, *masses, prior), names)), pivot
 
 
 # The rule. With the cotangents drest and down, and m a constant,
@@ -168,24 +140,6 @@ def _sums(logits, labels, class_weights, adjustment, axis, smooth):
 # holds, NaN or inf, its gradient is exactly 0.
 
 
-def _class_sums(
-    logits: Array,
-    labels: Array,
-    class_weights: Array | None,
-    adjustment: Adjustment,
-    unused: Array | None,
-    axis: int,
-    smooth: bool,
-) -> ClassSums:
-    """The sums of every token over the classes on `axis`.
-
-    Integer `labels` have the batch shape, floating ones the shape of `logits`; `class_weights` and
-    `adjustment.where` broadcast to the logits; the sums of `unused` rows (None: there are none) must have cotangent 0;
-    `smooth` asks for `prior`.
-    """
-    return _sums(logits, labels, class_weights, adjustment, axis, smooth)[0]
-
-
 def _emptied(unused, logits, labels, axis):
     if unused is None:
         return logits, labels
@@ -194,13 +148,21 @@ def _emptied(unused, logits, labels, axis):
     return jnp.where(rows, 0, logits), jnp.where(rows, 0, labels) if dense else labels
 
 
-def _class_sums_fwd(logits, labels, class_weights, adjustment, unused, axis, smooth):
-    sums, pivot = _sums(logits, labels, class_weights, adjustment, axis, smooth)
+def _class_sums_fwd(logits, labels, class_weights, adjustment, unused, axis, smooth, names):
+    if not checks_varying(names):
+        raise ValueError(
+            f"the gradient over axis_name={names} needs `jax.shard_map(..., check_vma=True)`, its default: without it "
+            "JAX does not tell a cotangent that every device has from one that is spread over them, and the gradient "
+            "would be wrong by the number of devices. Take the gradient under check_vma=True."
+        )
+    sums, pivot = _sums(logits, labels, class_weights, adjustment, axis, smooth, names)
     return sums, (logits, labels, class_weights, adjustment, unused, sums.shift, pivot)
 
 
-def _class_sums_bwd(axis, smooth, residuals, cotangents):
+def _class_sums_bwd(axis, smooth, names, residuals, cotangents):
     logits, labels, class_weights, adjustment, unused, shift, pivot = residuals
+    cotangents = vary(cotangents, varying(logits))
+    pivot = pivot - offset(logits.shape[axis], names)
     where, scale, softcap = adjustment
     drest, down = cotangents.rest, cotangents.own
     dense = jnp.issubdtype(labels.dtype, jnp.floating)
@@ -234,22 +196,39 @@ def _class_sums_bwd(axis, smooth, residuals, cotangents):
     return dlogits, dlabels, dclass_weights, Adjustment(None, dscale, dsoftcap), None
 
 
-class_sums = jax.custom_vjp(_class_sums, nondiff_argnums=(5, 6))
-class_sums.defvjp(_class_sums_fwd, _class_sums_bwd)
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _class_sums(logits, labels, class_weights, adjustment, unused, axis, smooth, names):
+    return _sums(logits, labels, class_weights, adjustment, axis, smooth, names)[0]
 
 
-@partial(jax.checkpoint, static_argnums=(5, 6), prevent_cse=False)
-def class_sums_forward_mode(
+_class_sums.defvjp(_class_sums_fwd, _class_sums_bwd)
+
+
+def class_sums(
     logits: Array,
     labels: Array,
     class_weights: Array | None,
     adjustment: Adjustment,
     unused: Array | None,
+    *,
     axis: int,
     smooth: bool,
+    names: Names,
+    forward_mode: bool,
 ) -> ClassSums:
-    """`class_sums` by JAX's own derivatives, for forward mode: slower in reverse, and kept as small by recomputing.
+    """The sums of every token over the classes on `axis` and on the mesh axes `names`.
 
-    With m a constant they are the rule above.
+    Integer `labels` have the batch shape, floating ones the shape of `logits`; `class_weights` and
+    `adjustment.where` broadcast to the logits; the sums of `unused` rows (None: there are none) must have cotangent 0;
+    `smooth` asks for `prior`. `forward_mode` leaves the derivatives to JAX, by which, with m a constant, they are the
+    rule above: slower in reverse, and kept as small by recomputing.
     """
-    return _sums(*_emptied(unused, logits, labels, axis), class_weights, adjustment, axis, smooth)[0]
+    operands = vary_alike(logits, labels, class_weights, adjustment, unused)
+    if not forward_mode:
+        return _class_sums(*operands, axis, smooth, names)
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def plain(logits, labels, class_weights, adjustment, unused):
+        return _sums(*_emptied(unused, logits, labels, axis), class_weights, adjustment, axis, smooth, names)[0]
+
+    return plain(*operands)

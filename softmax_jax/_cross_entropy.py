@@ -6,12 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Num
 
 from softmax_jax import _checks
 from softmax_jax._checks import Options, Reduction
-from softmax_jax._token_loss import divide, mean_divisor, prepare, weighted_losses
+from softmax_jax._sharding import Names, entries_of, explicit_mesh, fit, over_devices, total
+from softmax_jax._token_loss import divide, mean_divisor, option_specs, prepare, weighted_losses
 
 Scalar = Float[ArrayLike, ""] | float | int
 
@@ -31,6 +33,7 @@ def cross_entropy(
     softcap: Scalar | None = None,
     reduction: Reduction = "mean",
     normalizer: ArrayLike | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
     forward_mode: bool = False,
 ) -> Float[Array, "..."]:
     r"""Cross-entropy of softmax(logits) against integer or dense labels, exact in loss and gradient.
@@ -66,6 +69,10 @@ def cross_entropy(
       softcap: bound of the logits, > 0. It makes -inf the finite -softcap; use `where` to remove a class.
       reduction: "mean", "sum" or "none".
       normalizer: replaces the mean's divisor, say by the token count of all accumulation steps or devices; 0 gives 0.
+      axis_name: inside `jax.shard_map`, the mesh axis or axes that the classes are sharded over. `logits`, dense
+        labels, `where` and `class_weights` are then this device's part of the classes (`where` may pad them to even
+        parts), integer labels ids among all of them; the loss is that of the whole, the same on all these devices.
+        Gradients need check_vma=True, the default. Under plain `jit` sharded arrays need no `axis_name`.
       forward_mode: True makes `jax.jvp`, `jax.jacfwd` and `jax.linearize` work, which JAX refuses for a function with a
         reverse rule. The same values; `jax.grad` works too, but makes more passes over the logits.
 
@@ -108,11 +115,13 @@ def cross_entropy(
         logit_scale=logit_scale,
         softcap=softcap,
     )
+    names = _checks.mesh_axes(axis_name, bool(forward_mode))
+    _checks.sharded("logits", logits, names)
     divisor = _checks.reduction_of(reduction, normalizer, logits.dtype)
-    return _cross_entropy(logits, labels, options, divisor, axis, reduction, bool(forward_mode))
+    return _cross_entropy(logits, labels, options, divisor, axis, reduction, names, bool(forward_mode))
 
 
-@partial(jax.jit, static_argnames=("axis", "reduction", "forward_mode"))
+@partial(jax.jit, static_argnames=("axis", "reduction", "names", "forward_mode"))
 def _cross_entropy(
     logits: Array,
     labels: Array,
@@ -120,13 +129,40 @@ def _cross_entropy(
     normalizer: Any,
     axis: int,
     reduction: Reduction,
+    names: Names,
     forward_mode: bool,
 ):
-    labels, weights, options = prepare(labels, options, logits.shape, logits.dtype, axis)
-    losses = weighted_losses(logits, labels, weights, options, axis, forward_mode)
+    f = partial(_of_device, axis=axis, reduction=reduction, forward_mode=forward_mode)
+    operands = logits, labels, options, normalizer
+    mesh = explicit_mesh(operands)
+    if mesh is None:
+        return f(*operands, names=names, over=())
+    every = entries_of(logits)
+    batch, classes = every[:axis] + every[axis + 1 :], every[axis]
+    of_labels = fit(labels, every if labels.ndim == logits.ndim else batch)
+    specs = fit(logits, every), of_labels, option_specs(options, batch, classes, axis), fit(normalizer, ())
+    f = partial(f, names=names + classes, over=sum(batch, ()))
+    return over_devices(f, mesh, operands, specs, PartitionSpec(*batch) if reduction == "none" else PartitionSpec())
+
+
+def _of_device(
+    logits: Array,
+    labels: Array,
+    options: Options,
+    normalizer: Any,
+    *,
+    axis: int,
+    reduction: Reduction,
+    forward_mode: bool,
+    names: Names,
+    over: Names,
+) -> Array:
+    """The loss of one device's part: its classes among those along the mesh axes `names`, its tokens along `over`."""
+    labels, weights, options = prepare(labels, options, logits.shape, logits.dtype, axis, names)
+    losses = weighted_losses(logits, labels, weights, options, axis=axis, names=names, forward_mode=forward_mode)
     if reduction == "none":
         return losses
-    total = jnp.sum(losses)
+    loss = total(jnp.sum(losses), over)
     if reduction == "sum":
-        return total
-    return divide(total, mean_divisor(labels, weights, options, losses.size, normalizer))
+        return loss
+    return divide(loss, mean_divisor(labels, weights, options, losses.size, normalizer, names=names, over=over))

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Bool, Float, Num
 
@@ -15,7 +16,8 @@ from softmax_jax._checks import Options, Reduction
 from softmax_jax._chunks import map_over_chunks, sum_over_chunks
 from softmax_jax._cross_entropy import Scalar
 from softmax_jax._dtypes import accumulator, product_dtype
-from softmax_jax._token_loss import divide, mean_divisor, prepare, weighted_losses
+from softmax_jax._sharding import Names, entries_of, explicit_mesh, fit, over_devices, token_axes, total, vary_alike
+from softmax_jax._token_loss import divide, mean_divisor, option_specs, prepare, weighted_losses
 
 CHUNK_BYTES = 2**25
 """What the default `chunk_size` aims at for the logits of one chunk, in the accumulator's dtype."""
@@ -38,6 +40,7 @@ def linear_cross_entropy(
     softcap: Scalar | None = None,
     reduction: Reduction = "mean",
     normalizer: ArrayLike | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
     chunk_size: int | None = None,
 ) -> Float[Array, "..."]:
     """`cross_entropy(x @ weight + bias, labels, ...)` without ever holding the logits.
@@ -96,49 +99,88 @@ def linear_cross_entropy(
         logit_scale=logit_scale,
         softcap=softcap,
     )
+    names = _checks.mesh_axes(axis_name)
+    _checks.sharded("weight", weight, names)
     divisor = _checks.reduction_of(reduction, normalizer, dtype)
-    tokens = math.prod(shape[:-1])
-    chunks = chunk_count(tokens, classes, dtype, _checks.chunk_size_of(chunk_size))
     bias = None if bias is None else jnp.asarray(bias)
-    return _linear_cross_entropy(x, weight, bias, labels, options, divisor, bool(transpose_weight), reduction, chunks)
+    how = _How(bool(transpose_weight), reduction, _checks.chunk_size_of(chunk_size), names)
+    return _linear_cross_entropy(x, weight, bias, labels, options, divisor, how)
 
 
-def chunk_count(tokens: int, classes: int, dtype: DTypeLike, chunk_size: int | None) -> int:
-    """How many chunks of equal size: the fewest that fit, or a few more if that many divide the tokens."""
-    if chunk_size is None:
-        chunk_size = max(1, CHUNK_BYTES // (classes * accumulator(dtype).itemsize))
-    fewest = max(1, -(-tokens // chunk_size))
-    return next((count for count in range(fewest, 2 * fewest) if tokens % count == 0), fewest)
+class _How(NamedTuple):
+    """What is no array."""
+
+    transpose_weight: bool
+    reduction: Reduction
+    chunk_size: int | None
+    names: Names  # the mesh axes of the classes
+    over: Names = ()  # those of the tokens, where the loss is one of all devices
 
 
-@partial(jax.jit, static_argnames=("transpose_weight", "reduction", "count"))
+@partial(jax.jit, static_argnames="how")
 def _linear_cross_entropy(
-    x: Array,
-    weight: Array,
-    bias: Array | None,
-    labels: Array,
-    options: Options,
-    normalizer: Any,
-    transpose_weight: bool,
-    reduction: Reduction,
-    count: int,
-):
-    batch, tokens, classes = x.shape[:-1], math.prod(x.shape[:-1]), weight.shape[0 if transpose_weight else 1]
-    dtype = product_dtype(x.dtype, weight.dtype)
-    labels, weights, options = prepare(labels, options, (*batch, classes), dtype, x.ndim - 1)
-    divisor = mean_divisor(labels, weights, options, tokens, normalizer)
-    if weights is None and tokens % count:
+    x: Array, weight: Array, bias: Array | None, labels: Array, options: Options, normalizer: Any, how: _How
+) -> Array:
+    operands = x, weight, bias, labels, options, normalizer
+    mesh = explicit_mesh(operands)
+    if mesh is None:
+        return _of_device(*operands, how=how)
+    batch = entries_of(x)[:-1]
+    over = sum(batch, ())
+    classes = tuple(name for name in entries_of(weight)[0 if how.transpose_weight else 1] if name not in over)
+    specs = (
+        fit(x, (*batch, ())),
+        fit(weight, (classes, ()) if how.transpose_weight else ((), classes)),
+        fit(bias, (classes,)),
+        fit(labels, batch if labels.ndim < x.ndim else (*batch, classes)),
+        option_specs(options, batch, classes, x.ndim - 1),
+        fit(normalizer, ()),
+    )
+    f = partial(_of_device, how=how._replace(names=how.names + classes, over=over))
+    out = PartitionSpec(*batch) if how.reduction == "none" else PartitionSpec()
+    return over_devices(f, mesh, operands, specs, out)
+
+
+def _of_device(
+    x: Array, weight: Array, bias: Array | None, labels: Array, options: Options, normalizer: Any, how: _How
+) -> Array:
+    """The loss of one device's part."""
+    names, over = how.names, how.over
+    batch, tokens, classes = x.shape[:-1], math.prod(x.shape[:-1]), weight.shape[0 if how.transpose_weight else 1]
+    dtype, spread = product_dtype(x.dtype, weight.dtype), token_axes(names, x, labels, options)
+    labels, weights, options = prepare(labels, options, (*batch, classes), dtype, x.ndim - 1, names)
+    divisor = mean_divisor(labels, weights, options, tokens, normalizer, names=names, over=over)
+    chunks = chunk_count(batch, classes, dtype, how.chunk_size)
+    if weights is None and tokens % chunks:
         weights = jnp.ones(batch, accumulator(dtype))
 
     where, rows, row_of = _mask_rows(options.where, batch)
     shared = _Shared(weight, bias, rows, options._replace(where=where, class_weights=_row(options.class_weights)))
     each = _Each(x, labels, weights, row_of)
-    chunks = jax.tree.map(lambda a: _deal(a.reshape(tokens, *a.shape[len(batch) :]), count), each)
-    if reduction == "none":
-        losses = map_over_chunks(partial(_chunk_losses, transpose_weight, dtype), shared, chunks)
+    each = jax.tree.map(lambda a: _deal(a.reshape(tokens, *a.shape[len(batch) :]), chunks), each)
+    if how.reduction == "none":
+        losses = map_over_chunks(partial(_chunk_losses, how.transpose_weight, dtype, names), shared, each, spread)
         return losses.reshape(-1)[:tokens].reshape(batch)
-    total = sum_over_chunks(partial(_chunk_sum, transpose_weight, dtype), shared, chunks)
-    return total if reduction == "sum" else divide(total, divisor)
+    loss = total(sum_over_chunks(partial(_chunk_sum, how.transpose_weight, dtype, names), shared, each, spread), over)
+    return loss if how.reduction == "sum" else divide(loss, divisor)
+
+
+def chunk_count(batch: tuple[int, ...], classes: int, dtype: DTypeLike, chunk_size: int | None) -> int:
+    """How many chunks of equal size: the fewest that fit, or up to twice as many if that many divide the tokens.
+
+    Of those, one whose size a batch may be sharded over: a multiple of the power of two in the first axis's size.
+    """
+    tokens = math.prod(batch)
+    if chunk_size is None:
+        chunk_size = max(1, CHUNK_BYTES // (classes * accumulator(dtype).itemsize))
+    fewest = max(1, -(-tokens // chunk_size))
+    parts = math.gcd(batch[0] if batch else 1, 1024)
+    while parts:
+        for chunks in range(fewest, 2 * fewest):
+            if tokens % (chunks * parts) == 0:
+                return chunks
+        parts //= 2
+    return fewest
 
 
 class _Shared(NamedTuple):
@@ -182,22 +224,22 @@ def _deal(a: Array, count: int) -> Array:
     return a.reshape(len(a) // count, count, *a.shape[1:])
 
 
-def _chunk_losses(transpose_weight: bool, dtype: DTypeLike, shared: _Shared, chunk: _Each) -> Array:
+def _chunk_losses(transpose_weight: bool, dtype: DTypeLike, names: Names, shared: _Shared, chunk: _Each) -> Array:
     """weights · ℓ of one chunk of tokens, [size]."""
     x, labels, weights, where = chunk
     if weights is not None:
         x = jnp.where(weights[:, None] == 0, 0, x)
-    logits = _project(x, shared.weight, dtype, transpose_weight)
+    logits = _project(*vary_alike(x, shared.weight), dtype, transpose_weight)
     if shared.bias is not None:
         logits = logits + shared.bias[None, :].astype(logits.dtype)
     if where is not None:
         where = where if shared.rows is None else shared.rows[where]
         shared = shared._replace(options=shared.options._replace(where=where))
-    return weighted_losses(logits, labels, weights, shared.options, axis=1)
+    return weighted_losses(logits, labels, weights, shared.options, axis=1, names=names)
 
 
-def _chunk_sum(transpose_weight: bool, dtype: DTypeLike, shared: _Shared, chunk: _Each) -> Array:
-    return jnp.sum(_chunk_losses(transpose_weight, dtype, shared, chunk))
+def _chunk_sum(transpose_weight: bool, dtype: DTypeLike, names: Names, shared: _Shared, chunk: _Each) -> Array:
+    return jnp.sum(_chunk_losses(transpose_weight, dtype, names, shared, chunk))
 
 
 # logits = x · weight, dx = dlogits · weightᵀ, dweight = xᵀ · dlogits: operands in the layer's dtype, results in

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Num
 
 from softmax_jax import _checks
-from softmax_jax._class_sums import Adjustment, adjust, apart, row_shift, shifted
+from softmax_jax._adjustment import Adjustment, adjust, apart, row_shift, shifted
 from softmax_jax._dtypes import floating, upcast
 
 Axes = tuple[int, ...]

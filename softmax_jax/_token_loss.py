@@ -9,9 +9,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from softmax_jax._adjustment import Adjustment
 from softmax_jax._checks import Options
-from softmax_jax._class_sums import Adjustment, ClassSums, class_sums, class_sums_forward_mode
+from softmax_jax._class_sums import ClassSums, class_sums
 from softmax_jax._dtypes import accumulator
+from softmax_jax._sharding import Names, count, fit, largest, offset, token_axes, total, vary
 
 # With t = rest + exp(own):
 #
@@ -67,11 +69,12 @@ def _times(factor: Array, value: Array) -> Array:
     return factor * jnp.where((factor == 0) & jnp.isinf(value), 0, value)
 
 
-def prepare(labels: Array, options: Options, shape: tuple[int, ...], dtype: DTypeLike, axis: int):
+def prepare(labels: Array, options: Options, shape: tuple[int, ...], dtype: DTypeLike, axis: int, names: Names):
     """(labels, weights, options) in their one form for logits of `shape`: ids int32, arrays of the logits' rank.
 
     `weights` are those of the tokens, 0 where one is ignored or no class of it exists; None is 1 for all.
     """
+    options = vary(options, token_axes(names, labels, options))
     where, weights, class_weights = options.where, options.weights, options.class_weights
     dtype, batch = accumulator(dtype), shape[:axis] + shape[axis + 1 :]
     if class_weights is not None:
@@ -80,13 +83,27 @@ def prepare(labels: Array, options: Options, shape: tuple[int, ...], dtype: DTyp
         weights = jnp.broadcast_to(weights.astype(dtype), batch)
     kept = []
     if where is not None:
-        kept.append(jnp.any(where, axis))
+        kept.append(largest(jnp.any(where, axis).astype(jnp.int32), names) > 0)
     if options.ignore_index is not None:
         kept.append(labels != options.ignore_index)
     for keep in kept:
         weights = jnp.broadcast_to(jnp.where(keep, 1 if weights is None else weights, 0).astype(dtype), batch)
     options = options._replace(where=where, class_weights=class_weights, weights=None, ignore_index=None)
-    return class_ids(labels, shape[axis]), weights, options
+    return class_ids(labels, count(shape[axis], names)), weights, options
+
+
+def option_specs(options: Options, batch: tuple[Names, ...], classes: Names, axis: int) -> Options:
+    """How `options` lie over devices, for logits of that layout."""
+    return Options(
+        where=fit(options.where, (*batch[:axis], classes, *batch[axis:])),
+        weights=fit(options.weights, batch),
+        class_weights=fit(options.class_weights, (classes,)),
+        ignore_index=fit(options.ignore_index, ()),
+        label_smoothing=fit(options.label_smoothing, ()),
+        z_loss=fit(options.z_loss, ()),
+        logit_scale=fit(options.logit_scale, ()),
+        softcap=fit(options.softcap, ()),
+    )
 
 
 def class_ids(labels: Array, classes: int) -> Array:
@@ -99,59 +116,83 @@ def class_ids(labels: Array, classes: int) -> Array:
     return labels.astype(jnp.int32)
 
 
-def _smoothed(loss: Array, spread: Array, prior: Array, classes: int, options: Options, axis: int) -> Array:
+def _smoothed(
+    loss: Array, spread: Array, prior: Array, classes: int, options: Options, axis: int, names: Names
+) -> Array:
     """(1-ε) · loss + ε/K · Σ_v c_v (log_normalizer - z_v), over the K classes that exist."""
     where, class_weights, smoothing = options.where, options.class_weights, options.label_smoothing
     each = jnp.ones((), loss.dtype) if class_weights is None else class_weights
-    count = mass = jnp.asarray(classes, loss.dtype)
+    existing = mass = jnp.asarray(count(classes, names), loss.dtype)
     if where is not None:
         width = classes if where.shape[axis] == 1 else 1
-        count = jnp.maximum(jnp.sum(where, axis, dtype=loss.dtype) * width, 1)
+        existing = jnp.maximum(total(jnp.sum(where, axis, dtype=loss.dtype) * width, names), 1)
     if where is not None or class_weights is not None:
         present = each if where is None else jnp.where(where, each, 0)
-        mass = jnp.sum(present, axis) * (classes if present.shape[axis] == 1 else 1)
-    uniform = (mass * spread - prior) / count
+        mass = total(jnp.sum(present, axis) * (classes if present.shape[axis] == 1 else 1), names)
+    uniform = (mass * spread - prior) / existing
     return _times(1 - smoothing, loss) + _times(smoothing, uniform)
 
 
-def _loss(sums: ClassSums, classes: int, options: Options, axis: int) -> Array:
-    """ℓ of every token, before its weight."""
+def _loss(sums: ClassSums, classes: int, options: Options, axis: int, names: Names) -> Array:
+    """ℓ of every token, before its weight; `classes` are those of this device."""
     nll = negative_log_likelihood(sums.rest, sums.own)
     spread = log_spread(sums.rest, sums.own)
     loss = nll if sums.own_mass is None else _times(sums.own_mass, nll)
     if sums.rest_mass is not None and sums.label_sum is not None:
         loss = loss + sums.rest_mass * spread - sums.label_sum
     if sums.prior is not None:
-        loss = _smoothed(loss, spread, sums.prior, classes, options, axis)
+        loss = _smoothed(loss, spread, sums.prior, classes, options, axis, names)
     if options.z_loss is not None:
         loss = loss + options.z_loss * (sums.shift + spread) ** 2
     return loss
 
 
 def weighted_losses(
-    logits: Array, labels: Array, weights: Array | None, options: Options, axis: int, forward_mode: bool = False
+    logits: Array,
+    labels: Array,
+    weights: Array | None,
+    options: Options,
+    *,
+    axis: int,
+    names: Names,
+    forward_mode: bool = False,
 ) -> Array:
     """weights · ℓ of every token."""
     adjustment = Adjustment(options.where, options.logit_scale, options.softcap)
     smooth = options.label_smoothing is not None
     unused = None if weights is None else weights == 0
-    of_operands = class_sums_forward_mode if forward_mode else class_sums
-    sums = of_operands(logits, labels, options.class_weights, adjustment, unused, axis, smooth)
+    how = dict(axis=axis, smooth=smooth, names=names, forward_mode=forward_mode)
+    sums = class_sums(logits, labels, options.class_weights, adjustment, unused, **how)
     if weights is None or unused is None:
-        return _loss(sums, logits.shape[axis], options, axis)
+        return _loss(sums, logits.shape[axis], options, axis, names)
     # A token of weight 0 is taken out before its loss is computed, so that no NaN of its own comes back.
     sums = jax.tree.map(lambda s: jnp.where(unused, 0, s), sums)
-    return jnp.where(unused, 0, weights * _loss(sums, logits.shape[axis], options, axis))
+    return jnp.where(unused, 0, weights * _loss(sums, logits.shape[axis], options, axis, names))
 
 
-def mean_divisor(labels: Array, weights: Array | None, options: Options, tokens: int, normalizer: Array | None):
-    """The `normalizer`, else Σ weights · c_y for integer labels or Σ weights for dense ones."""
+def mean_divisor(
+    labels: Array,
+    weights: Array | None,
+    options: Options,
+    tokens: int,
+    normalizer: Array | None,
+    *,
+    names: Names,
+    over: Names,
+) -> Array | int:
+    """The `normalizer`, else Σ weights · c_y for integer labels or Σ weights for dense ones.
+
+    Of the tokens on all devices along the mesh axes `over`.
+    """
     if normalizer is not None:
         return normalizer
     if options.class_weights is not None and jnp.issubdtype(labels.dtype, jnp.integer):
-        share = jnp.take(options.class_weights.ravel(), jnp.clip(labels, 0, options.class_weights.size - 1))
+        c = options.class_weights.ravel()
+        ids = labels - offset(c.size, names)
+        in_range = jnp.clip(ids, 0, c.size - 1)
+        share = total(jnp.where(in_range == ids, jnp.take(c, in_range), 0), names)
         weights = share if weights is None else weights * share
-    return tokens if weights is None else jnp.sum(weights)
+    return count(tokens, over) if weights is None else total(jnp.sum(weights), over)
 
 
 def divide(total: Array, by: Array | int) -> Array:

@@ -1,0 +1,57 @@
+"""From raw logits to what their exponential is taken of: z - m."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from softmax_jax._dtypes import upcast
+from softmax_jax._sharding import Names, largest
+
+
+class Adjustment(NamedTuple):
+    """What is done to a logit before its softmax. None leaves a step out."""
+
+    where: Array | None = None
+    logit_scale: Array | None = None
+    softcap: Array | None = None
+
+
+def adjust(logits: Array, adjustment: Adjustment) -> Array:
+    """z = softcap · tanh(logit_scale · logits / softcap), and -inf where `where` is False.
+
+    In float32 where it computes anything, else as it came, so that the maximum of 16-bit logits is read as such.
+
+    Infinities are judged on the raw logit, because logit_scale may be 0 or negative and tanh(inf) is 1: -inf stays
+    a class of probability zero (or -softcap), +inf becomes NaN. The scale's own gradient there is 0, not 0 · inf.
+    """
+    where, scale, softcap = adjustment
+    z = upcast(logits) if logits.dtype.itemsize == 1 else logits  # some 8-bit formats have no infinity
+    if scale is not None or softcap is not None:
+        raw, z = upcast(z), jnp.where(jnp.isinf(z), 0, upcast(z))
+        z = z if scale is None else scale * z
+        z = z if softcap is None else softcap * jnp.tanh(z / softcap)
+        floor = raw if softcap is None else -softcap
+        z = jnp.where(raw == -jnp.inf, floor, jnp.where(raw == jnp.inf, jnp.nan, z))
+    return z if where is None else jnp.where(where, z, -jnp.inf)
+
+
+def shifted(logits: Array, adjustment: Adjustment, shift: Array, axis: int | tuple[int, ...]) -> Array:
+    """z - m in float32."""
+    return upcast(adjust(logits, adjustment)) - jnp.expand_dims(shift, axis)
+
+
+def apart(*arrays: Array) -> tuple[Array, ...]:
+    """The same arrays, fenced off from what made them.
+
+    XLA on the CPU would otherwise share one float32 copy of 16-bit logits between the maximum, the sum and the
+    gradient (2x the logits' bytes; without it the gradient is 1.5x faster), and fuse a row sum with the mean over
+    rows that follows it (0.12.0, 4096 x 32000: 970 ms instead of 90 ms).
+    """
+    return lax.optimization_barrier(arrays)
+
+
+def row_shift(z: Array, axis: int | tuple[int, ...], names: Names = ()) -> Array:
+    """m = max_v z_v as a constant; 0 for a row whose every logit is -inf, since -inf - -inf is NaN."""
+    highest = largest(lax.stop_gradient(upcast(jnp.max(z, axis=axis, initial=-jnp.inf))), names)
+    return jnp.where(highest == -jnp.inf, 0, highest)

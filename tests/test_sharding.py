@@ -1,0 +1,251 @@
+"""Under `jit`: values, gradients, output layouts, and what the compiled program moves, automatic and explicit."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from meshes import OPTIONS, assert_equal, collectives, mesh_of, problem, truth, under_jit
+
+from softmax_jax import cross_entropy, linear_cross_entropy, log_softmax, softmax, softmax_cross_entropy
+
+kinds = pytest.mark.parametrize("kind", ["automatic", "explicit"])
+both = pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
+layouts = pytest.mark.parametrize(
+    "batch, classes",
+    [(P("data"), None), (P(), "model"), (P("data"), "model"), (P(("data", "model")), None), (P(None, "data"), "model")],
+    ids=["batch", "classes", "both", "batch over all", "sequence"],
+)
+
+
+def assert_moves_little(program, per_token, gradients=(), gathered=(), elsewhere=()):
+    """Only reductions, of at most `per_token` numbers a device or of a gradient's own size; and a gather of the head,
+    where its embed axis is sharded."""
+    for found in collectives(program):
+        if found.op == "all-gather":
+            assert found.largest in gathered and not found.in_loop, found
+        else:
+            assert found.op in ("all-reduce", "reduce-scatter", *elsewhere), found
+            assert found.largest <= per_token or found.largest in gradients, found
+
+
+def assert_lies(gradients, specs, mesh):
+    for name, gradient in gradients.items():
+        assert gradient.sharding.is_equivalent_to(NamedSharding(mesh, specs[name]), gradient.ndim), name
+
+
+@kinds
+@both
+@layouts
+def test_cross_entropy(rng, kind, dense, batch, classes):
+    asked = problem(rng, (8, 12, 64), dense)
+    mesh, specs = mesh_of(kind), asked.specs(batch, classes)
+    got, program = under_jit(asked, mesh, specs, 1.7)
+    assert_equal(got, truth(asked, 1.7))
+    assert_lies({"logits": got[1]["logits"]}, specs, mesh)
+    assert_moves_little(program, per_token=8 * 12)
+
+
+@kinds
+@both
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_cross_entropy_with_all_options(rng, kind, dense, reduction):
+    names = OPTIONS if dense else (*OPTIONS, "ignore_index")
+    asked = problem(rng, (8, 6, 64), dense, names, reduction=reduction)
+    mesh, specs = mesh_of(kind), asked.specs(P("data"), "model")
+    cotangent = rng.normal(size=(8, 6) if reduction == "none" else ())
+    got, program = under_jit(asked, mesh, specs, cotangent)
+    assert_equal(got, truth(asked, cotangent))
+    assert_lies(got[1], specs, mesh)
+    assert_moves_little(program, per_token=4 * 6)
+
+
+@kinds
+@pytest.mark.parametrize("axis", [0, 1])
+def test_classes_on_another_axis(rng, kind, axis):
+    asked = problem(rng, (8, 6, 64))
+    asked.arrays["logits"], mesh = np.moveaxis(asked.arrays["logits"], -1, axis), mesh_of(kind)
+    asked.fixed["axis"] = axis
+    spec = list(P("data", None))
+    spec.insert(axis, "model")
+    got, program = under_jit(asked, mesh, {"logits": P(*spec), "labels": P("data")}, 1.7)
+    assert_equal(got, truth(asked, 1.7))
+    assert_moves_little(program, per_token=4 * 6)
+
+
+# 4 chunks of 32 tokens.
+TOKENS, EMBED, CLASSES = (8, 16), 40, 256
+
+
+@kinds
+@pytest.mark.parametrize(
+    "batch, classes, embed",
+    [
+        (P("data"), None, None),
+        (P(), "model", None),
+        (P("data"), "model", None),
+        (P("data"), "model", "data"),
+        (P(("data", "model")), None, ("data", "model")),
+    ],
+    ids=["batch", "classes", "both", "FSDP", "FSDP over all"],
+)
+@pytest.mark.parametrize("transpose", [False, True], ids=["", "transposed"])
+def test_linear_cross_entropy(rng, kind, batch, classes, embed, transpose):
+    asked = problem(rng, (*TOKENS, CLASSES), embed=EMBED, chunk_size=32, transpose_weight=transpose)
+    mesh, specs = mesh_of(kind), asked.specs(batch, classes, embed)
+    got, program = under_jit(asked, mesh, specs, 1.7)
+    assert_equal(got, truth(asked, 1.7))
+    assert_lies({name: got[1][name] for name in ("x", "weight")}, specs, mesh)
+    head = EMBED * CLASSES // (4 if classes else 1)
+    tokens = 128 // np.prod([mesh.shape[name] for entry in batch if entry for name in np.atleast_1d(entry)], dtype=int)
+    gradients = {head, head // 2, head // 8, tokens * EMBED, tokens * EMBED // 4, CLASSES, CLASSES // 4}
+    assert_moves_little(program, per_token=128, gradients=gradients, gathered={head} if embed else ())
+
+
+@kinds
+@both
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_linear_cross_entropy_with_all_options(rng, kind, dense, reduction):
+    names = OPTIONS if dense else (*OPTIONS, "ignore_index")
+    asked = problem(rng, (*TOKENS, CLASSES), dense, names, embed=EMBED, chunk_size=32, reduction=reduction)
+    mesh, specs = mesh_of(kind), asked.specs(P("data"), "model")
+    cotangent = rng.normal(size=TOKENS if reduction == "none" else ())
+    got, program = under_jit(asked, mesh, specs, cotangent)
+    assert_equal(got, truth(asked, cotangent))
+    assert_lies(got[1], specs, mesh)
+    chunk = 32 * EMBED if kind == "explicit" else 16 * EMBED  # tokens of a device
+    gradients = {EMBED * CLASSES // 4, chunk, 64 * EMBED, CLASSES // 4}
+    assert_moves_little(program, per_token=128, gradients=gradients)
+
+
+@kinds
+def test_chunks_that_do_not_divide_the_tokens(rng, kind):
+    """7 x 14 tokens in chunks of at most 20: padded, on each device where the layout is known."""
+    asked = problem(rng, (14, 7, CLASSES), embed=EMBED, chunk_size=20)
+    mesh, specs = mesh_of(kind), asked.specs(P("data"), "model")
+    got, program = under_jit(asked, mesh, specs, 1.7)
+    assert_equal(got, truth(asked, 1.7))
+    if kind == "explicit":
+        assert_moves_little(program, 98, {EMBED * CLASSES // 4, 17 * EMBED, CLASSES // 4})  # 49 tokens in 3 chunks
+
+
+@kinds
+def test_bfloat16_gradients_are_summed_over_devices_in_float32(rng, kind):
+    asked = problem(rng, (*TOKENS, CLASSES), embed=EMBED, chunk_size=32, bias=False)
+    narrow = {name: jnp.asarray(asked.arrays[name], jnp.bfloat16) for name in ("x", "weight")}
+    asked = asked._replace(arrays={**asked.arrays, **narrow})
+    mesh, specs = mesh_of(kind), asked.specs(P("data"), "model")
+    (_, got), _ = under_jit(asked, mesh, specs, 1.0)
+    wide = {name: np.asarray(a, np.float32) if name in narrow else a for name, a in asked.arrays.items()}
+    _, want = truth(asked._replace(arrays=wide), 1.0)
+    for name in narrow:
+        assert got[name].dtype == jnp.bfloat16
+        error = np.abs(np.asarray(got[name], np.float64) - want[name])
+        # dlogits and the result are rounded to bfloat16 once each; a sum of 8 rounded parts would err by 4 times that.
+        assert np.sqrt(np.mean(error**2)) < 1.5 * 2**-9 * np.sqrt(np.mean(want[name] ** 2)), name
+
+
+@kinds
+@pytest.mark.parametrize("f", [softmax, log_softmax], ids=["softmax", "log_softmax"])
+def test_softmax(rng, kind, f):
+    x, g = (rng.normal(size=(8, 6, 64)).astype(np.float32) for _ in range(2))
+    mesh = mesh_of(kind)
+    want = jax.jit(lambda x, g: jax.vjp(f, x)[1](g)[0])(x, g)
+    with jax.set_mesh(mesh):
+        place = lambda a: jax.device_put(a, NamedSharding(mesh, P("data", None, "model")))  # noqa: E731
+        program = jax.jit(lambda x, g: jax.vjp(f, x)[1](g)[0]).lower(place(x), place(g)).compile()
+        got = program(place(x), place(g))
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-6)
+    assert_lies({"x": got}, {"x": P("data", None, "model")}, mesh)
+    assert_moves_little(program, per_token=4 * 6)
+
+
+@kinds
+def test_confident_tokens_stay_exact_over_sharded_classes(kind):
+    """At a margin of 40 the loss is 4e-18; the relative error grows with the logit's own rounding alone."""
+    logits = np.zeros((8, 64), np.float32)
+    logits[np.arange(8), 7 * np.arange(8)] = 40
+    mesh = mesh_of(kind)
+    truth = np.log1p(63 * np.exp(-40.0))
+    with jax.set_mesh(mesh):
+        z = jax.device_put(logits, NamedSharding(mesh, P("data", "model")))
+        for labels in (7 * np.arange(8), np.eye(64, dtype=np.float32)[7 * np.arange(8)]):
+            spec = P("data") if labels.ndim == 1 else P("data", "model")
+            labels = jax.device_put(labels, NamedSharding(mesh, spec))
+            loss, grad = jax.jit(jax.value_and_grad(cross_entropy))(z, labels)
+            np.testing.assert_allclose(loss, truth, rtol=1e-6)
+            np.testing.assert_allclose(np.asarray(grad)[np.arange(8), 7 * np.arange(8)], -truth / 8, rtol=1e-6)
+
+
+def test_explicit_arrays_need_no_context_and_no_jit(rng):
+    asked = problem(rng, (8, 12, 64))
+    mesh = mesh_of("explicit")
+    specs = asked.specs(P("data"), "model")
+    arrays = {name: jax.device_put(a, NamedSharding(mesh, specs[name])) for name, a in asked.arrays.items()}
+    loss = cross_entropy(arrays["logits"], arrays["labels"])
+    np.testing.assert_allclose(loss, truth(asked, 1.0)[0], rtol=1e-6)
+    assert jax.typeof(loss).sharding.spec == P()
+
+
+def test_explicit_batch_around_manual_classes_is_refused(rng):
+    """A `shard_map` over `model` alone, inside of which the batch is still laid out explicitly."""
+    asked = problem(rng, (8, 12, 64))
+    mesh, specs = mesh_of("explicit"), asked.specs(P("data"), "model")
+    f = lambda logits, labels: cross_entropy(logits, labels, axis_name="model")  # noqa: E731
+    with jax.set_mesh(mesh):
+        arrays = {name: jax.device_put(a, NamedSharding(mesh, specs[name])) for name, a in asked.arrays.items()}
+        mapped = jax.shard_map(f, in_specs=(P(None, None, "model"), P()), out_specs=P(), axis_names={"model"})
+        with pytest.raises(ValueError, match=r"over \['data'\] inside a `jax.shard_map` over \['model'\]"):
+            mapped(arrays["logits"], arrays["labels"])
+
+
+@kinds
+@pytest.mark.parametrize("transform", ["vmap", "hessian-vector product", "scan"])
+def test_transforms(rng, kind, transform):
+    """Around a loss over a sharded head."""
+    asked = problem(rng, (4, 8, 64), embed=16, chunk_size=8, bias=False)
+    mesh = mesh_of(kind)
+    axes = {"x": P(None, "data"), "weight": P(None, "model"), "labels": P(None, "data")}
+    loss = lambda x, w, y: linear_cross_entropy(x, w, y, chunk_size=8)  # noqa: E731
+
+    def transformed(x, w, y):
+        if transform == "vmap":
+            return jax.vmap(jax.grad(loss), (0, None, 0))(x, w, y)
+        if transform == "scan":
+            step = lambda w, batch: (w - jax.grad(loss, 1)(batch[0], w, batch[1]), None)  # noqa: E731
+            return jax.lax.scan(step, w, (x, y))[0]
+        return jax.grad(lambda w: jnp.sum(jax.grad(loss, 1)(x, w, y) ** 2))(w)
+
+    a = asked.arrays
+    want = jax.jit(transformed)(a["x"], a["weight"], a["labels"])
+    with jax.set_mesh(mesh):
+        placed = [jax.device_put(a[name], NamedSharding(mesh, axes[name])) for name in ("x", "weight", "labels")]
+        got = jax.jit(transformed)(*placed)
+    np.testing.assert_allclose(got, want, rtol=0, atol=64 * 1.2e-7 * np.max(np.abs(want)))
+
+
+@kinds
+def test_doors_with_optaxs_names(rng, kind):
+    asked = problem(rng, (8, 6, 64), dense=True)
+    mesh, specs = mesh_of(kind), asked.specs(P("data"), "model")
+    want = jax.jit(softmax_cross_entropy)(asked.arrays["logits"], asked.arrays["labels"])
+    with jax.set_mesh(mesh):
+        arrays = {name: jax.device_put(a, NamedSharding(mesh, specs[name])) for name, a in asked.arrays.items()}
+        got = jax.jit(softmax_cross_entropy)(arrays["logits"], arrays["labels"])
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+@kinds
+def test_temporary_bytes_of_a_device_are_an_eighth(rng, kind):
+    """Of what is sharded: a chunk's logits and their gradient, with the batch over `data` and the classes over `model`."""
+    asked = problem(rng, (512, 4096), embed=4, bias=False, chunk_size=256)
+    mesh, specs = mesh_of(kind), asked.specs(P("data"), "model")
+    if kind == "explicit":
+        asked.fixed["chunk_size"] = 128  # a device's own
+    _, program = under_jit(asked, mesh, specs, 1.0)
+    alone = jax.jit(jax.value_and_grad(lambda a: asked.loss({**asked.arrays, **a}, chunk_size=256)))
+    alone = alone.lower({name: asked.arrays[name] for name in ("x", "weight")}).compile()
+    one, eight = (p.memory_analysis().temp_size_in_bytes for p in (alone, program))
+    assert one > 256 * 4096 * 4  # a chunk's logits
+    assert eight <= 1.1 * one / 8
