@@ -215,7 +215,7 @@ def mesh_axes(axis_name: Any, forward_mode: bool = False) -> Names:
     names = () if axis_name is None else axis_name if isinstance(axis_name, tuple | list) else (axis_name,)
     try:
         checked = checks_varying(tuple(names))
-    except (NameError, TypeError, ValueError):
+    except (NameError, TypeError, ValueError, KeyError):
         raise ValueError(
             f"`axis_name` must name mesh axes of the `jax.shard_map` around the call; got {axis_name!r}. Call it inside "
             "one, or leave `axis_name` out: under `jit` sharded classes need none."

@@ -72,6 +72,30 @@ def problem(rng, shape, dense=False, names=(), embed=None, bias=True, **fixed) -
     return Problem({"x": x, "weight": weight, **arrays}, fixed)
 
 
+def cancelling(rng, name: str) -> Problem:
+    """Parts of d(name) that all but cancel between devices: a hundredth of each is left. bfloat16 parts would leave an
+    error of a tenth of that; every factor is exact in bfloat16, so that parts in float32 leave the last rounding."""
+    asked = problem(rng, (8, 16, 64), embed=40, bias=False, chunk_size=16, reduction="sum")
+    x, weight = (np.zeros_like(asked.arrays[name]) for name in ("x", "weight"))
+    kept = x if name == "weight" else weight.T  # the other is 0, so that all probabilities are 1/64
+    half = len(kept) // 2
+    kept[:half] = rng.normal(size=kept[:half].shape).astype(jnp.bfloat16)
+    kept[half:] = -kept[:half] * (1 + 2.0**-6 * rng.integers(0, 2, kept[:half].shape))
+    weight[:, 63] = 0
+    arrays = {"x": jnp.asarray(x, jnp.bfloat16), "weight": jnp.asarray(weight, jnp.bfloat16)}
+    labels = np.full((8, 16), 63, np.int32)
+    return asked._replace(arrays={**asked.arrays, **arrays, "labels": labels})
+
+
+def assert_summed_in_float32(got, asked: Problem, name: str):
+    wide = {key: np.asarray(a, np.float32) if a.dtype == jnp.bfloat16 else a for key, a in asked.arrays.items()}
+    want = truth(asked._replace(arrays=wide), 1.0)[1][name]
+    assert got.dtype == jnp.bfloat16
+    parts = 128 if name == "weight" else 2  # about Σ |x| of the tokens, or Σ |weight| / 64
+    error = np.abs(np.asarray(got, np.float64) - want)
+    assert np.all(error <= 2.0**-8 * np.abs(want) + 8 * epsilon(jnp.float32) * parts), name
+
+
 def _differentiated(loss, arrays, cotangent):
     floats = {name: a for name, a in arrays.items() if jnp.issubdtype(a.dtype, jnp.floating)}
     value, pull = jax.vjp(lambda floats: loss({**arrays, **floats}), floats)
