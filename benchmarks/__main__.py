@@ -1,5 +1,7 @@
 """Side by side with the peers: `python -m benchmarks accuracy | logits | linear`, each as a Markdown table.
 
+`python -m benchmarks scaling` prints the table of docs/scaling.md, by formulas.
+
 Every time is a ratio, taken in one process in turns (A B A B ...), after a warm-up, as the median over the turns with
 the quartiles; memory is what the compiler reports. Truth is float64. Peers that are not installed are left out.
 """
@@ -19,6 +21,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
+from benchmarks import scaling
 from softmax_jax import cross_entropy, linear_cross_entropy
 
 try:
@@ -137,9 +140,11 @@ def linear(turns: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["accuracy", "logits", "linear"])
+    parser.add_argument("what", choices=["accuracy", "logits", "linear", "scaling"])
     parser.add_argument("--turns", type=int, default=9)
     args = parser.parse_args()
+    if args.what == "scaling":
+        return table(scaling.HEADER, scaling.table())
     versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "optax", *(["torch"] if torch else [])))
     print(f"{date.today()}, {jax.devices()[0].device_kind}, {platform.machine()}, {versions}\n")
     accuracy() if args.what == "accuracy" else {"logits": logits, "linear": linear}[args.what](args.turns)

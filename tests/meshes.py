@@ -160,6 +160,7 @@ def assert_equal(got, want, k=64):
 class Collective(NamedTuple):
     op: str
     largest: int  # the number of elements of its largest result, on one device
+    bytes: int  # of all its results
     in_loop: bool
 
 
@@ -170,11 +171,21 @@ def collectives(program) -> list[Collective]:
         if line and not line[0].isspace():
             entry = line.startswith("ENTRY")
         match = re.search(r"= (.*?) (all-\w+|collective-\w+|reduce-scatter|ragged-\S+)(?:-start)?\(", line)
-        if match:
-            shapes = re.findall(r"\w+\[([\d,]*)\]", match[1])
-            sizes = [int(np.prod([int(n) for n in shape.split(",") if n])) for shape in shapes]
-            found.append(Collective(match[2], max(sizes), not entry))
+        if match and not _of_one_device(line):
+            shapes = re.findall(r"[a-z]+(\d+)\[([\d,]*)\]", match[1])
+            sizes = [int(np.prod([int(n) for n in shape.split(",") if n])) for _, shape in shapes]
+            total = sum(size * int(bits) // 8 for size, (bits, _) in zip(sizes, shapes, strict=True))
+            found.append(Collective(match[2], max(sizes), total, not entry))
     return found
+
+
+def _of_one_device(line: str) -> bool:
+    """A reduction over a mesh axis of size 1 moves nothing; XLA drops it later, or runs it as a copy."""
+    named = re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line)
+    if named:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+        return all(sizes[name] == "1" for name in re.findall(r"'(\w+)'", named[2]))
+    return re.search(r"replica_groups=\{\{\d+\}", line) is not None
 
 
 OPTIONS = ("where", "weights", "class_weights", *FLOATS)

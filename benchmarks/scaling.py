@@ -1,0 +1,101 @@
+"""Bytes per device and bytes moved per step of a sharded `linear_cross_entropy`, as formulas: docs/scaling.md.
+
+`tests/test_scaling.py` holds them against compiled programs. Nothing here needs a device.
+"""
+
+from typing import NamedTuple
+
+
+class Step(NamedTuple):
+    """One forward and backward pass of a mean loss over `data` x `model` devices, by `axis_name` or explicit layout."""
+
+    tokens: int  # of all devices
+    embed: int
+    classes: int  # of all devices
+    data: int
+    model: int
+    chunk: int  # tokens of a chunk on a device
+    itemsize: int = 2  # bytes of a number of x and weight; sums are float32
+
+    @property
+    def local_tokens(self) -> int:
+        return self.tokens // self.data
+
+    @property
+    def local_classes(self) -> int:
+        return self.classes // self.model
+
+    def chunk_bytes(self) -> int:
+        """A chunk's logits in float32."""
+        return 4 * self.chunk * self.local_classes
+
+    def sums_bytes(self) -> int:
+        """The gradients of x and weight in float32, before their one cast."""
+        return 4 * self.embed * (self.local_classes + self.local_tokens)
+
+    def per_token_moved(self) -> int:
+        """All-reduced over `model` in both passes: the maximum, then `rest` and `own`. The backward pass moves none."""
+        return 3 * 4 * self.local_tokens if self.model > 1 else 0
+
+    def dx_moved(self) -> int:
+        """All-reduced over `model`."""
+        return 4 * self.local_tokens * self.embed if self.model > 1 else 0
+
+    def dweight_moved(self) -> int:
+        """All-reduced over `data`, once a step."""
+        return 4 * self.embed * self.local_classes if self.data > 1 else 0
+
+    def gathered_logits_bytes(self) -> int:
+        """What a device holds at least where the logits are gathered: all classes of its tokens."""
+        return self.itemsize * self.local_tokens * self.classes
+
+    def gathered_logits_moved(self) -> int:
+        """What a device receives for them."""
+        return self.gathered_logits_bytes() * (self.model - 1) // self.model
+
+
+def ring(payload: int, devices: int) -> float:
+    """Bytes that each device sends for an all-reduce of `payload` bytes: a ring's, the least there is."""
+    return 2 * payload * (devices - 1) / devices
+
+
+MESHES = {8: (1, 8), 64: (8, 8), 1024: (128, 8)}
+
+
+def table() -> list[list[str]]:
+    """8192 tokens for every row of 8 devices that share a vocabulary, embed 4096, bfloat16, 32 MiB of logits a chunk."""
+    rows = []
+    for devices, (data, model) in MESHES.items():
+        for classes in (131072, 262144, 1048576):
+            chunk = 2**25 // (4 * classes // model)
+            step = Step(8192 * data, 4096, classes, data, model, chunk)
+            over_model = ring(step.per_token_moved(), model), ring(step.dx_moved(), model)
+            rows.append(
+                [
+                    str(devices),
+                    f"{data} x {model}",
+                    f"{classes:,}",
+                    f"{step.gathered_logits_bytes() / 2**20:,.0f} MiB",
+                    f"{step.gathered_logits_moved() / 2**20:,.0f} MiB",
+                    f"{step.chunk_bytes() / 2**20:,.0f} MiB",
+                    f"{step.sums_bytes() / 2**20:,.0f} MiB",
+                    f"{over_model[0] / 2**20:.2f} MiB",
+                    f"{over_model[1] / 2**20:,.0f} MiB",
+                    f"{ring(step.dweight_moved(), data) / 2**20:,.0f} MiB",
+                ]
+            )
+    return rows
+
+
+HEADER = [
+    "devices",
+    "data x model",
+    "classes",
+    "logits gathered",
+    "received for them",
+    "a chunk's logits",
+    "float32 sums",
+    "sent: sums of a token",
+    "sent: dx",
+    "sent: dweight",
+]
