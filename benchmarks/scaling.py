@@ -63,7 +63,7 @@ MESHES = {8: (1, 8), 64: (8, 8), 1024: (128, 8)}
 
 
 def table() -> list[list[str]]:
-    """8192 tokens for every row of 8 devices that share a vocabulary, embed 4096, bfloat16, 32 MiB of logits a chunk."""
+    """8192 tokens for every row of 8 devices that share a vocabulary, embed 4096, bfloat16, chunks of 32 MiB."""
     rows = []
     for devices, (data, model) in MESHES.items():
         for classes in (131072, 262144, 1048576):

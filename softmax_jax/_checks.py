@@ -217,8 +217,8 @@ def mesh_axes(axis_name: Any, forward_mode: bool = False) -> Names:
         checked = checks_varying(tuple(names))
     except (NameError, TypeError, ValueError, KeyError):
         raise ValueError(
-            f"`axis_name` must name mesh axes of the `jax.shard_map` around the call; got {axis_name!r}. Call it inside "
-            "one, or leave `axis_name` out: under `jit` sharded classes need none."
+            f"`axis_name` must name mesh axes of the `jax.shard_map` around the call; got {axis_name!r}. Call it "
+            "inside one, or leave `axis_name` out: under `jit` sharded classes need none."
         ) from None
     if forward_mode and not checked:
         raise ValueError(

@@ -131,7 +131,8 @@ def _vjp(f, shared, chunk):
 
 def _zeros(f, shared, chunks) -> Array:
     """What f returns for a chunk, all 0."""
-    return zeros_as(jax.make_jaxpr(lambda shared, chunks: f(_up(shared), _take(chunks, 0)))(shared, chunks).out_avals[0])
+    traced = jax.make_jaxpr(lambda shared, chunks: f(_up(shared), _take(chunks, 0)))(shared, chunks)
+    return zeros_as(traced.out_avals[0])
 
 
 def _cast(gradients: PyTree, operands: PyTree, factor: Array | float = 1.0) -> PyTree:

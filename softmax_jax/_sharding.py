@@ -1,7 +1,8 @@
 """What crosses devices.
 
-Inside `shard_map` the classes may lie on several devices: `names` are the mesh axes that they are sharded over, () where
-every device has all of them. A token's maximum and its sums are then combined over those axes, and nothing else moves.
+Inside `shard_map` the classes may lie on several devices: `names` are the mesh axes that they are sharded over, ()
+where every device has all of them. A token's maximum and its sums are then combined over those axes, and nothing else
+moves.
 
     m = pmax m_local        sums = psum sums_local        class v of this device = class v + offset of all
 
@@ -123,12 +124,13 @@ def entries_of(array: Array) -> tuple[Names, ...]:
     return tuple(() if entry is None else entry if isinstance(entry, tuple) else (entry,) for entry in spec)
 
 
-def fit(array: Array | None, entries: tuple[Names, ...]) -> PartitionSpec | None:
-    """The layout of an array that broadcasts to axes that are laid out over `entries`."""
+def fit(array: Array | None, entries: tuple[Names, ...]) -> Any:
+    """The PartitionSpec of an array that broadcasts to axes that are laid out over `entries`; None for None."""
     if array is None:
         return None
     last = entries[len(entries) - array.ndim :]
-    return PartitionSpec(*(entry if size > 1 and entry else None for size, entry in zip(array.shape, last, strict=True)))
+    sizes = zip(array.shape, last, strict=True)
+    return PartitionSpec(*(entry if size > 1 and entry else None for size, entry in sizes))
 
 
 def over_devices(f: Callable, mesh: Mesh | AbstractMesh, operands: tuple, specs: tuple, out: PartitionSpec) -> Array:

@@ -161,8 +161,8 @@ def weighted_losses(
     adjustment = Adjustment(options.where, options.logit_scale, options.softcap)
     smooth = options.label_smoothing is not None
     unused = None if weights is None else weights == 0
-    how = dict(axis=axis, smooth=smooth, names=names, forward_mode=forward_mode)
-    sums = class_sums(logits, labels, options.class_weights, adjustment, unused, **how)
+    operands = logits, labels, options.class_weights, adjustment, unused
+    sums = class_sums(*operands, axis=axis, smooth=smooth, names=names, forward_mode=forward_mode)
     if weights is None or unused is None:
         return _loss(sums, logits.shape[axis], options, axis, names)
     # A token of weight 0 is taken out before its loss is computed, so that no NaN of its own comes back.

@@ -37,7 +37,7 @@ class Problem(NamedTuple):
         return (self.arrays["logits"] if "logits" in self.arrays else self.arrays["x"]).shape[:-1]
 
     def specs(self, batch: P, classes, embed=None) -> dict[str, P]:
-        """How each array lies: its tokens over `batch`, its classes over `classes`, the head's embed axis over `embed`."""
+        """How each array lies: its tokens over `batch`, its classes over `classes`, the head's embed over `embed`."""
         tokens = tuple(batch) + (None,) * (len(self.batch()) - len(batch))
         known = {
             "x": P(*tokens),
@@ -148,12 +148,14 @@ def under_shard_map(asked: Problem, mesh, specs, cotangent, tokens="data", check
 
 def assert_equal(got, want, k=64):
     """Every number within k eps of the largest of its array. A sum of n terms in another order is off by at most n
-    eps/2 of their sizes; what goes wrong over devices is off by a whole term or a whole factor."""
+    eps/2 of their sizes; what goes wrong over devices is off by a whole term or a whole factor. A scalar option's
+    gradient is one sum over all logits, of either sign."""
     for name, truth in {"loss": want[0], **want[1]}.items():
         number = np.asarray(got[0] if name == "loss" else got[1][name], np.float64)
         finite = np.isfinite(truth)
         np.testing.assert_array_equal(number[~finite], truth[~finite], name)
-        budget = k * epsilon(jnp.float32) * np.max(np.abs(truth), initial=1e-30, where=finite)
+        terms = k if np.ndim(truth) else 8 * k
+        budget = terms * epsilon(jnp.float32) * np.max(np.abs(truth), initial=1e-30, where=finite)
         np.testing.assert_allclose(number[finite], truth[finite], rtol=0, atol=budget, err_msg=name)
 
 
@@ -172,9 +174,9 @@ def collectives(program) -> list[Collective]:
             entry = line.startswith("ENTRY")
         match = re.search(r"= (.*?) (all-\w+|collective-\w+|reduce-scatter|ragged-\S+)(?:-start)?\(", line)
         if match and not _of_one_device(line):
-            shapes = re.findall(r"[a-z]+(\d+)\[([\d,]*)\]", match[1])
+            shapes = re.findall(r"(?:pred|[a-z]+(\d+))\[([\d,]*)\]", match[1])
             sizes = [int(np.prod([int(n) for n in shape.split(",") if n])) for _, shape in shapes]
-            total = sum(size * int(bits) // 8 for size, (bits, _) in zip(sizes, shapes, strict=True))
+            total = sum(size * int(bits or 8) // 8 for size, (bits, _) in zip(sizes, shapes, strict=True))
             found.append(Collective(match[2], max(sizes), total, not entry))
     return found
 

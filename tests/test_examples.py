@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import equinox as eqx
@@ -45,6 +46,20 @@ def _char_lm(printed: str) -> None:
     assert "class " in printed
 
 
+def _vocab_parallel(printed: str, processes: int = 1, parts: int = 4) -> None:
+    """log 8185 = 9.01. Sums in another order differ by 4e-7 after 25 steps; without `where`, it would be 4e-5."""
+    assert f"processes: {processes}; 8185 classes, padded to {8185 + -8185 % parts}\n" in printed
+    assert f"{8 // parts} data x {parts} model: training loss" in printed
+    pattern = r"training loss: (\S+) -> (\S+) nats; each device: head (\S+) MiB, temporary memory of one step (\S+) MiB"
+    one, spread = (tuple(map(float, numbers)) for numbers in re.findall(pattern, printed))
+    for before, after, *_ in (one, spread):
+        assert 8.9 < before < 9.2
+        assert after < 7.5
+    assert float(re.findall(r"differ by (\S+) of themselves", printed)[0]) < 1e-5
+    assert abs(spread[2] - one[2] / parts) < 0.02
+    assert spread[3] < 0.4 * one[3]
+
+
 def _percentages(printed: str) -> list[float]:
     return [float(number) for number in re.findall(r"([\d.]+)%", printed)]
 
@@ -55,6 +70,13 @@ def _percentages(printed: str) -> list[float]:
         pytest.param("digits", "--epochs 10", _digits, id="digits"),
         pytest.param("vmap_batches", "--epochs 10 --members 4", _vmap_batches, id="vmap_batches"),
         pytest.param("char_lm", "--steps 40 --batch 8 --length 64 --files 40", _char_lm, id="char_lm"),
+        pytest.param("vocab_parallel", "--steps 25 --files 40", _vocab_parallel, id="vocab_parallel"),
+        pytest.param(
+            "vocab_parallel",
+            "--steps 25 --files 40 --processes 2 --model 8 --seconds 200",
+            partial(_vocab_parallel, processes=2, parts=8),  # each process has one half of the head
+            id="vocab_parallel_in_two_processes",
+        ),
     ],
 )
 def test_an_example_learns_and_draws(name: str, arguments: str, check: Callable[[str], None], tmp_path: Path):
