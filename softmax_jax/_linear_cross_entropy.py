@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Bool, Float, Num
@@ -16,7 +16,8 @@ from softmax_jax._checks import Options, Reduction
 from softmax_jax._chunks import map_over_chunks, sum_over_chunks
 from softmax_jax._cross_entropy import Scalar
 from softmax_jax._dtypes import accumulator, product_dtype
-from softmax_jax._sharding import Names, entries_of, explicit_mesh, fit, over_devices, token_axes, total, vary_alike
+from softmax_jax._projection import project
+from softmax_jax._sharding import Names, entries_of, explicit_mesh, fit, over_devices, token_axes, total
 from softmax_jax._token_loss import divide, mean_divisor, option_specs, prepare, weighted_losses
 
 CHUNK_BYTES = 2**25
@@ -56,7 +57,10 @@ def linear_cross_entropy(
       labels: integer class ids of the batch shape, or probabilities `[*batch, classes]`.
       bias: `[classes]`, added to the logits.
       where: bool, broadcastable to `[*batch, classes]`.
-      chunk_size: the most tokens a chunk may have. The default aims at 32 MiB of float32 logits. Chunks are of equal
+      axis_name: inside `jax.shard_map`, the mesh axis or axes that the classes are sharded over: `weight`, `bias`, dense
+        labels, `where` and `class_weights` are this device's part of the classes, `x` is the same on all of these devices.
+      chunk_size: the most tokens a chunk may have, of one device's under `shard_map` and in explicit sharding, of all in
+        automatic sharding. The default aims at 32 MiB of float32 logits. Chunks are of equal
         size; where no such size divides the number of tokens, the per-token operands are copied once, padded with
         tokens of weight 0. Strided: chunk c holds tokens c, c + count, c + 2 count, ...
 
@@ -229,7 +233,7 @@ def _chunk_losses(transpose_weight: bool, dtype: DTypeLike, names: Names, shared
     x, labels, weights, where = chunk
     if weights is not None:
         x = jnp.where(weights[:, None] == 0, 0, x)
-    logits = _project(*vary_alike(x, shared.weight), dtype, transpose_weight)
+    logits = project(x, shared.weight, dtype, transpose_weight)
     if shared.bias is not None:
         logits = logits + shared.bias[None, :].astype(logits.dtype)
     if where is not None:
@@ -240,42 +244,3 @@ def _chunk_losses(transpose_weight: bool, dtype: DTypeLike, names: Names, shared
 
 def _chunk_sum(transpose_weight: bool, dtype: DTypeLike, names: Names, shared: _Shared, chunk: _Each) -> Array:
     return jnp.sum(_chunk_losses(transpose_weight, dtype, names, shared, chunk))
-
-
-# logits = x · weight, dx = dlogits · weightᵀ, dweight = xᵀ · dlogits: operands in the layer's dtype, results in
-# float32, those of `dx` and `dweight` too: `x` and `weight` come in as float32 and are cast here, or autodiff would
-# round their gradients to 16 bits in every chunk, before the divisor is applied.
-
-
-def _dot(a: Array, a_axis: int, b: Array, b_axis: int, dtype: DTypeLike) -> Array:
-    dimensions = (((a_axis,), (b_axis,)), ((), ()))
-    return lax.dot_general(a.astype(dtype), b.astype(dtype), dimensions, preferred_element_type=accumulator(dtype))
-
-
-def _logits(x: Array, weight: Array, dtype: DTypeLike, transpose_weight: bool) -> Array:
-    return _dot(x, 1, weight, 1 if transpose_weight else 0, dtype)
-
-
-def _logits_fwd(x, weight, dtype, transpose_weight):
-    return _logits(x, weight, dtype, transpose_weight), (x, weight)
-
-
-def _logits_bwd(dtype, transpose_weight, residuals, dlogits):
-    x, weight = residuals
-    dlogits, scale = _in_range(dlogits, dtype)
-    dx = _dot(dlogits, 1, weight, 0 if transpose_weight else 1, dtype) / scale
-    dweight = _dot(dlogits, 0, x, 0, dtype) if transpose_weight else _dot(x, 0, dlogits, 0, dtype)
-    return dx.astype(x.dtype), (dweight / scale).astype(weight.dtype)
-
-
-def _in_range(dlogits: Array, dtype: DTypeLike) -> tuple[Array, Array | float]:
-    """(dlogits · scale, scale): for float16, the largest at 2**14, as token weights and p may leave its range."""
-    if jnp.dtype(dtype) != jnp.float16:
-        return dlogits, 1.0
-    largest = lax.stop_gradient(jnp.max(jnp.abs(dlogits), initial=0))
-    scale = jnp.where((largest > 0) & jnp.isfinite(largest), 2.0**14 / jnp.maximum(largest, 1e-30), 1)
-    return dlogits * scale, scale
-
-
-_project = jax.custom_vjp(_logits, nondiff_argnums=(2, 3))
-_project.defvjp(_logits_fwd, _logits_bwd)

@@ -60,7 +60,7 @@ def varying(*trees: PyTree) -> Names:
 
 def checks_varying(names: Names) -> bool:
     """Whether types tell what varies: `shard_map` with check_vma=True."""
-    return set(names) <= set(varying(lax.axis_index(names)))
+    return not names or set(names) <= set(varying(lax.axis_index(names)))
 
 
 def vary(tree: PyTree, over: Names) -> PyTree:
