@@ -1,30 +1,4 @@
-"""What went wrong in other implementations, as public bug reports have it: one named test each.
-
-  1  a row of -inf alone, or a first block of -inf, gives NaN by -inf - -inf      flash-attention 1930, torch-xpu 5022
-     or a real NaN is swallowed by the guard against it
-  2  padded classes or tokens are counted, exp(0) each                            tokamax; verl 2656, 2899, 5349; CCE 59
-  4  the cotangent is dropped, or taken from the first row                        MaxText 4699; Liger 678, 1298
-  5  a confident token's loss and gradient round to 0                             Liger 1268, 1329; Transf.Engine 3193
-  7  a loss computed, stored or summed in bfloat16                                Optax 1020, PyTorch 85791, tokamax
-  8  logits rounded in one pass and not in the other: p does not sum to 1         Marin 8217
- 10  labels out of range wrapped or clamped, or a NaN loss with a finite gradient Optax, Keras 23669, jax-cce
- 11  all ignored, an empty batch, weights of sum 0; an ignored row that holds NaN PyTorch 70348, 75181; Optax 1335
- 12  ignored rows, class weights and smoothing disagree when combined             PyTorch 69339, 73205, 91383
- 15  the mean's divisor under gradient accumulation                               transformers 34191, 35203
- 17  results that differ with the run or with the other rows                      PyTorch 17350, 46024, 71367
- 18  Python scalars change the dtype or recompile                                 Liger 1362
- 19  very large logits                                                            PyTorch 38839
- 20  soft labels or smoothing over logits of -inf: 0 · inf                        Optax 896, 1762
- 21  the backward pass assumes that soft labels sum to 1                          T5X
- 22  a soft-cap on the logits, but not on the label's own                         Marin
- 23  a mask hides the label's class: a negative loss                              Optax
- 24  (N,) float labels against (N, N) logits broadcast                            Optax
- 26  a second backward or a donated buffer sees altered inputs                    Liger 272, Megatron 1594
-
-5 is test_exactness.py; 17, 18 are test_promises.py; 19 to 23 are test_infinities.py; 24 is test_errors.py; 26 is
-test_transforms.py. 3, 6, 16 concern a product with the head's weight, 13 and 14 devices, 9 more than 2**31 logits, 25 a
-fast path that is not here.
-"""
+"""What went wrong in other implementations, one named test each; docs/failures.md lists all, with the reports."""
 
 import jax
 import jax.numpy as jnp

@@ -140,6 +140,16 @@ def test_chunks_that_do_not_divide_the_tokens(rng, kind):
         assert_moves_little(program, 98, {EMBED * CLASSES // 4, 17 * EMBED, CLASSES // 4})  # 49 tokens in 3 chunks
 
 
+@pytest.mark.parametrize("batch", [P("data"), P(("data", "model"))], ids=str)
+def test_one_chunk_a_device_is_no_loop(rng, batch):
+    """The size of a chunk is judged on a device's own tokens, so that sharding a batch does not switch on the loop."""
+    asked = problem(rng, (*TOKENS, CLASSES), embed=EMBED, chunk_size=64)
+    _, program = under_jit(asked, mesh_of("explicit"), asked.specs(batch, None), 1.0)
+    assert " while(" not in program.as_text()
+    _, one_device = under_jit(asked, mesh_of("explicit"), asked.specs(P(), None), 1.0)
+    assert " while(" in one_device.as_text()
+
+
 @kinds
 @pytest.mark.parametrize("name", ["x", "weight"])
 def test_bfloat16_gradients_are_summed_over_devices_in_float32(rng, kind, name):
