@@ -1,0 +1,51 @@
+"""Lowering for machines that are not here: every door and its gradient, from the CPU, for each of JAX's platforms."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from helpers import ALONE, random_case
+from jax import export
+
+import softmax_jax
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+TOKENS, EMBED, CLASSES = 12, 8, 40
+
+
+def doors(rng, dtype, dense):
+    """(name, function, floating operands) with every option on."""
+    names = [name for name in ALONE if not (dense and name == "ignore_index")]
+    logits, labels, options = random_case(rng, (TOKENS, CLASSES), dtype=dtype, dense=dense, names=names)
+    del options["axis"]
+    x, weight = (rng.normal(size=shape).astype(dtype) for shape in ((TOKENS, EMBED), (EMBED, CLASSES)))
+    yield "cross_entropy", lambda z: softmax_jax.cross_entropy(z, labels, **options), (logits,)
+    yield "forward_mode", lambda z: softmax_jax.cross_entropy(z, labels, forward_mode=True, **options), (logits,)
+    head = lambda x, w: softmax_jax.linear_cross_entropy(x, w, labels, chunk_size=4, **options)  # noqa: E731
+    yield "linear_cross_entropy", head, (x, weight)
+    losses = lambda x, w: softmax_jax.linear_cross_entropy(  # noqa: E731
+        x, w, labels, chunk_size=4, reduction="none", **options
+    )
+    yield "linear_cross_entropy, none", lambda x, w: jnp.sum(losses(x, w) ** 2), (x, weight)
+    for name in ("softmax", "log_softmax"):
+        door = getattr(softmax_jax, name)
+        yield name, lambda z, door=door: jnp.sum(door(z, where=options["where"])[:, 0]).astype(jnp.float32), (logits,)
+    names = ("softmax_cross_entropy", "safe_softmax_cross_entropy", "poly_loss_cross_entropy")
+    for name in names if dense else ("softmax_cross_entropy_with_integer_labels",):
+        door = getattr(softmax_jax, name)
+        yield name, lambda z, door=door: jnp.sum(door(z, labels)), (logits,)
+
+
+@pytest.mark.parametrize("dense, dtype", [(False, jnp.bfloat16), (True, jnp.float32)], ids=["integer", "dense"])
+def test_every_door_and_its_gradient_lower_for_every_platform(rng, dense, dtype):
+    for name, f, operands in doors(rng, dtype, dense):
+        both = jax.jit(jax.value_and_grad(f, tuple(range(len(operands)))))
+        exported = export.export(both, platforms=PLATFORMS)(*operands)
+        assert exported.platforms == PLATFORMS, name
+        loss, *gradients = exported.out_avals
+        assert loss.shape == () and loss.dtype == jnp.float32, name
+        assert [(g.shape, g.dtype) for g in gradients] == [(a.shape, dtype) for a in operands], name
+        # Nothing but StableHLO: no kernel, callback or library call that another platform might lack.
+        calls = set(re.findall(r"stablehlo.custom_call @(\w+)", exported.mlir_module()))
+        assert calls <= {"Sharding"}, (name, calls)
