@@ -142,7 +142,7 @@ def main() -> None:
         print(f"head {head:.2f} MiB, temporary memory of one step {temporary:.2f} MiB")
     print(f"the losses differ by {difference.max():.1e} of themselves at most: the same sums, in another order")
     print(f"picture: {options.out}")
-    sys.exit(0 if difference.max() < 1e-3 else "that is more than rounding")
+    sys.exit(0 if difference.max() < 1e-4 else "that is more than rounding")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ def adjust(logits: Array, adjustment: Adjustment) -> Array:
         z = z if scale is None else scale * z
         z = z if softcap is None else softcap * jnp.tanh(z / softcap)
         floor = raw if softcap is None else -softcap
-        z = jnp.where(raw == -jnp.inf, floor, jnp.where(raw == jnp.inf, jnp.nan, z))
+        top = jnp.where(raw == jnp.inf, raw, 0)
+        z = jnp.where(raw == -jnp.inf, floor, z + (top - top))  # NaN at +inf, in the gradient too
     return z if where is None else jnp.where(where, z, -jnp.inf)
 
 

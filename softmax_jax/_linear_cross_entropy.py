@@ -57,12 +57,12 @@ def linear_cross_entropy(
       labels: integer class ids of the batch shape, or probabilities `[*batch, classes]`.
       bias: `[classes]`, added to the logits.
       where: bool, broadcastable to `[*batch, classes]`.
-      axis_name: inside `jax.shard_map`, the mesh axis or axes that the classes are sharded over: `weight`, `bias`, dense
-        labels, `where` and `class_weights` are this device's part of the classes, `x` is the same on all of these devices.
-      chunk_size: the most tokens a chunk may have, of one device's under `shard_map` and in explicit sharding, of all in
-        automatic sharding. The default aims at 32 MiB of float32 logits. Chunks are of equal
-        size; where no such size divides the number of tokens, the per-token operands are copied once, padded with
-        tokens of weight 0. Strided: chunk c holds tokens c, c + count, c + 2 count, ...
+      axis_name: inside `jax.shard_map`, the mesh axis or axes that the classes are sharded over: `weight`, `bias`,
+        dense labels, `where` and `class_weights` are this device's part of the classes; `x` is the same along them.
+      chunk_size: the most tokens a chunk may have: of one device's under `shard_map` and in explicit sharding, of all
+        in automatic sharding. The default aims at 32 MiB of float32 logits. Chunks are of equal size; where no such
+        size divides the number of tokens, the per-token operands are copied once, padded with tokens of weight 0.
+        Strided: chunk c holds tokens c, c + count, c + 2 count, ...
 
     The other arguments, their edge behaviour, the reductions and what is raised are those of `cross_entropy`. A row
     of weight 0 contributes exactly 0 also to the gradient of `weight`, whatever its `x` holds. Gradients flow to `x`,

@@ -100,7 +100,8 @@ def _softmax_value(x, where, axes):
     total = jnp.sum(e, axes, keepdims=True)
     if where is not None:
         total = jnp.where(jnp.any(where, axes, keepdims=True), total, 1)
-    return (e / total).astype(x.dtype)
+    y = e / total
+    return (y if where is None else jnp.where(where, y, 0)).astype(x.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -141,7 +142,8 @@ def _log_softmax_value(x, where, axes):
     if where is not None:
         others = jnp.where(jnp.any(where, axes), others, 0)
     shift, spread = apart(shift, jnp.log1p(others))
-    return (z - jnp.expand_dims(spread, axes)).astype(x.dtype), shift, spread
+    y = z - jnp.expand_dims(spread, axes)
+    return (y if where is None else jnp.where(where, y, -jnp.inf)).astype(x.dtype), shift, spread
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

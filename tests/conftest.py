@@ -8,6 +8,11 @@ import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+settings.register_profile("normal", max_examples=40, derandomize=True, deadline=None, database=None)
+settings.register_profile("fuzz", max_examples=2400, derandomize=True, deadline=None, database=None)
+settings.load_profile("normal")
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -1,0 +1,236 @@
+"""Laws, and every door against float64, on inputs that hypothesis makes: ties, ±0, subnormals, ±inf, NaN, 1e±30, the
+limits of the 16-bit formats.
+
+A few hundred in the normal run, always the same. `pytest tests/test_properties.py --hypothesis-profile fuzz` tries 24,000.
+Shapes and sets of options are few, so that compilation does not dominate: every number and every array is traced.
+
+The budgets. A logit's exponent z - m is off by eps/2 of |z| + |m|, and so exp of it by as many eps/2 relatively; scale,
+cap, exp, sum, log1p, product and reduction add one rounding each. The reference counts the first as the `condition`
+(the sum of the terms, each times 1 + |z| + |m|), and 8 eps of it is more than the sum of all.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import reference
+from helpers import assert_within, epsilon
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from softmax_jax import cross_entropy, linear_cross_entropy, log_softmax, softmax, softmax_cross_entropy
+
+EXTREMES = [0.0, -0.0, 1e-45, -1e-40, 1e-30, 1e30, -1e30, 88.8, -104.0, 17.0, 6e4, -6e4, np.inf, -np.inf, np.nan]
+SHAPES = [(4, 7), (3, 1), (2, 19)]
+TINY = np.finfo(np.float32).tiny / epsilon(jnp.float32)  # products below the smallest number are 0
+FORMATS = [jnp.float32, jnp.bfloat16, jnp.float16]
+
+moderate = st.floats(-20, 20, width=32)
+extreme = st.one_of(st.sampled_from(EXTREMES), st.integers(-3, 3).map(float), moderate)
+nonzero = st.floats(0.125, 4, width=32).flatmap(lambda x: st.sampled_from([x, -x]))
+shapes, formats, flags = st.sampled_from(SHAPES), st.sampled_from(FORMATS), st.booleans()
+
+
+def floats(shape, elements=moderate):
+    return hnp.arrays(np.float32, shape, elements=elements)
+
+
+@st.composite
+def cases(draw, elements=extreme, dense=None, with_options=None):
+    """(logits, labels, options, cotangents) of 'none'."""
+    shape = draw(shapes)
+    batch, classes = shape[:-1], shape[-1]
+    with np.errstate(over="ignore"):
+        logits = draw(floats(shape, elements)).astype(draw(formats))
+    if draw(flags) if dense is None else dense:
+        labels = draw(floats(shape, st.sampled_from([0.0, 0.0, 1.0, 0.25, 1e-6, 2.5])))
+    else:
+        labels = draw(hnp.arrays(np.int32, batch, elements=st.integers(-1, classes)))
+    options = {}
+    if draw(flags) if with_options is None else with_options:
+        options = {
+            "where": draw(hnp.arrays(bool, shape)),
+            "weights": draw(floats(batch, st.sampled_from([0.0, 1.0, 0.5, 3.0]))),
+            "class_weights": draw(floats(classes, st.sampled_from([0.0, 1.0, 0.3, 2.0]))),
+            "label_smoothing": np.float32(draw(st.sampled_from([0.0, 0.1, 1.0]))),
+            "z_loss": np.float32(draw(st.sampled_from([0.0, 1e-2]))),
+            "logit_scale": np.float32(draw(st.sampled_from([1.0, 0.5, -2.0, 0.0]))),
+        }
+    return logits, labels, options, draw(floats(batch, nonzero))
+
+
+@jax.jit
+def losses_and_gradient(logits, labels, options, cotangents):
+    losses, pull = jax.vjp(lambda z: cross_entropy(z, labels, reduction="none", **options), logits)
+    return losses, pull(cotangents)[0]
+
+
+def in_range(want):
+    """What float32 cannot hold is infinite."""
+    return np.where(np.abs(want) > np.finfo(np.float32).max, np.copysign(np.inf, want), want)
+
+
+def without_infinite_terms(logits, options):
+    """z_loss of an infinite row, and a logit of 1e30 times a scale, leave float32 on the way: not asked here."""
+    return not options or np.all(np.abs(np.nan_to_num(np.float64(logits), posinf=0, neginf=0)) < 1e6)
+
+
+@given(cases())
+def test_cross_entropy_is_the_float64_one(case):
+    logits, labels, options, cotangents = case
+    if not without_infinite_terms(logits, options):
+        options = {}
+    want = reference.cross_entropy(logits, labels, reduction="none", cotangent=np.float64(cotangents), **options)
+    losses, gradient = losses_and_gradient(logits, labels, options, cotangents)
+    assert_within(losses, in_range(want.loss), want.loss_condition, 8, err_msg="loss")
+    assert_within(gradient, in_range(want.grad), want.grad_condition, 8, logits.dtype, "gradient")
+
+
+@partial(jax.jit, static_argnums=0)
+def value_and_pullback(f, x, where, cotangent):
+    y, pull = jax.vjp(lambda x: f(x, where=where), x)
+    return y, pull(cotangent)[0]
+
+
+@given(shapes.flatmap(lambda s: st.tuples(floats(s, extreme), hnp.arrays(bool, s), floats(s))), flags)
+def test_softmax_and_log_softmax_are_the_float64_ones(arrays, masked):
+    x, where, cotangent = arrays
+    where = where if masked else None
+    size = 2 + 2 * np.abs(np.where(np.isfinite(x), x, 0)).max()
+    infinite = np.any((x == np.inf) & (True if where is None else where), -1, keepdims=True)
+    for f, truth in ((softmax, reference.softmax), (log_softmax, reference.log_softmax)):
+        y, dx = value_and_pullback(f, x, where, cotangent)
+        want = np.where(infinite & (True if where is None else where), np.nan, truth(x, where=where))
+        condition = np.where(np.isfinite(want), size * (np.abs(want) if f is softmax else 1), 0)
+        assert_within(y, want, condition, 4, err_msg=f.__name__)
+        p = reference.softmax(x, where=where)
+        g = np.float64(cotangent) if where is None or f is softmax else np.where(where, cotangent, 0)
+        inner = np.sum(g * (p if f is softmax else 1), -1, keepdims=True)
+        gradient = p * (g - inner) if f is softmax else g - p * inner
+        terms = p * (abs(g) + abs(inner)) + (abs(g) if f is log_softmax else 0) + TINY
+        gradient = np.where(infinite | np.isnan(p).any(-1, keepdims=True), np.nan, gradient)
+        assert_within(
+            dx, gradient, np.where(np.isfinite(terms), terms, 0) * size, 8, err_msg=f.__name__ + "'s gradient"
+        )
+
+
+tokens = st.tuples(floats((6, 3)), floats((3, 5)), floats(5), hnp.arrays(np.int32, 6, elements=st.integers(-1, 5)))
+
+
+@partial(jax.jit, static_argnums=0)
+def head_losses_and_gradients(chunk_size, x, weight, bias, labels, weights, cotangents):
+    losses, pull = jax.vjp(
+        lambda x, w, b: linear_cross_entropy(
+            x, w, labels, bias=b, weights=weights, reduction="none", chunk_size=chunk_size
+        ),
+        *(x, weight, bias),
+    )
+    return losses, *pull(cotangents)
+
+
+@given(tokens, floats(6, st.sampled_from([0.0, 1.0, 2.0])), floats(6, nonzero), st.sampled_from([1, 4, 6]))
+def test_linear_cross_entropy_is_the_float64_one_at_every_chunk_size(operands, weights, cotangents, chunk_size):
+    x, weight, bias, labels = operands
+    got = head_losses_and_gradients(chunk_size, *operands, weights, cotangents)
+    logits = np.float64(x) @ np.float64(weight) + bias
+    size = 1 + np.max(np.abs(x) @ np.abs(weight) + np.abs(bias))  # a logit is itself off by eps of this
+    want = reference.cross_entropy(logits, labels, weights=weights, reduction="none", cotangent=np.float64(cotangents))
+    assert_within(got[0], want.loss, want.loss_condition * size, 8, err_msg="loss")
+    d, c = want.grad, want.grad_condition * size + TINY
+    assert_within(got[1], d @ weight.T, c @ np.abs(weight.T), 16, err_msg="dx")
+    assert_within(got[2], x.T @ d, np.abs(x.T) @ c, 16, err_msg="dweight")
+    assert_within(got[3], d.sum(0), c.sum(0), 16, err_msg="dbias")
+
+
+# Laws. Logits that are multiples of 1/8 are exact in all formats, and so is their sum with an integer.
+
+eighths = st.integers(-64, 64).map(lambda n: n / 8)
+
+
+@given(cases(eighths, with_options=False), st.integers(-60, 60))
+def test_shift_invariance_is_bitwise(case, shift):
+    logits, labels, options, cotangents = case
+    logits = np.float32(logits)
+    for a, b in zip(
+        losses_and_gradient(logits, labels, options, cotangents),
+        losses_and_gradient(logits + np.float32(shift), labels, options, cotangents),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+@given(cases(moderate, dense=False), st.randoms(use_true_random=False))
+def test_permutation_equivariance(case, random):
+    logits, labels, options, cotangents = case
+    classes = logits.shape[-1]
+    order = list(range(classes))
+    random.shuffle(order)
+    place = np.argsort(order)
+    moved = {**options}
+    for name in ("where", "class_weights"):
+        if name in moved:
+            moved[name] = moved[name][..., order]
+    inside = (labels >= 0) & (labels < classes)
+    there = np.where(inside, place[np.where(inside, labels, 0)], labels).astype(np.int32)
+    losses, gradient = losses_and_gradient(logits, labels, options, cotangents)
+    losses_moved, gradient_moved = losses_and_gradient(logits[..., order], there, moved, cotangents)
+    want = reference.cross_entropy(logits, labels, reduction="none", cotangent=np.float64(cotangents), **options)
+    assert_within(losses_moved, np.float64(losses), want.loss_condition, 8)
+    condition = want.grad_condition[..., order]
+    assert_within(gradient_moved, np.float64(gradient)[..., order], condition, 8, logits.dtype)
+
+
+@given(cases(moderate, dense=False, with_options=False))
+def test_integer_labels_are_one_hot_ones_and_gradient_rows_sum_to_zero(case):
+    logits, labels, _, cotangents = case
+    logits, labels = np.float32(logits), np.clip(labels, 0, logits.shape[-1] - 1)
+    one_hot = np.eye(logits.shape[-1], dtype=np.float32)[labels]
+    want = reference.cross_entropy(logits, labels, reduction="none", cotangent=np.float64(cotangents))
+    losses, gradient = losses_and_gradient(logits, labels, {}, cotangents)
+    same, dense = losses_and_gradient(logits, one_hot, {}, cotangents)
+    assert_within(same, np.float64(losses), want.loss_condition, 8)
+    assert_within(dense, np.float64(gradient), want.grad_condition, 8)
+    rows = np.sum(np.float64(gradient), -1)
+    assert np.all(np.abs(rows) <= 8 * epsilon(jnp.float32) * want.grad_condition.sum(-1) + 1e-37)
+    assert_within(softmax_cross_entropy(logits, one_hot), np.float64(same), 0 * want.loss_condition, 0)
+    np.testing.assert_allclose(np.sum(softmax(logits), -1), 1, rtol=logits.shape[-1] * epsilon(jnp.float32))
+
+
+@given(cases(moderate, dense=False, with_options=False), st.sampled_from([0.0, 0.1, 0.5, 1.0]))
+def test_smoothing_is_mixed_dense_labels(case, smoothing):
+    logits, labels, _, cotangents = case
+    logits, classes = np.float32(logits), logits.shape[-1]
+    one_hot = np.eye(classes, dtype=np.float32)[np.clip(labels, 0, classes - 1)]
+    mixed = (np.float32(1 - smoothing) * one_hot + np.float32(smoothing / classes)).astype(np.float32)
+    want = reference.cross_entropy(logits, mixed, reduction="none", cotangent=np.float64(cotangents))
+    got = losses_and_gradient(logits, one_hot, {"label_smoothing": np.float32(smoothing)}, cotangents)
+    # The mixed labels are themselves rounded twice, which is a part of the condition.
+    assert_within(got[0], want.loss, want.loss_condition, 12)
+    assert_within(got[1], want.grad, want.grad_condition, 12)
+
+
+@given(cases(extreme, with_options=False), st.data())
+def test_weights_of_0_and_1_are_dropping_rows(case, data):
+    """In the mean, whatever the dropped rows hold."""
+    logits, labels, _, _ = case
+    labels = np.clip(labels, 0, logits.shape[-1] - 1) if labels.ndim == 1 else labels
+    kept = data.draw(hnp.arrays(bool, logits.shape[:-1]))
+    mean, gradient = jax.jit(jax.value_and_grad(lambda z: cross_entropy(z, labels, weights=kept)))(logits)
+    want = reference.cross_entropy(logits[kept], labels[kept])
+    assert_within(mean, in_range(want.loss) if kept.any() else np.float64(0), want.loss_condition * kept.any(), 8)
+    assert_within(np.asarray(gradient)[kept], in_range(want.grad), want.grad_condition, 8, logits.dtype)
+    assert not np.any(np.asarray(gradient, np.float32)[~kept])
+
+
+@given(shapes.flatmap(lambda s: st.tuples(floats(s), hnp.arrays(np.int32, s[:-1], elements=st.integers(0, s[-1] - 1)))))
+def test_the_z_losss_derivative_is_the_squared_log_normalizer(arrays):
+    logits, labels = arrays
+    loss = lambda z_loss: cross_entropy(logits, labels, z_loss=z_loss, reduction="sum")  # noqa: E731
+    log_normalizer = np.float64(logits).max(-1) + np.log(
+        np.exp(logits - np.float64(logits).max(-1, keepdims=True)).sum(-1)
+    )
+    got = jax.jit(jax.grad(loss))(np.float32(0.3))
+    # 2 |log_normalizer| times its own rounding, and the sum's.
+    np.testing.assert_allclose(got, np.sum(log_normalizer**2), rtol=8 * epsilon(jnp.float32), atol=1e-5 * 20)
