@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from softmax_jax._dtypes import upcast
-from softmax_jax._sharding import Names, largest
+from softmax_jax._sharding import Names, pmax
 
 
 class Adjustment(NamedTuple):
@@ -52,7 +52,7 @@ def apart(*arrays: Array) -> tuple[Array, ...]:
     return lax.optimization_barrier(arrays)
 
 
-def row_shift(z: Array, axis: int | tuple[int, ...], names: Names = ()) -> Array:
+def row_shift(z: Array, axis: int | tuple[int, ...], class_axes: Names = ()) -> Array:
     """m = max_v z_v as a constant; 0 for a row whose every logit is -inf, since -inf - -inf is NaN."""
-    highest = largest(lax.stop_gradient(upcast(jnp.max(z, axis=axis, initial=-jnp.inf))), names)
+    highest = pmax(lax.stop_gradient(upcast(jnp.max(z, axis=axis, initial=-jnp.inf))), class_axes)
     return jnp.where(highest == -jnp.inf, 0, highest)

@@ -212,9 +212,11 @@ def reduction_of(reduction: Any, normalizer: Any, dtype: Any) -> Array | np.ndar
 
 def mesh_axes(axis_name: Any, forward_mode: bool = False) -> Names:
     """`axis_name`, a name, several or None, as the tuple of mesh axes that the classes are sharded over."""
-    names = () if axis_name is None else axis_name if isinstance(axis_name, tuple | list) else (axis_name,)
+    axes = () if axis_name is None else tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
+    if len(set(axes)) != len(axes):
+        raise ValueError(f"`axis_name` names a mesh axis twice: {axis_name!r}. Name each axis once.")
     try:
-        checked = checks_varying(tuple(names))
+        checked = checks_varying(axes)
     except (NameError, TypeError, ValueError, KeyError):
         raise ValueError(
             f"`axis_name` must name mesh axes of the `jax.shard_map` around the call; got {axis_name!r}. Call it "
@@ -224,15 +226,15 @@ def mesh_axes(axis_name: Any, forward_mode: bool = False) -> Names:
         raise ValueError(
             f"`forward_mode` with axis_name={axis_name!r} needs `jax.shard_map(..., check_vma=True)`, its default."
         )
-    return tuple(names)
+    return axes
 
 
-def sharded(name: str, array: Array, names: Names) -> None:
+def sharded(name: str, array: Array, class_axes: Names) -> None:
     """That `array` holds each device's own classes."""
-    same = [axis for axis in names if axis not in varying(array)]
-    if same and checks_varying(names):
+    same = [axis for axis in class_axes if axis not in varying(array)]
+    if same and checks_varying(class_axes):
         raise ValueError(
-            f"`{name}` is the same on every device along {same}, yet axis_name={names} says that its classes are "
+            f"`{name}` is the same on every device along {same}, yet axis_name={class_axes} says that its classes are "
             f"sharded there. Give `{name}` an in_spec that names {same}, or leave `axis_name` out."
         )
 

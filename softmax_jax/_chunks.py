@@ -25,32 +25,33 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from softmax_jax._dtypes import upcast
-from softmax_jax._sharding import Names, buffer_for, empty_as, same_on_devices, vary, zeros_as
+from softmax_jax._sharding import buffer_for, empty_as, same_on_devices, vary, varying, zeros_as
 
 PyTree = Any
 
 
-def sum_over_chunks(f: Callable[[PyTree, PyTree], Array], shared: PyTree, chunks: PyTree, over: Names = ()) -> Array:
+def sum_over_chunks(f: Callable[[PyTree, PyTree], Array], shared: PyTree, chunks: PyTree) -> Array:
     """Σ_c f(shared, chunk_c) in float32, with its gradient computed and summed chunk by chunk.
 
     Args:
       f: (shared, chunk) -> scalar. It must take every traced value as an argument.
       shared: a pytree of arrays.
       chunks: a pytree of arrays [size, count, ...], the same count for all; `f` gets [size, ...].
-      over: inside `shard_map`, the mesh axes that the tokens are spread over. The gradient of what is shared along
-        them is summed over them once, after the loop, in float32.
+
+    Inside `shard_map`, an operand that is the same on devices over which the sum varies has the sum of their gradients:
+    taken once, after the loop, in float32.
 
     Raises:
       ValueError: when `f` closes over a traced value.
     """
     _refuse_closure(f, shared, chunks)
-    return _sum(f, over, shared, chunks)
+    return _sum(f, shared, chunks)
 
 
-def map_over_chunks(f: Callable[[PyTree, PyTree], Array], shared: PyTree, chunks: PyTree, over: Names = ()) -> Array:
+def map_over_chunks(f: Callable[[PyTree, PyTree], Array], shared: PyTree, chunks: PyTree) -> Array:
     """f(shared, chunk_c) for every chunk, [size, count]: `sum_over_chunks` for an `f` with one number a token."""
     _refuse_closure(f, shared, chunks)
-    return _map(f, over, shared, chunks)
+    return _map(f, shared, chunks)
 
 
 def _refuse_closure(f, shared, chunks):
@@ -99,7 +100,7 @@ def _joined(asked: PyTree, given: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: b if a is None else a, asked, given, is_leaf=lambda a: a is None)
 
 
-def _pull(f, over, shared, chunks, cotangents: Array | None) -> tuple[Array | None, PyTree, PyTree]:
+def _pull(f, shared, chunks, cotangents: Array | None) -> tuple[Array | None, PyTree, PyTree]:
     """One loop for value and gradients: (Σ f or None, d(shared), d(chunks)), both in float32.
 
     `cotangents` are those of f's outputs, [size, count]; None is 1 for a scalar f, whose sum is then returned.
@@ -110,7 +111,8 @@ def _pull(f, over, shared, chunks, cotangents: Array | None) -> tuple[Array | No
         value, pull = _vjp(f, shared, chunk)
         return value, *pull(jnp.ones_like(value) if cotangent is None else cotangent)
 
-    shared = vary(shared, over)
+    zeros = _zeros(f, _joined(*shared), _joined(*chunks))
+    shared, chunks = vary((shared, chunks), varying(zeros))
 
     def body(index, carry):
         total, dshared, dchunks = carry
@@ -118,7 +120,7 @@ def _pull(f, over, shared, chunks, cotangents: Array | None) -> tuple[Array | No
         total = None if total is None else total + value
         return total, jax.tree.map(jnp.add, dshared, dshared_here), _put(dchunks, dchunk, index)
 
-    total = _zeros(f, _joined(*shared), _joined(*chunks)) if cotangents is None else None
+    total = zeros if cotangents is None else None
     return _loop(body, (total, *jax.tree.map(buffer_for, (_up(shared[0]), _up(chunks[0])))), chunks)
 
 
@@ -141,18 +143,18 @@ def _cast(gradients: PyTree, operands: PyTree, factor: Array | float = 1.0) -> P
     return jax.tree.map(lambda g, a: same_on_devices(g * factor, a).astype(a.dtype), gradients, operands)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _sum(f, over, shared, chunks):
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sum(f, shared, chunks):
     return _loop(lambda index, total: total + f(_up(shared), _take(chunks, index)), _zeros(f, shared, chunks), chunks)
 
 
-def _sum_fwd(f, over, shared, chunks):
+def _sum_fwd(f, shared, chunks):
     shared, chunks = _split(shared), _split(chunks)
-    total, dshared, dchunks = _pull(f, over, shared, chunks, None)
+    total, dshared, dchunks = _pull(f, shared, chunks, None)
     return total, (dshared, dchunks, *jax.tree.map(empty_as, (shared[0], chunks[0])))
 
 
-def _sum_bwd(f, over, residuals, cotangent):
+def _sum_bwd(f, residuals, cotangent):
     dshared, dchunks, shared, chunks = residuals
     return _cast(dshared, shared, cotangent), _cast(dchunks, chunks, cotangent)
 
@@ -166,21 +168,21 @@ def _map_loop(of_index, f, shared, chunks):
     return _loop(lambda index, out: _put(out, of_index(index), index), init, chunks)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _map(f, over, shared, chunks):
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _map(f, shared, chunks):
     return _map_loop(lambda index: f(_up(shared), _take(chunks, index)), f, shared, chunks)
 
 
-def _map_fwd(f, over, shared, chunks):
+def _map_fwd(f, shared, chunks):
     shared, chunks = _split(shared), _split(chunks)
     # By way of jax.vjp, since rules inside f that are called plainly have no second derivative.
     of_index = lambda index: _vjp(f, shared, [_take(c, index) for c in chunks])[0]  # noqa: E731
     return _map_loop(of_index, f, _joined(*shared), _joined(*chunks)), (shared, chunks)
 
 
-def _map_bwd(f, over, residuals, cotangents):
+def _map_bwd(f, residuals, cotangents):
     shared, chunks = residuals
-    _, dshared, dchunks = _pull(f, over, shared, chunks, cotangents)
+    _, dshared, dchunks = _pull(f, shared, chunks, cotangents)
     return _cast(dshared, shared[0]), _cast(dchunks, chunks[0])
 
 

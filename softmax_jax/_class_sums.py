@@ -18,8 +18,8 @@ included) and spread = log t = log_normalizer - m,
 With `a` the largest logit a one-hot target is as exact as the integer label: at `a` itself the gradient comes out as
 rest_mass · p_a - own_mass · (1 - p_a), not as p_a - t_a. The class that is left out, y or a, is the `pivot`.
 
-The waist is also where devices meet: of classes that are sharded over the mesh axes `names`, each device sums its own,
-with a pivot that may be none of them, and one psum adds the sums up.
+The waist is also where devices meet: of classes that are sharded over the mesh axes `class_axes`, each device sums its
+own, with a pivot that may be none of them, and one psum adds the sums up.
 """
 
 from functools import partial
@@ -31,7 +31,7 @@ from jax import Array, lax
 
 from softmax_jax._adjustment import Adjustment, adjust, apart, row_shift, shifted
 from softmax_jax._dtypes import upcast
-from softmax_jax._sharding import Names, checks_varying, count, offset, smallest, total, vary, vary_alike, varying
+from softmax_jax._sharding import Names, checks_varying, count, offset, pmin, psum, vary, vary_alike, varying
 
 
 class ClassSums(NamedTuple):
@@ -60,14 +60,14 @@ def not_at(pivot: Array, z: Array, axis: int) -> Array:
     return jnp.minimum(jnp.abs(ids - pivot), 1).astype(z.dtype)
 
 
-def _first_maximum(z: Array, axis: int, names: Names) -> Array:
+def _first_maximum(z: Array, axis: int, class_axes: Names) -> Array:
     """The first class at which z = 0; the number of classes for a row that has none."""
     size, ids = z.shape[axis], _ids(z, axis)
     below = jnp.minimum(jnp.minimum(-z * 1e38, 1) * 1e38, 1)  # 0 where z = 0, else 1, without a comparison
     first = jnp.min(ids + size * below.astype(ids.dtype), axis)
     found = first < size
-    first = jnp.where(found, first, 0).astype(jnp.int32) + offset(size, names)
-    return smallest(jnp.where(found, first, count(size, names)), names)
+    first = jnp.where(found, first, 0).astype(jnp.int32) + offset(size, class_axes)
+    return pmin(jnp.where(found, first, count(size, class_axes)), class_axes)
 
 
 def pick(array: Array, ids: Array, axis: int) -> Array:
@@ -104,18 +104,18 @@ def _prior(z, class_weights, where, axis):
     return jnp.sum(each * jnp.where((each == 0) & jnp.isinf(z), 0, z), axis)
 
 
-def _sums(logits, labels, class_weights, adjustment, axis, smooth, names):
+def _sums(logits, labels, class_weights, adjustment, axis, smooth, class_axes):
     """ClassSums by plain JAX, and the pivot."""
-    m = row_shift(adjust(logits, adjustment), axis, names)
+    m = row_shift(adjust(logits, adjustment), axis, class_axes)
     fenced, shift = apart(logits, m)
     z = shifted(fenced, adjustment, shift, axis)
     dense, size = jnp.issubdtype(labels.dtype, jnp.floating), z.shape[axis]
-    pivot = _first_maximum(z, axis, names) if dense else labels
-    here = pivot - offset(size, names)
+    pivot = _first_maximum(z, axis, class_axes) if dense else labels
+    here = pivot - offset(size, class_axes)
     rest = jnp.sum(jnp.exp(z) * not_at(here, z, axis), axis)
 
-    # The label's logit is read raw and adjusted by itself. An id that names no class makes its whole row NaN.
-    in_range, exists = jnp.clip(here, 0, size - 1), (pivot >= 0) & (pivot < count(size, names))
+    # The label's logit is read raw and adjusted by itself. An id that class_axes no class makes its whole row NaN.
+    in_range, exists = jnp.clip(here, 0, size - 1), (pivot >= 0) & (pivot < count(size, class_axes))
     there = None if adjustment.where is None else pick(adjustment.where, in_range, axis)
     own = upcast(adjust(pick(logits, in_range, axis), adjustment._replace(where=there))) - shift
     own = jnp.where(in_range == here, own, jnp.where(exists, 0, jnp.nan))
@@ -126,7 +126,7 @@ def _sums(logits, labels, class_weights, adjustment, axis, smooth, names):
     masses = _label_sums(z, here, labels, class_weights, adjustment.where, axis)
     prior = _prior(z, class_weights, adjustment.where, axis) if smooth else None
     # Behind a fence JAX 0.10 takes `shift` to vary over devices as the logits do; m does not.
-    return ClassSums(m if names else shift, *total((rest, own, *masses, prior), names)), pivot
+    return ClassSums(m if class_axes else shift, *psum((rest, own, *masses, prior), class_axes)), pivot
 
 
 # The rule. With the cotangents drest and down, and m a constant,
@@ -148,21 +148,21 @@ def _emptied(unused, logits, labels, axis):
     return jnp.where(rows, 0, logits), jnp.where(rows, 0, labels) if dense else labels
 
 
-def _class_sums_fwd(logits, labels, class_weights, adjustment, unused, axis, smooth, names):
-    if not checks_varying(names):
+def _class_sums_fwd(logits, labels, class_weights, adjustment, unused, axis, smooth, class_axes):
+    if not checks_varying(class_axes):
         raise ValueError(
-            f"the gradient over axis_name={names} needs `jax.shard_map(..., check_vma=True)`, its default: without it "
-            "JAX does not tell a cotangent that every device has from one that is spread over them, and the gradient "
-            "would be wrong by the number of devices. Take the gradient under check_vma=True."
+            f"the gradient over axis_name={class_axes} needs `jax.shard_map(..., check_vma=True)`, its default: "
+            "without it, as under `jax.vmap` and `jax.pmap`, JAX does not tell a cotangent that every device has from "
+            "one that is spread over them: the gradient would be wrong by the number of devices. Take it under that."
         )
-    sums, pivot = _sums(logits, labels, class_weights, adjustment, axis, smooth, names)
+    sums, pivot = _sums(logits, labels, class_weights, adjustment, axis, smooth, class_axes)
     return sums, (logits, labels, class_weights, adjustment, unused, sums.shift, pivot)
 
 
-def _class_sums_bwd(axis, smooth, names, residuals, cotangents):
+def _class_sums_bwd(axis, smooth, class_axes, residuals, cotangents):
     logits, labels, class_weights, adjustment, unused, shift, pivot = residuals
     cotangents = vary(cotangents, varying(logits))
-    pivot = pivot - offset(logits.shape[axis], names)
+    pivot = pivot - offset(logits.shape[axis], class_axes)
     where, scale, softcap = adjustment
     drest, down = cotangents.rest, cotangents.own
     dense = jnp.issubdtype(labels.dtype, jnp.floating)
@@ -197,8 +197,8 @@ def _class_sums_bwd(axis, smooth, names, residuals, cotangents):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _class_sums(logits, labels, class_weights, adjustment, unused, axis, smooth, names):
-    return _sums(logits, labels, class_weights, adjustment, axis, smooth, names)[0]
+def _class_sums(logits, labels, class_weights, adjustment, unused, axis, smooth, class_axes):
+    return _sums(logits, labels, class_weights, adjustment, axis, smooth, class_axes)[0]
 
 
 _class_sums.defvjp(_class_sums_fwd, _class_sums_bwd)
@@ -213,10 +213,10 @@ def class_sums(
     *,
     axis: int,
     smooth: bool,
-    names: Names,
+    class_axes: Names,
     forward_mode: bool,
 ) -> ClassSums:
-    """The sums of every token over the classes on `axis` and on the mesh axes `names`.
+    """The sums of every token over the classes on `axis` and on the mesh axes `class_axes`.
 
     Integer `labels` have the batch shape, floating ones the shape of `logits`; `class_weights` and
     `adjustment.where` broadcast to the logits; the sums of `unused` rows (None: there are none) must have cotangent 0;
@@ -225,10 +225,10 @@ def class_sums(
     """
     operands = vary_alike(logits, labels, class_weights, adjustment, unused)
     if not forward_mode:
-        return _class_sums(*operands, axis, smooth, names)
+        return _class_sums(*operands, axis, smooth, class_axes)
 
     @partial(jax.checkpoint, prevent_cse=False)
     def plain(logits, labels, class_weights, adjustment, unused):
-        return _sums(*_emptied(unused, logits, labels, axis), class_weights, adjustment, axis, smooth, names)[0]
+        return _sums(*_emptied(unused, logits, labels, axis), class_weights, adjustment, axis, smooth, class_axes)[0]
 
     return plain(*operands)

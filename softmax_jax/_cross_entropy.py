@@ -6,13 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Num
 
 from softmax_jax import _checks
 from softmax_jax._checks import Options, Reduction
-from softmax_jax._sharding import Names, entries_of, explicit_mesh, fit, over_devices, total
+from softmax_jax._sharding import Names, entries_of, exactly, explicit_mesh, fit, over_devices, psum
 from softmax_jax._token_loss import divide, mean_divisor, option_specs, prepare, weighted_losses
 
 Scalar = Float[ArrayLike, ""] | float | int
@@ -115,13 +114,13 @@ def cross_entropy(
         logit_scale=logit_scale,
         softcap=softcap,
     )
-    names = _checks.mesh_axes(axis_name, bool(forward_mode))
-    _checks.sharded("logits", logits, names)
+    class_axes = _checks.mesh_axes(axis_name, bool(forward_mode))
+    _checks.sharded("logits", logits, class_axes)
     divisor = _checks.reduction_of(reduction, normalizer, logits.dtype)
-    return _cross_entropy(logits, labels, options, divisor, axis, reduction, names, bool(forward_mode))
+    return _cross_entropy(logits, labels, options, divisor, axis, reduction, class_axes, bool(forward_mode))
 
 
-@partial(jax.jit, static_argnames=("axis", "reduction", "names", "forward_mode"))
+@partial(jax.jit, static_argnames=("axis", "reduction", "class_axes", "forward_mode"))
 def _cross_entropy(
     logits: Array,
     labels: Array,
@@ -129,20 +128,20 @@ def _cross_entropy(
     normalizer: Any,
     axis: int,
     reduction: Reduction,
-    names: Names,
+    class_axes: Names,
     forward_mode: bool,
 ):
     f = partial(_of_device, axis=axis, reduction=reduction, forward_mode=forward_mode)
     operands = logits, labels, options, normalizer
     mesh = explicit_mesh(operands)
     if mesh is None:
-        return f(*operands, names=names, over=())
+        return f(*operands, class_axes=class_axes, token_axes=())
     every = entries_of(logits)
     batch, classes = every[:axis] + every[axis + 1 :], every[axis]
     of_labels = fit(labels, every if labels.ndim == logits.ndim else batch)
-    specs = fit(logits, every), of_labels, option_specs(options, batch, classes, axis), fit(normalizer, ())
-    f = partial(f, names=names + classes, over=sum(batch, ()))
-    return over_devices(f, mesh, operands, specs, PartitionSpec(*batch) if reduction == "none" else PartitionSpec())
+    specs = exactly(every), of_labels, option_specs(options, batch, classes, axis), fit(normalizer, ())
+    f = partial(f, class_axes=class_axes + classes, token_axes=sum(batch, ()))
+    return over_devices(f, mesh, operands, specs, exactly(batch if reduction == "none" else ()))
 
 
 def _of_device(
@@ -154,15 +153,15 @@ def _of_device(
     axis: int,
     reduction: Reduction,
     forward_mode: bool,
-    names: Names,
-    over: Names,
+    class_axes: Names,
+    token_axes: Names,
 ) -> Array:
-    """The loss of one device's part: its classes among those along the mesh axes `names`, its tokens along `over`."""
-    labels, weights, options = prepare(labels, options, logits.shape, logits.dtype, axis, names)
-    losses = weighted_losses(logits, labels, weights, options, axis=axis, names=names, forward_mode=forward_mode)
+    """The loss of one device's part: its classes of all along `class_axes`, its tokens of all along `token_axes`."""
+    labels, weights, options = prepare(labels, options, logits.shape, logits.dtype, axis, class_axes)
+    losses = weighted_losses(logits, labels, weights, options, axis, class_axes, forward_mode)
     if reduction == "none":
         return losses
-    loss = total(jnp.sum(losses), over)
+    loss = psum(jnp.sum(losses), token_axes)
     if reduction == "sum":
         return loss
-    return divide(loss, mean_divisor(labels, weights, options, losses.size, normalizer, names=names, over=over))
+    return divide(loss, mean_divisor(labels, weights, options, losses.size, normalizer, class_axes, token_axes))

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Bool, Float, Num
 
@@ -17,7 +16,7 @@ from softmax_jax._chunks import map_over_chunks, sum_over_chunks
 from softmax_jax._cross_entropy import Scalar
 from softmax_jax._dtypes import accumulator, product_dtype
 from softmax_jax._projection import project
-from softmax_jax._sharding import Names, entries_of, explicit_mesh, fit, over_devices, token_axes, total
+from softmax_jax._sharding import Names, entries_of, exactly, explicit_mesh, fit, over_devices, psum
 from softmax_jax._token_loss import divide, mean_divisor, option_specs, prepare, weighted_losses
 
 CHUNK_BYTES = 2**25
@@ -58,7 +57,8 @@ def linear_cross_entropy(
       bias: `[classes]`, added to the logits.
       where: bool, broadcastable to `[*batch, classes]`.
       axis_name: inside `jax.shard_map`, the mesh axis or axes that the classes are sharded over: `weight`, `bias`,
-        dense labels, `where` and `class_weights` are this device's part of the classes; `x` is the same along them.
+        dense labels, `where` and `class_weights` are this device's part of the classes; `x` and integer labels are the
+        same along them (if each device has other tokens there, `jax.lax.all_gather` them first).
       chunk_size: the most tokens a chunk may have: of one device's under `shard_map` and in explicit sharding, of all
         in automatic sharding. The default aims at 32 MiB of float32 logits. Chunks are of equal size; where no such
         size divides the number of tokens, the per-token operands are copied once, padded with tokens of weight 0.
@@ -103,11 +103,11 @@ def linear_cross_entropy(
         logit_scale=logit_scale,
         softcap=softcap,
     )
-    names = _checks.mesh_axes(axis_name)
-    _checks.sharded("weight", weight, names)
+    class_axes = _checks.mesh_axes(axis_name)
+    _checks.sharded("weight", weight, class_axes)
     divisor = _checks.reduction_of(reduction, normalizer, dtype)
     bias = None if bias is None else jnp.asarray(bias)
-    how = _How(bool(transpose_weight), reduction, _checks.chunk_size_of(chunk_size), names)
+    how = _How(bool(transpose_weight), reduction, _checks.chunk_size_of(chunk_size), class_axes)
     return _linear_cross_entropy(x, weight, bias, labels, options, divisor, how)
 
 
@@ -117,8 +117,8 @@ class _How(NamedTuple):
     transpose_weight: bool
     reduction: Reduction
     chunk_size: int | None
-    names: Names  # the mesh axes of the classes
-    over: Names = ()  # those of the tokens, where the loss is one of all devices
+    class_axes: Names  # the mesh axes of the classes
+    token_axes: Names = ()  # those of the tokens, where the loss is one of all devices
 
 
 @partial(jax.jit, static_argnames="how")
@@ -130,30 +130,29 @@ def _linear_cross_entropy(
     if mesh is None:
         return _of_device(*operands, how=how)
     batch = entries_of(x)[:-1]
-    over = sum(batch, ())
-    classes = tuple(name for name in entries_of(weight)[0 if how.transpose_weight else 1] if name not in over)
+    token_axes = sum(batch, ())
+    classes = tuple(name for name in entries_of(weight)[0 if how.transpose_weight else 1] if name not in token_axes)
     specs = (
-        fit(x, (*batch, ())),
-        fit(weight, (classes, ()) if how.transpose_weight else ((), classes)),
+        exactly((*batch, ())),
+        exactly((classes, ()) if how.transpose_weight else ((), classes)),
         fit(bias, (classes,)),
         fit(labels, batch if labels.ndim < x.ndim else (*batch, classes)),
         option_specs(options, batch, classes, x.ndim - 1),
         fit(normalizer, ()),
     )
-    f = partial(_of_device, how=how._replace(names=how.names + classes, over=over))
-    out = PartitionSpec(*batch) if how.reduction == "none" else PartitionSpec()
-    return over_devices(f, mesh, operands, specs, out)
+    f = partial(_of_device, how=how._replace(class_axes=how.class_axes + classes, token_axes=token_axes))
+    return over_devices(f, mesh, operands, specs, exactly(batch if how.reduction == "none" else ()))
 
 
 def _of_device(
     x: Array, weight: Array, bias: Array | None, labels: Array, options: Options, normalizer: Any, how: _How
 ) -> Array:
     """The loss of one device's part."""
-    names, over = how.names, how.over
+    class_axes, token_axes = how.class_axes, how.token_axes
     batch, tokens, classes = x.shape[:-1], math.prod(x.shape[:-1]), weight.shape[0 if how.transpose_weight else 1]
-    dtype, spread = product_dtype(x.dtype, weight.dtype), token_axes(names, x, labels, options)
-    labels, weights, options = prepare(labels, options, (*batch, classes), dtype, x.ndim - 1, names)
-    divisor = mean_divisor(labels, weights, options, tokens, normalizer, names=names, over=over)
+    dtype = product_dtype(x.dtype, weight.dtype)
+    labels, weights, options = prepare(labels, options, (*batch, classes), dtype, x.ndim - 1, class_axes)
+    divisor = mean_divisor(labels, weights, options, tokens, normalizer, class_axes, token_axes)
     chunks = chunk_count(batch, classes, dtype, how.chunk_size)
     if weights is None and tokens % chunks:
         weights = jnp.ones(batch, accumulator(dtype))
@@ -163,9 +162,9 @@ def _of_device(
     each = _Each(x, labels, weights, row_of)
     each = jax.tree.map(lambda a: _deal(a.reshape(tokens, *a.shape[len(batch) :]), chunks), each)
     if how.reduction == "none":
-        losses = map_over_chunks(partial(_chunk_losses, how.transpose_weight, dtype, names), shared, each, spread)
+        losses = map_over_chunks(partial(_chunk_losses, how.transpose_weight, dtype, class_axes), shared, each)
         return losses.reshape(-1)[:tokens].reshape(batch)
-    loss = total(sum_over_chunks(partial(_chunk_sum, how.transpose_weight, dtype, names), shared, each, spread), over)
+    loss = psum(sum_over_chunks(partial(_chunk_sum, how.transpose_weight, dtype, class_axes), shared, each), token_axes)
     return loss if how.reduction == "sum" else divide(loss, divisor)
 
 
@@ -228,7 +227,7 @@ def _deal(a: Array, count: int) -> Array:
     return a.reshape(len(a) // count, count, *a.shape[1:])
 
 
-def _chunk_losses(transpose_weight: bool, dtype: DTypeLike, names: Names, shared: _Shared, chunk: _Each) -> Array:
+def _chunk_losses(transpose_weight: bool, dtype: DTypeLike, class_axes: Names, shared: _Shared, chunk: _Each) -> Array:
     """weights · ℓ of one chunk of tokens, [size]."""
     x, labels, weights, where = chunk
     if weights is not None:
@@ -239,8 +238,8 @@ def _chunk_losses(transpose_weight: bool, dtype: DTypeLike, names: Names, shared
     if where is not None:
         where = where if shared.rows is None else shared.rows[where]
         shared = shared._replace(options=shared.options._replace(where=where))
-    return weighted_losses(logits, labels, weights, shared.options, axis=1, names=names)
+    return weighted_losses(logits, labels, weights, shared.options, 1, class_axes)
 
 
-def _chunk_sum(transpose_weight: bool, dtype: DTypeLike, names: Names, shared: _Shared, chunk: _Each) -> Array:
-    return jnp.sum(_chunk_losses(transpose_weight, dtype, names, shared, chunk))
+def _chunk_sum(transpose_weight: bool, dtype: DTypeLike, class_axes: Names, shared: _Shared, chunk: _Each) -> Array:
+    return jnp.sum(_chunk_losses(transpose_weight, dtype, class_axes, shared, chunk))

@@ -1,6 +1,6 @@
 """What crosses devices.
 
-Inside `shard_map` the classes may lie on several devices: `names` are the mesh axes that they are sharded over, ()
+Inside `shard_map` the classes may lie on several devices: `class_axes` are the mesh axes that they are sharded over, ()
 where every device has all of them. A token's maximum and its sums are then combined over those axes, and nothing else
 moves.
 
@@ -25,28 +25,28 @@ PyTree = Any
 Names = tuple[str, ...]
 
 
-def largest(local: Array, names: Names) -> Array:
-    """Has no gradient."""
-    return lax.pmax(lax.stop_gradient(local), names) if names else local
+def pmax(local: Array, axes: Names) -> Array:
+    """The largest over the mesh axes; has no gradient."""
+    return lax.pmax(lax.stop_gradient(local), axes) if axes else local
 
 
-def smallest(local: Array, names: Names) -> Array:
-    """Has no gradient."""
-    return lax.pmin(lax.stop_gradient(local), names) if names else local
+def pmin(local: Array, axes: Names) -> Array:
+    """The smallest over the mesh axes; has no gradient."""
+    return lax.pmin(lax.stop_gradient(local), axes) if axes else local
 
 
-def total(local: PyTree, names: Names) -> PyTree:
-    return lax.psum(local, names) if names else local
+def psum(local: PyTree, axes: Names) -> PyTree:
+    return lax.psum(local, axes) if axes else local
 
 
-def offset(size: int, names: Names) -> Array | int:
-    """The first of this device's classes, of which it has `size`."""
-    return lax.axis_index(names) * size if names else 0
+def offset(size: int, axes: Names) -> Array | int:
+    """The first of this device's items, of which each device along the mesh axes has `size`."""
+    return lax.axis_index(axes) * size if axes else 0
 
 
-def count(size: int, names: Names) -> int:
-    """The number of classes on all devices."""
-    return size * lax.axis_size(names) if names else size
+def count(size: int, axes: Names) -> int:
+    """The number of items of all devices along the mesh axes."""
+    return size * lax.axis_size(axes) if axes else size
 
 
 # Manual axes: what varies over which of them.
@@ -58,9 +58,9 @@ def varying(*trees: PyTree) -> Names:
     return tuple(sorted(over))
 
 
-def checks_varying(names: Names) -> bool:
+def checks_varying(axes: Names) -> bool:
     """Whether types tell what varies: `shard_map` with check_vma=True."""
-    return not names or set(names) <= set(varying(lax.axis_index(names)))
+    return not axes or set(axes) <= set(varying(lax.axis_index(axes)))
 
 
 def vary(tree: PyTree, over: Names) -> PyTree:
@@ -73,18 +73,13 @@ def vary(tree: PyTree, over: Names) -> PyTree:
     return jax.tree.map(mark, tree)
 
 
-def token_axes(names: Names, *trees: PyTree) -> Names:
-    """The mesh axes that the arrays vary over, but for those of the classes: those that the tokens are spread over."""
-    return tuple(name for name in varying(trees) if name not in names)
-
-
 def vary_alike(*trees: PyTree) -> PyTree:
     return vary(trees, varying(trees))
 
 
 def same_on_devices(gradient: Array, operand: Array) -> Array:
     """`gradient` summed over the mesh axes over which `operand` does not vary."""
-    return total(gradient, tuple(name for name in varying(gradient) if name not in varying(operand)))
+    return psum(gradient, tuple(name for name in varying(gradient) if name not in varying(operand)))
 
 
 def zeros_as(kind: Any) -> Array:
@@ -124,24 +119,29 @@ def entries_of(array: Array) -> tuple[Names, ...]:
     return tuple(() if entry is None else entry if isinstance(entry, tuple) else (entry,) for entry in spec)
 
 
+def exactly(entries: tuple[Names, ...]) -> PartitionSpec:
+    return PartitionSpec(*(entry or None for entry in entries))
+
+
 def fit(array: Array | None, entries: tuple[Names, ...]) -> Any:
     """The PartitionSpec of an array that broadcasts to axes that are laid out over `entries`; None for None."""
     if array is None:
         return None
     last = entries[len(entries) - array.ndim :]
-    sizes = zip(array.shape, last, strict=True)
-    return PartitionSpec(*(entry if size > 1 and entry else None for size, entry in sizes))
+    return exactly(tuple(entry if size > 1 else () for size, entry in zip(array.shape, last, strict=True)))
 
 
 def over_devices(f: Callable, mesh: Mesh | AbstractMesh, operands: tuple, specs: tuple, out: PartitionSpec) -> Array:
     """f of each device's part of the operands, once they are laid out by `specs`."""
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    manual, explicit = ({name for name in kinds if kinds[name] == k} for k in (AxisType.Manual, AxisType.Explicit))
-    if manual:  # JAX 0.12 cannot lower the gradient of a shard_map within a shard_map over other axes.
+    axes = {kind: [n for n, k in zip(mesh.axis_names, mesh.axis_types, strict=True) if k == kind] for kind in AxisType}
+    if axes[AxisType.Manual]:
+        # JAX 0.10 and 0.12 cannot lower the gradient of a shard_map within a shard_map over other axes.
         raise ValueError(
-            f"arrays are laid out explicitly over {sorted(explicit)} inside a `jax.shard_map` over {sorted(manual)} "
-            "alone. Let that one take all axes of the mesh (leave out its `axis_names`), or none."
+            f"arrays are laid out explicitly over {axes[AxisType.Explicit]} inside a `jax.shard_map` over "
+            f"{axes[AxisType.Manual]} alone. Let that one take all axes of the mesh (leave out `axis_names`), or none."
         )
     put = lambda array, spec: jax.sharding.reshard(array, NamedSharding(mesh, spec))  # noqa: E731
-    on_device = jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=out, axis_names=explicit)
+    # By default all axes that no vmap around has taken; those of the compiler's choice stay the compiler's.
+    some: dict[str, Any] = {"axis_names": set(axes[AxisType.Explicit])} if axes[AxisType.Auto] else {}
+    on_device = jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=out, **some)
     return on_device(*jax.tree.map(put, operands, specs))

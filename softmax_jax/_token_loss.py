@@ -13,7 +13,7 @@ from softmax_jax._adjustment import Adjustment
 from softmax_jax._checks import Options
 from softmax_jax._class_sums import ClassSums, class_sums
 from softmax_jax._dtypes import accumulator
-from softmax_jax._sharding import Names, count, fit, largest, offset, token_axes, total, vary
+from softmax_jax._sharding import Names, count, fit, offset, pmax, psum, vary, varying
 
 # With t = rest + exp(own):
 #
@@ -69,12 +69,14 @@ def _times(factor: Array, value: Array) -> Array:
     return factor * jnp.where((factor == 0) & jnp.isinf(value), 0, value)
 
 
-def prepare(labels: Array, options: Options, shape: tuple[int, ...], dtype: DTypeLike, axis: int, names: Names):
+def prepare(labels: Array, options: Options, shape: tuple[int, ...], dtype: DTypeLike, axis: int, class_axes: Names):
     """(labels, weights, options) in their one form for logits of `shape`: ids int32, arrays of the logits' rank.
 
-    `weights` are those of the tokens, 0 where one is ignored or no class of it exists; None is 1 for all.
+    `weights` are those of the tokens, 0 where one is ignored or no class of it exists; None is 1 for all. An option
+    that is the same for the tokens of all devices is marked as varying here, while it is small: once it is broadcast
+    to the logits, its gradient would be summed over devices at that size.
     """
-    options = vary(options, token_axes(names, labels, options))
+    options = vary(options, tuple(name for name in varying(labels, options) if name not in class_axes))
     where, weights, class_weights = options.where, options.weights, options.class_weights
     dtype, batch = accumulator(dtype), shape[:axis] + shape[axis + 1 :]
     if class_weights is not None:
@@ -83,13 +85,13 @@ def prepare(labels: Array, options: Options, shape: tuple[int, ...], dtype: DTyp
         weights = jnp.broadcast_to(weights.astype(dtype), batch)
     kept = []
     if where is not None:
-        kept.append(largest(jnp.any(where, axis).astype(jnp.int32), names) > 0)
+        kept.append(pmax(jnp.any(where, axis).astype(jnp.int32), class_axes) > 0)
     if options.ignore_index is not None:
         kept.append(labels != options.ignore_index)
     for keep in kept:
         weights = jnp.broadcast_to(jnp.where(keep, 1 if weights is None else weights, 0).astype(dtype), batch)
     options = options._replace(where=where, class_weights=class_weights, weights=None, ignore_index=None)
-    return class_ids(labels, count(shape[axis], names)), weights, options
+    return class_ids(labels, count(shape[axis], class_axes)), weights, options
 
 
 def option_specs(options: Options, batch: tuple[Names, ...], classes: Names, axis: int) -> Options:
@@ -117,23 +119,23 @@ def class_ids(labels: Array, classes: int) -> Array:
 
 
 def _smoothed(
-    loss: Array, spread: Array, prior: Array, classes: int, options: Options, axis: int, names: Names
+    loss: Array, spread: Array, prior: Array, classes: int, options: Options, axis: int, class_axes: Names
 ) -> Array:
     """(1-ε) · loss + ε/K · Σ_v c_v (log_normalizer - z_v), over the K classes that exist."""
     where, class_weights, smoothing = options.where, options.class_weights, options.label_smoothing
     each = jnp.ones((), loss.dtype) if class_weights is None else class_weights
-    existing = mass = jnp.asarray(count(classes, names), loss.dtype)
+    existing = mass = jnp.asarray(count(classes, class_axes), loss.dtype)
     if where is not None:
         width = classes if where.shape[axis] == 1 else 1
-        existing = jnp.maximum(total(jnp.sum(where, axis, dtype=loss.dtype) * width, names), 1)
+        existing = jnp.maximum(psum(jnp.sum(where, axis, dtype=loss.dtype) * width, class_axes), 1)
     if where is not None or class_weights is not None:
         present = each if where is None else jnp.where(where, each, 0)
-        mass = total(jnp.sum(present, axis) * (classes if present.shape[axis] == 1 else 1), names)
+        mass = psum(jnp.sum(present, axis) * (classes if present.shape[axis] == 1 else 1), class_axes)
     uniform = (mass * spread - prior) / existing
     return _times(1 - smoothing, loss) + _times(smoothing, uniform)
 
 
-def _loss(sums: ClassSums, classes: int, options: Options, axis: int, names: Names) -> Array:
+def _loss(sums: ClassSums, classes: int, options: Options, axis: int, class_axes: Names) -> Array:
     """ℓ of every token, before its weight; `classes` are those of this device."""
     nll = negative_log_likelihood(sums.rest, sums.own)
     spread = log_spread(sums.rest, sums.own)
@@ -141,7 +143,7 @@ def _loss(sums: ClassSums, classes: int, options: Options, axis: int, names: Nam
     if sums.rest_mass is not None and sums.label_sum is not None:
         loss = loss + sums.rest_mass * spread - sums.label_sum
     if sums.prior is not None:
-        loss = _smoothed(loss, spread, sums.prior, classes, options, axis, names)
+        loss = _smoothed(loss, spread, sums.prior, classes, options, axis, class_axes)
     if options.z_loss is not None:
         loss = loss + options.z_loss * (sums.shift + spread) ** 2
     return loss
@@ -152,9 +154,8 @@ def weighted_losses(
     labels: Array,
     weights: Array | None,
     options: Options,
-    *,
     axis: int,
-    names: Names,
+    class_axes: Names,
     forward_mode: bool = False,
 ) -> Array:
     """weights · ℓ of every token."""
@@ -162,12 +163,12 @@ def weighted_losses(
     smooth = options.label_smoothing is not None
     unused = None if weights is None else weights == 0
     operands = logits, labels, options.class_weights, adjustment, unused
-    sums = class_sums(*operands, axis=axis, smooth=smooth, names=names, forward_mode=forward_mode)
+    sums = class_sums(*operands, axis=axis, smooth=smooth, class_axes=class_axes, forward_mode=forward_mode)
     if weights is None or unused is None:
-        return _loss(sums, logits.shape[axis], options, axis, names)
+        return _loss(sums, logits.shape[axis], options, axis, class_axes)
     # A token of weight 0 is taken out before its loss is computed, so that no NaN of its own comes back.
     sums = jax.tree.map(lambda s: jnp.where(unused, 0, s), sums)
-    return jnp.where(unused, 0, weights * _loss(sums, logits.shape[axis], options, axis, names))
+    return jnp.where(unused, 0, weights * _loss(sums, logits.shape[axis], options, axis, class_axes))
 
 
 def mean_divisor(
@@ -176,23 +177,22 @@ def mean_divisor(
     options: Options,
     tokens: int,
     normalizer: Array | None,
-    *,
-    names: Names,
-    over: Names,
+    class_axes: Names,
+    token_axes: Names,
 ) -> Array | int:
     """The `normalizer`, else Σ weights · c_y for integer labels or Σ weights for dense ones.
 
-    Of the tokens on all devices along the mesh axes `over`.
+    Of the tokens on all devices along the mesh axes `token_axes`.
     """
     if normalizer is not None:
         return normalizer
     if options.class_weights is not None and jnp.issubdtype(labels.dtype, jnp.integer):
         c = options.class_weights.ravel()
-        ids = labels - offset(c.size, names)
+        ids = labels - offset(c.size, class_axes)
         in_range = jnp.clip(ids, 0, c.size - 1)
-        share = total(jnp.where(in_range == ids, jnp.take(c, in_range), 0), names)
+        share = psum(jnp.where(in_range == ids, jnp.take(c, in_range), 0), class_axes)
         weights = share if weights is None else weights * share
-    return count(tokens, over) if weights is None else total(jnp.sum(weights), over)
+    return count(tokens, token_axes) if weights is None else psum(jnp.sum(weights), token_axes)
 
 
 def divide(total: Array, by: Array | int) -> Array:

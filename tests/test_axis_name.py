@@ -211,6 +211,36 @@ def test_readmes_example(rng):
     assert_equal((got[0], dict(zip(("x", "weight"), got[1], strict=True))), truth(asked, 1.0))
 
 
+@pytest.mark.parametrize(
+    "same", [("x",), ("weights", "weight"), ("x", "labels", "weights"), ("bias", "logit_scale")], ids=str
+)
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_operands_that_are_the_same_along_data_have_the_sum_of_the_gradients(rng, reduction, same):
+    """Whichever they are: two batches, or two heads, or two temperatures over `data`, and what they share."""
+    names = ("weights", "class_weights", "logit_scale")
+    asked = problem(rng, (6, 32), False, names, 16, reduction=reduction, chunk_size=4)
+    stacked = {
+        name: np.stack([a] * 2) if name in same else np.stack([a, np.roll(a, 1, -1) if a.ndim else a + 1])
+        for name, a in asked.arrays.items()
+    }
+    specs = asked.specs(P(), "model")
+    in_specs = {name: specs[name] if name in same else P("data", *specs[name]) for name in stacked}
+    given = {name: a[0] if name in same else a for name, a in stacked.items()}
+    cotangents = rng.normal(size=(2, 6) if reduction == "none" else 2)
+
+    def on_device(arrays, cotangents):
+        own = {name: a if name in same else a[0] for name, a in arrays.items()}
+        return lax.psum(jnp.sum(asked.loss(own, axis_name="model") * cotangents[0]), "data")
+
+    floats = {name: a for name, a in given.items() if name != "labels"}
+    mapped = jax.shard_map(on_device, mesh=MESH, in_specs=(in_specs, P("data")), out_specs=P())
+    got = jax.jit(jax.grad(lambda floats: mapped({**given, **floats}, np.float32(cotangents))))(floats)
+
+    each = [truth(asked._replace(arrays={n: a[i] for n, a in stacked.items()}), cotangents[i])[1] for i in range(2)]
+    want = {name: sum(e[name] for e in each) if name in same else np.stack([e[name] for e in each]) for name in floats}
+    assert_equal((0.0, got), (np.float64(0), want))
+
+
 def test_forward_mode(rng):
     asked = problem(rng, (8, 6, 64), names=("z_loss", "label_smoothing"), reduction="none")
     specs, tangent = asked.specs(P("data"), "model"), rng.normal(size=(8, 6, 64)).astype(np.float32)
@@ -275,6 +305,7 @@ def test_bfloat16_gradients_are_summed_over_devices_in_float32(rng, name):
     [
         (lambda z: cross_entropy(z, jnp.zeros(8, int), axis_name="vocabulary"), P(None, "model"), "got 'vocabulary'"),
         (lambda z: cross_entropy(z, jnp.zeros(8, int), axis_name=0), P(None, "model"), "got 0"),
+        (lambda z: cross_entropy(z, jnp.zeros(8, int), axis_name=("model",) * 2), P(None, "model"), "mesh axis twice"),
         (lambda z: cross_entropy(z, jnp.zeros(4, int), axis_name="model"), P("data"), r"same .* along \['m"),
         (
             lambda z: linear_cross_entropy(jnp.zeros((3, 8)), z, jnp.zeros(3, int), axis_name=("data", "model")),

@@ -238,6 +238,24 @@ def test_transforms(rng, kind, transform):
     np.testing.assert_allclose(got, want, rtol=0, atol=64 * 1.2e-7 * np.max(np.abs(want)))
 
 
+def test_vmap_over_an_axis_that_is_sharded_itself(rng):
+    """Explicit: inside of `vmap` the other mesh axis is left."""
+    asked = problem(rng, (8, 6, 64))
+    mesh, specs = mesh_of("explicit"), asked.specs(P("data"), "model")
+    with jax.set_mesh(mesh):
+        arrays = {name: jax.device_put(a, NamedSharding(mesh, specs[name])) for name, a in asked.arrays.items()}
+        got = jax.jit(jax.vmap(jax.value_and_grad(cross_entropy)))(arrays["logits"], arrays["labels"])
+    want = jax.jit(jax.vmap(jax.value_and_grad(cross_entropy)))(asked.arrays["logits"], asked.arrays["labels"])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
+
+
+@pytest.mark.parametrize("embed", [None, 4], ids=["logits", "linear"])
+def test_one_class_over_a_mesh_axis_of_one_device(rng, embed):
+    asked = problem(rng, (8, 1), embed=embed)
+    got, _ = under_jit(asked, mesh_of("explicit", (8, 1)), asked.specs(P("data"), "model"), 1.0)
+    assert_equal(got, truth(asked, 1.0))
+
+
 @kinds
 def test_doors_with_optaxs_names(rng, kind):
     asked = problem(rng, (8, 6, 64), dense=True)

@@ -1,0 +1,99 @@
+"""`cross_entropy` is `torch.nn.functional.cross_entropy` in float64, but for what the README lists as different."""
+
+from itertools import product
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from softmax_jax import cross_entropy
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install torch")
+functional = torch.nn.functional
+
+BATCH, CLASSES, IGNORED = (4, 3), 6, -100
+
+
+def of_torch(logits, labels, cotangent, weight, **options):
+    """Classes second, as PyTorch has them: loss, and the gradients of logits, class weights and dense labels."""
+    z = torch.tensor(np.moveaxis(logits, -1, 1), requires_grad=True)
+    dense = labels.ndim == logits.ndim
+    t = torch.tensor(np.moveaxis(labels, -1, 1) if dense else labels, requires_grad=dense)
+    loss = functional.cross_entropy(z, t, weight=None if weight is None else torch.tensor(weight), **options)
+    loss.backward(torch.tensor(cotangent))
+    return (
+        loss.detach().numpy(),
+        np.moveaxis(z.grad.numpy(), 1, -1),
+        np.moveaxis(t.grad.numpy(), 1, -1) if dense else None,
+    )
+
+
+def of_ours(logits, labels, cotangent, weight, **options):
+    dense = labels.ndim == logits.ndim
+
+    @jax.jit
+    def both(logits, labels, cotangent):
+        f = lambda z, t: cross_entropy(z, t, class_weights=weight, **options)  # noqa: E731
+        loss, pull = jax.vjp(f if dense else lambda z: f(z, labels), *((logits, labels) if dense else (logits,)))
+        return loss, *pull(cotangent)
+
+    with jax.enable_x64(True):
+        loss, *gradients = map(np.asarray, both(logits, labels, np.float64(cotangent)))
+    return loss, gradients[0], gradients[1] if dense else None
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_values_and_gradients_are_pytorchs(rng, reduction, dense):
+    logits = 3 * rng.normal(size=(*BATCH, CLASSES))
+    ids = rng.integers(0, CLASSES, BATCH)
+    ids[0, 0] = ids[2, 1] = IGNORED
+    cotangent = rng.normal(size=BATCH if reduction == "none" else ())
+    labels = rng.dirichlet(np.ones(CLASSES), BATCH) if dense else ids
+    ignoring = {} if dense else {"ignore_index": IGNORED}
+    for weight, smoothing in product([None, rng.uniform(0.5, 2, CLASSES)], [0.0, 0.1]):
+        options = {"label_smoothing": smoothing, "reduction": reduction}
+        got = of_ours(logits, labels, cotangent, weight, **options, **ignoring)
+        want = of_torch(logits, labels, cotangent, weight, **options, **ignoring)
+        for name, a, b in zip(("loss", "dlogits", "dlabels"), got, want, strict=True):
+            if b is not None:
+                np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13, err_msg=f"{name}, {weight}, {smoothing}")
+
+
+def test_what_differs_all_ignored(rng):
+    """0 instead of NaN."""
+    logits, labels = rng.normal(size=(3, CLASSES)), np.full(3, IGNORED)
+    assert np.isnan(functional.cross_entropy(torch.tensor(logits), torch.tensor(labels)).item())
+    loss, grad = jax.value_and_grad(cross_entropy)(jnp.asarray(logits, jnp.float32), labels, ignore_index=IGNORED)
+    assert loss == 0 and not np.any(grad)
+
+
+def test_what_differs_no_class_is_ignored_by_default(rng):
+    """-100 is PyTorch's default `ignore_index`; here it is an id out of range, NaN, until it is named."""
+    logits, labels = rng.normal(size=(3, CLASSES)).astype(np.float32), np.array([0, 1, IGNORED])
+    assert np.isfinite(functional.cross_entropy(torch.tensor(logits), torch.tensor(labels)).item())
+    assert np.isnan(cross_entropy(logits, labels))
+
+
+def test_what_differs_labels_out_of_range(rng):
+    """NaN in the row's loss and gradient instead of an exception, which compiled code cannot raise."""
+    logits, labels = rng.normal(size=(3, CLASSES)).astype(np.float32), np.array([0, CLASSES, 1])
+    with pytest.raises(IndexError, match="out of bounds"):
+        functional.cross_entropy(torch.tensor(logits), torch.tensor(labels))
+    losses = cross_entropy(logits, labels, reduction="none")
+    np.testing.assert_array_equal(np.isnan(losses), [False, True, False])
+
+
+def test_what_differs_bfloat16_losses_are_float32(rng):
+    logits, labels = rng.normal(size=(3, CLASSES)), np.array([0, 2, 1])
+    narrow = torch.tensor(logits, dtype=torch.bfloat16)
+    assert functional.cross_entropy(narrow, torch.tensor(labels)).dtype == torch.bfloat16
+    assert cross_entropy(jnp.asarray(logits, jnp.bfloat16), labels).dtype == jnp.float32
+
+
+def test_what_differs_confident_tokens():
+    """float32, a margin of 30: exactly 0 there."""
+    logits, labels = np.float32([[30, 0, 0]]), np.array([0])
+    assert functional.cross_entropy(torch.tensor(logits), torch.tensor(labels)).item() == 0
+    np.testing.assert_allclose(cross_entropy(logits, labels), np.log1p(2 * np.exp(-30.0)), rtol=1e-6)
