@@ -152,5 +152,6 @@ def _adjust(raw, exists, logit_scale, softcap):
     slope = logit_scale * (np.ones_like(x) if softcap is None else 1 / np.cosh(x / softcap) ** 2)
     floor = -np.inf if softcap is None else -softcap
     z = np.where(raw == np.inf, np.nan, np.where(raw == -np.inf, floor, z))
-    slope = np.where(np.isinf(raw) & ((softcap is not None) | (logit_scale != 1)), 0, slope)
+    slope = np.where(raw == -np.inf, 0 if softcap is not None else 1, slope)  # -inf stays -inf, whatever the scale
+    slope = np.where(raw == np.inf, np.nan, slope)
     return np.where(exists, z, -np.inf), np.where(exists, slope, 0)
