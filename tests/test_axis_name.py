@@ -177,7 +177,7 @@ def test_confident_tokens_stay_exact():
     one_hot = np.eye(64, dtype=np.float32)[ids]
     loss, pull = jax.vjp(lambda z: f(z, one_hot), logits)
     np.testing.assert_allclose(loss, np.log1p(odds), rtol=1e-6)
-    gradient = np.asarray(pull(jnp.ones(8))[0])
+    gradient = np.asarray(pull(jnp.ones(8, jnp.float32))[0])
     np.testing.assert_allclose(gradient[np.arange(8), ids], -odds / (1 + odds), rtol=1e-6)
 
 
@@ -290,7 +290,7 @@ def test_vmap_inside_of_shard_map(rng):
         jax.vmap(jax.vmap(one)), mesh=MESH, in_specs=(specs["logits"], specs["labels"]), out_specs=P("data", None)
     )
     loss, pull = jax.vjp(lambda z: mapped(z, asked.arrays["labels"]), asked.arrays["logits"])
-    assert_equal((loss, {"logits": pull(jnp.ones((8, 6)))[0]}), truth(asked, np.ones((8, 6))))
+    assert_equal((loss, {"logits": pull(jnp.ones((8, 6), jnp.float32))[0]}), truth(asked, np.ones((8, 6))))
 
 
 @pytest.mark.parametrize("name", ["x", "weight"])
