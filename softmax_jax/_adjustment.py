@@ -54,5 +54,5 @@ def apart(*arrays: Array) -> tuple[Array, ...]:
 
 def row_shift(z: Array, axis: int | tuple[int, ...], class_axes: Names = ()) -> Array:
     """m = max_v z_v as a constant; 0 for a row whose every logit is -inf, since -inf - -inf is NaN."""
-    highest = pmax(lax.stop_gradient(upcast(jnp.max(z, axis=axis, initial=-jnp.inf))), class_axes)
+    highest = pmax(upcast(jnp.max(z, axis=axis, initial=-jnp.inf)), class_axes)
     return jnp.where(highest == -jnp.inf, 0, highest)

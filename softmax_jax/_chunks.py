@@ -55,12 +55,16 @@ def map_over_chunks(f: Callable[[PyTree, PyTree], Array], shared: PyTree, chunks
 
 
 def _refuse_closure(f, shared, chunks):
-    traced = jax.make_jaxpr(lambda shared, chunks: f(_up(shared), _take(chunks, 0)))(shared, chunks)
-    if any(isinstance(const, Tracer) for const in traced.consts):
+    if any(isinstance(const, Tracer) for const in _traced(f, shared, chunks).consts):
         raise ValueError(
             "the function given to a sum or map over chunks closes over a traced value, whose gradient would be lost. "
             "Pass that value in `shared`, or in `chunks` if there is one a token."
         )
+
+
+def _traced(f, shared, chunks):
+    """f of one chunk, as a jaxpr."""
+    return jax.make_jaxpr(lambda shared, chunks: f(_up(shared), _take(chunks, 0)))(shared, chunks)
 
 
 def _up(shared: PyTree) -> PyTree:
@@ -133,8 +137,7 @@ def _vjp(f, shared, chunk):
 
 def _zeros(f, shared, chunks) -> Array:
     """What f returns for a chunk, all 0."""
-    traced = jax.make_jaxpr(lambda shared, chunks: f(_up(shared), _take(chunks, 0)))(shared, chunks)
-    return zeros_as(traced.out_avals[0])
+    return zeros_as(_traced(f, shared, chunks).out_avals[0])
 
 
 def _cast(gradients: PyTree, operands: PyTree, factor: Array | float = 1.0) -> PyTree:

@@ -1,7 +1,7 @@
 """The door on logits."""
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -117,51 +117,42 @@ def cross_entropy(
     class_axes = _checks.mesh_axes(axis_name, bool(forward_mode))
     _checks.sharded("logits", logits, class_axes)
     divisor = _checks.reduction_of(reduction, normalizer, logits.dtype)
-    return _cross_entropy(logits, labels, options, divisor, axis, reduction, class_axes, bool(forward_mode))
+    how = _How(axis, reduction, bool(forward_mode), class_axes)
+    return _cross_entropy(logits, labels, options, divisor, how)
 
 
-@partial(jax.jit, static_argnames=("axis", "reduction", "class_axes", "forward_mode"))
-def _cross_entropy(
-    logits: Array,
-    labels: Array,
-    options: Options,
-    normalizer: Any,
-    axis: int,
-    reduction: Reduction,
-    class_axes: Names,
-    forward_mode: bool,
-):
-    f = partial(_of_device, axis=axis, reduction=reduction, forward_mode=forward_mode)
-    operands = logits, labels, options, normalizer
+class _How(NamedTuple):
+    """What is no array."""
+
+    axis: int
+    reduction: Reduction
+    forward_mode: bool
+    class_axes: Names  # the mesh axes of the classes
+    token_axes: Names = ()  # those of the tokens, where the loss is one of all devices
+
+
+@partial(jax.jit, static_argnames="how")
+def _cross_entropy(logits: Array, labels: Array, options: Options, normalizer: Any, how: _How) -> Array:
+    operands, axis = (logits, labels, options, normalizer), how.axis
     mesh = explicit_mesh(operands)
     if mesh is None:
-        return f(*operands, class_axes=class_axes, token_axes=())
+        return _of_device(*operands, how=how)
     every = entries_of(logits)
     batch, classes = every[:axis] + every[axis + 1 :], every[axis]
     of_labels = fit(labels, every if labels.ndim == logits.ndim else batch)
     specs = exactly(every), of_labels, option_specs(options, batch, classes, axis), fit(normalizer, ())
-    f = partial(f, class_axes=class_axes + classes, token_axes=sum(batch, ()))
-    return over_devices(f, mesh, operands, specs, exactly(batch if reduction == "none" else ()))
+    f = partial(_of_device, how=how._replace(class_axes=how.class_axes + classes, token_axes=sum(batch, ())))
+    return over_devices(f, mesh, operands, specs, exactly(batch if how.reduction == "none" else ()))
 
 
-def _of_device(
-    logits: Array,
-    labels: Array,
-    options: Options,
-    normalizer: Any,
-    *,
-    axis: int,
-    reduction: Reduction,
-    forward_mode: bool,
-    class_axes: Names,
-    token_axes: Names,
-) -> Array:
-    """The loss of one device's part: its classes of all along `class_axes`, its tokens of all along `token_axes`."""
+def _of_device(logits: Array, labels: Array, options: Options, normalizer: Any, how: _How) -> Array:
+    """The loss of one device's part."""
+    axis, class_axes, token_axes = how.axis, how.class_axes, how.token_axes
     labels, weights, options = prepare(labels, options, logits.shape, logits.dtype, axis, class_axes)
-    losses = weighted_losses(logits, labels, weights, options, axis, class_axes, forward_mode)
-    if reduction == "none":
+    losses = weighted_losses(logits, labels, weights, options, axis, class_axes, how.forward_mode)
+    if how.reduction == "none":
         return losses
     loss = psum(jnp.sum(losses), token_axes)
-    if reduction == "sum":
+    if how.reduction == "sum":
         return loss
     return divide(loss, mean_divisor(labels, weights, options, losses.size, normalizer, class_axes, token_axes))

@@ -27,12 +27,14 @@ Names = tuple[str, ...]
 
 def pmax(local: Array, axes: Names) -> Array:
     """The largest over the mesh axes; has no gradient."""
-    return lax.pmax(lax.stop_gradient(local), axes) if axes else local
+    local = lax.stop_gradient(local)
+    return lax.pmax(local, axes) if axes else local
 
 
 def pmin(local: Array, axes: Names) -> Array:
     """The smallest over the mesh axes; has no gradient."""
-    return lax.pmin(lax.stop_gradient(local), axes) if axes else local
+    local = lax.stop_gradient(local)
+    return lax.pmin(local, axes) if axes else local
 
 
 def psum(local: PyTree, axes: Names) -> PyTree:

@@ -110,10 +110,14 @@ def truth(asked: Problem, cotangent):
     return np.asarray(value), {name: np.asarray(g) for name, g in gradients.items()}
 
 
+def placed(asked: Problem, mesh, specs):
+    return {name: jax.device_put(a, NamedSharding(mesh, specs[name])) for name, a in asked.arrays.items()}
+
+
 def under_jit(asked: Problem, mesh, specs, cotangent):
     """(value and gradients, compiled program) of arrays that lie over the mesh by their specs."""
     with jax.set_mesh(mesh):
-        arrays = {name: jax.device_put(a, NamedSharding(mesh, specs[name])) for name, a in asked.arrays.items()}
+        arrays = placed(asked, mesh, specs)
         f = jax.jit(lambda arrays: _differentiated(asked.loss, arrays, np.float32(cotangent)))
         program = f.lower(arrays).compile()
         return program(arrays), program

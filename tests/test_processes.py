@@ -16,14 +16,15 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from meshes import mesh_of
+
+from softmax_jax import cross_entropy, linear_cross_entropy
 
 SECONDS = 120
 
 
 def losses_and_gradients(mesh):
     """By name: the plain door under `jit`, the head's by `axis_name` inside `shard_map`, as NumPy arrays."""
-    from softmax_jax import cross_entropy, linear_cross_entropy
-
     rng = np.random.default_rng(0)
     x = rng.normal(size=(8, 6, 16)).astype(np.float32)
     weight = rng.normal(size=(16, 32)).astype(np.float32)
@@ -50,16 +51,11 @@ def losses_and_gradients(mesh):
     return dict(zip(names, map(np.asarray, jax.tree.leaves(whole((logits, both)))), strict=True))
 
 
-def mesh_of_4():
-    auto = (jax.sharding.AxisType.Auto,) * 2
-    return jax.make_mesh((2, 2), ("data", "model"), axis_types=auto, devices=jax.devices()[:4])
-
-
 def one_of_two(port: str, index: str, path: str) -> None:
     sys.excepthook = _fail_at_once
     jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(index))
     assert jax.device_count() == 4 and jax.local_device_count() == 2 and jax.process_count() == 2
-    numbers = losses_and_gradients(mesh_of_4())
+    numbers = losses_and_gradients(mesh_of("automatic", (2, 2)))
     np.savez(path, **numbers)
     jax.distributed.shutdown()
 
@@ -98,7 +94,7 @@ def run_two(tmp_path, command=()):
 
 
 def test_two_processes_give_what_one_gives(tmp_path):
-    want = losses_and_gradients(mesh_of_4())
+    want = losses_and_gradients(mesh_of("automatic", (2, 2)))
     for got in run_two(tmp_path):
         assert got.keys() == want.keys()
         for name in want:
