@@ -101,7 +101,7 @@ def test_the_cotangent_multiplies_before_the_one_cast():
 @pytest.mark.parametrize("transform", [jax.grad, jax.jit], ids=["grad", "jit"])
 def test_closing_over_a_traced_value_is_a_clear_error(over, transform):
     """The gradient by `a` would be dropped without a word."""
-    chunks = jnp.ones((3, 2))
+    chunks = jnp.ones((3, 2), jnp.float32)
     reduce = jnp.sum if over is sum_over_chunks else lambda a: a
     with pytest.raises(ValueError, match="closes over a traced value.*Pass that value in `shared`"):
         transform(lambda a: jnp.sum(over(lambda s, c: reduce(s * c * a), jnp.float32(1), chunks)))(jnp.float32(2))
@@ -109,7 +109,7 @@ def test_closing_over_a_traced_value_is_a_clear_error(over, transform):
 
 def test_closing_over_a_constant_is_fine():
     constant = jnp.arange(3, dtype=jnp.float32)
-    assert sum_over_chunks(lambda s, c: jnp.sum(s * c * constant), jnp.float32(2), jnp.ones((3, 4))) == 24
+    assert sum_over_chunks(lambda s, c: jnp.sum(s * c * constant), jnp.float32(2), jnp.ones((3, 4), jnp.float32)) == 24
 
 
 def test_vmap_over_shared_and_over_chunks(operands):

@@ -28,7 +28,7 @@ SQUARE = np.zeros((4, 4), np.float32)
         (ValueError, ["(4, 7)", "(4,)", "axis 0"], (LOGITS, IDS, {"axis": 0})),
         (TypeError, ["bool", "astype(jnp.int32)"], (LOGITS, np.zeros(4, bool), {})),
         (TypeError, ["complex64", "astype"], (LOGITS, np.zeros(4, np.complex64), {})),
-        (TypeError, ["`logits`", "int32", "astype(jnp.float32)"], (LOGITS.astype(int), IDS, {})),
+        (TypeError, ["`logits`", "int32", "astype(jnp.float32)"], (LOGITS.astype(np.int32), IDS, {})),
         (TypeError, ["`logits`", "bool"], (LOGITS != 0, IDS, {})),
         (TypeError, ["`logits`", "complex64"], (LOGITS.astype(np.complex64), IDS, {})),
         (ValueError, ["(4, 0)", "no classes"], (LOGITS[:, :0], IDS, {})),

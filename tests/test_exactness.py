@@ -71,7 +71,7 @@ def test_optax_and_ours_side_by_side(rng):
             lambda x, y=labels: optax.softmax_cross_entropy_with_integer_labels(x, y), jnp.asarray(logits)
         )
         ours = loss_and_grad(jax.jit, logits, labels, np.ones(64, np.float32), {"reduction": "none"})
-        theirs = peer, pull(jnp.ones(64))[0]
+        theirs = peer, pull(jnp.ones(64, jnp.float32))[0]
         own = np.arange(64), labels
         errors = [
             relative_error(a, b).max()

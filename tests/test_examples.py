@@ -82,8 +82,9 @@ def _percentages(printed: str) -> list[float]:
 def test_an_example_learns_and_draws(name: str, arguments: str, check: Callable[[str], None], tmp_path: Path):
     picture = tmp_path / "made" / f"{name}.png"
     command = [sys.executable, "-W", "error", str(EXAMPLES / f"{name}.py"), *arguments.split(), "--out", str(picture)]
-    # One CPU device, whatever conftest.py told this process to simulate and whatever else the machine has.
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    # JAX's defaults on one CPU device, whatever this process was told and whatever else the machine has.
+    kept = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS" and not key.startswith("JAX_")}
+    environment = kept | {"JAX_PLATFORMS": "cpu"}
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert "warning" not in run.stderr.lower()

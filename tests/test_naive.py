@@ -18,7 +18,7 @@ def naive(logits, labels, options):
         z = options["softcap"] * jnp.tanh(z / options["softcap"])
     log_p = jax.nn.log_softmax(z, axis)
     if jnp.issubdtype(labels.dtype, jnp.integer):
-        labels = jax.nn.one_hot(labels, z.shape[axis], axis=axis)
+        labels = jax.nn.one_hot(labels, z.shape[axis], axis=axis, dtype=z.dtype)
     c, smoothing = options.get("class_weights", np.ones(z.shape[axis], np.float32)), options.get("label_smoothing", 0)
     c = c.reshape([-1 if a == axis else 1 for a in range(z.ndim)])
     target = jnp.broadcast_to(c, z.shape) * ((1 - smoothing) * labels + smoothing / z.shape[axis])

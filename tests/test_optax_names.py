@@ -127,7 +127,7 @@ def test_bad_input_is_refused_with_the_way_out():
     logits = jnp.ones((2, 3))
     integer = softmax_jax.softmax_cross_entropy_with_integer_labels
     with pytest.raises(TypeError, match="must be integers; got dtype float32.*softmax_cross_entropy"):
-        integer(logits, jnp.ones(2))
+        integer(logits, jnp.ones(2, jnp.float32))
     with pytest.raises(TypeError, match="int or a tuple of ints; got None"):
         integer(logits, jnp.zeros(2, jnp.int32), axis=None)
     with pytest.raises(ValueError, match="names an axis twice"):

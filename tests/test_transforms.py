@@ -90,7 +90,7 @@ def test_grad_through_scan(rng):
             x, y, w = xs
             return carry + cross_entropy(x, y, weights=w, normalizer=total), None
 
-        return -1.3 * jax.lax.scan(chunk, jnp.zeros(()), (logits.reshape(4, 3, 7), labels.reshape(4, 3), weights))[0]
+        return -1.3 * jax.lax.scan(chunk, jnp.float32(0), (logits.reshape(4, 3, 7), labels.reshape(4, 3), weights))[0]
 
     want = reference.cross_entropy(logits, labels, weights=options["weights"], cotangent=-1.3)
     assert_within(jax.jit(jax.grad(whole))(logits), want.grad, want.grad_condition, 8)

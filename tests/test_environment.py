@@ -1,0 +1,88 @@
+"""JAX's global settings change nothing: x64, strict promotion, NaN checks, switched off compilation, precision.
+
+The whole suite also runs under each of them (docs/trust.md); here is what only a comparison shows.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import FLOATS
+
+import softmax_jax
+from softmax_jax import cross_entropy, linear_cross_entropy
+
+FORMATS = [np.float32, jnp.bfloat16, np.float16]
+OPTIONS = {name: float(value) for name, value in FLOATS.items()}
+
+
+def results(dtype):
+    """The types of every door's value and gradients, for operands of at most 32 bits and Python's own numbers."""
+    z, t, ids = np.ones((4, 7), dtype), np.ones((4, 7), np.float32), np.zeros(4, np.int32)
+    x, weight, bias = np.ones((4, 3), dtype), np.ones((3, 7), dtype), np.ones(7, np.float32)
+    c, w, where = np.ones(7, np.float32), np.ones(4, np.float32), np.ones((4, 7), bool)
+    arrays = {"class_weights": c, "weights": w, "where": where, **OPTIONS}
+    cases = {
+        "softmax": (softmax_jax.softmax, z),
+        "log_softmax": (softmax_jax.log_softmax, z),
+        "optax": (lambda z: softmax_jax.softmax_cross_entropy(z, t), z),
+        "optax, integer": (lambda z: softmax_jax.softmax_cross_entropy_with_integer_labels(z, ids), z),
+        "poly": (lambda z, t: softmax_jax.poly_loss_cross_entropy(z, t, epsilon=2.0), z, t),
+        "safe": (softmax_jax.safe_softmax_cross_entropy, z, t),
+    }
+    for reduction in ("mean", "sum", "none"):
+        how = {"reduction": reduction, **({"normalizer": 3} if reduction == "mean" else {})}
+        cases[f"plain, {reduction}"] = lambda z, how=how: cross_entropy(z, ids, **how), z
+        cases[f"dense, {reduction}"] = lambda z, t, how=how: cross_entropy(z, t, **how, **arrays), z, t
+        cases[f"forward, {reduction}"] = lambda z, how=how: cross_entropy(z, ids, forward_mode=True, **how, **arrays), z
+        cases[f"linear, {reduction}"] = (
+            lambda x, v, b, how=how: linear_cross_entropy(x, v, ids, bias=b, chunk_size=3, **how, **arrays),
+            *(x, weight, bias),
+        )
+
+    def both(f, *operands):
+        y, pull = jax.vjp(f, *operands)
+        return y, pull(jnp.ones_like(y))
+
+    return {name: jax.eval_shape(lambda *a, f=f: both(f, *a), *operands) for name, (f, *operands) in cases.items()}
+
+
+@pytest.mark.parametrize("dtype", FORMATS, ids=lambda d: np.dtype(d).name)
+def test_no_type_changes_with_x64(dtype):
+    with jax.enable_x64(False):
+        without = results(dtype)
+    with jax.enable_x64(True):
+        assert results(dtype) == without
+    assert without["dense, mean"][0].dtype == np.float32
+    assert not any(leaf.weak_type for leaf in jax.tree.leaves(without))
+
+
+def test_operands_of_different_widths_under_strict_promotion(rng):
+    """A float64 bias to bfloat16 states: each gradient in its own operand's type."""
+    with jax.enable_x64(True):
+        operands = (
+            jnp.asarray(rng.normal(size=(5, 3)), jnp.bfloat16),
+            jnp.asarray(rng.normal(size=(3, 7)), jnp.float32),
+            jnp.asarray(rng.normal(size=7), jnp.float64),
+        )
+        labels = np.arange(5)
+        for reduction in ("mean", "none"):
+            f = lambda x, w, b, how=reduction: linear_cross_entropy(  # noqa: E731
+                x, w, labels, bias=b, chunk_size=2, reduction=how
+            )
+            loss, pull = jax.vjp(f, *operands)
+            gradients = pull(jnp.ones_like(loss))
+            assert [g.dtype for g in gradients] == [a.dtype for a in operands]
+            np.testing.assert_allclose(np.sum(gradients[2]), 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["default", "highest"])
+def test_the_head_is_multiplied_in_the_precision_that_is_set(precision):
+    """`jax.default_matmul_precision` reaches all three products; the library sets none of its own."""
+    operands = jnp.ones((4, 3), jnp.float32), jnp.ones((3, 7), jnp.float32)
+    f = jax.grad(lambda x, w: linear_cross_entropy(x, w, jnp.zeros(4, jnp.int32)), (0, 1))
+    with jax.default_matmul_precision(precision):
+        text = jax.jit(f).lower(*operands).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert len(products) == 3
+    assert all(f"precision = [{precision.upper()}, {precision.upper()}]" in line for line in products)
