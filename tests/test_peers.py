@@ -95,7 +95,7 @@ def test_doors_with_optaxs_names(rng, draw):
     if name.startswith("poly"):
         options["epsilon"] = rng.choice([2.0, -1.0, 0.0])
     ours, theirs = (
-        lambda z, f=getattr(m, name): f(z, jnp.asarray(labels), **options) for m in (softmax_jax, optax.losses)
+        lambda z, m=m: getattr(m, name)(z, jnp.asarray(labels), **options) for m in (softmax_jax, optax.losses)
     )
     assert_alike(rng, ours, theirs, logits, dtype)
 
@@ -110,7 +110,7 @@ def test_softmax_and_log_softmax_of_jax_nn(rng, name, draw):
     # jax.nn's maximum of masked integers is at least a cast -inf, and its shift of unsigned ones wraps.
     masked = jnp.issubdtype(dtype, jnp.floating) and rng.random() < 0.7
     where = jnp.asarray(random_classes(rng, shape)) if masked else None
-    ours, theirs = (lambda x, f=getattr(m, name): f(x, axis, where) for m in (softmax_jax, jax.nn))
+    ours, theirs = (lambda x, m=m: getattr(m, name)(x, axis, where) for m in (softmax_jax, jax.nn))
     assert_alike(rng, ours, theirs, x, dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.float32)
 
 
