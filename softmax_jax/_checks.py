@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from softmax_jax._dtypes import accumulator
+from softmax_jax._dtypes import accumulator, nan_unless
 from softmax_jax._sharding import Names, checks_varying, varying
 
 Reduction = Literal["mean", "sum", "none"]
@@ -124,7 +124,7 @@ def scalar(name: str, value: Any, dtype: Any, low: float, high: float, open_low:
         )
     value = value.astype(dtype)
     inside = ((value > low) if open_low else (value >= low)) & (value <= high)
-    return value if math.isinf(low) and math.isinf(high) else jnp.where(inside, value, jnp.nan)
+    return value if math.isinf(low) and math.isinf(high) else nan_unless(inside, value)
 
 
 def unless(neutral: Any, name: str, value: Any, dtype: Any, low: float, high: float, open_low: bool = False):

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from softmax_jax._adjustment import Adjustment, adjust, apart, row_shift, shifted
-from softmax_jax._dtypes import upcast
+from softmax_jax._dtypes import nan_unless, upcast
 from softmax_jax._sharding import Names, checks_varying, count, offset, pmin, psum, vary, vary_alike, varying
 
 
@@ -104,7 +104,7 @@ def _prior(z, class_weights, where, axis):
     return jnp.sum(each * jnp.where((each == 0) & jnp.isinf(z), 0, z), axis)
 
 
-def _sums(logits, labels, class_weights, adjustment, axis, smooth, class_axes):
+def _sums(logits, labels, class_weights, adjustment, unused, axis, smooth, class_axes):
     """ClassSums by plain JAX, and the pivot."""
     m = row_shift(adjust(logits, adjustment), axis, class_axes)
     fenced, shift = apart(logits, m)
@@ -114,11 +114,12 @@ def _sums(logits, labels, class_weights, adjustment, axis, smooth, class_axes):
     here = pivot - offset(size, class_axes)
     rest = jnp.sum(jnp.exp(z) * not_at(here, z, axis), axis)
 
-    # The label's logit is read raw and adjusted by itself. An id that class_axes no class makes its whole row NaN.
+    # The label's logit is read raw and adjusted by itself. An id that no class has makes its row NaN, if it is used.
     in_range, exists = jnp.clip(here, 0, size - 1), (pivot >= 0) & (pivot < count(size, class_axes))
+    exists = exists if unused is None else exists | unused
     there = None if adjustment.where is None else pick(adjustment.where, in_range, axis)
     own = upcast(adjust(pick(logits, in_range, axis), adjustment._replace(where=there))) - shift
-    own = jnp.where(in_range == here, own, jnp.where(exists, 0, jnp.nan))
+    own = nan_unless(exists, jnp.where(in_range == here, own, 0))
     shift, rest, own = apart(shift, rest, own)
 
     fenced, rest = apart(logits, rest)
@@ -155,7 +156,7 @@ def _class_sums_fwd(logits, labels, class_weights, adjustment, unused, axis, smo
             "without it, as under `jax.vmap` and `jax.pmap`, JAX does not tell a cotangent that every device has from "
             "one that is spread over them: the gradient would be wrong by the number of devices. Take it under that."
         )
-    sums, pivot = _sums(logits, labels, class_weights, adjustment, axis, smooth, class_axes)
+    sums, pivot = _sums(logits, labels, class_weights, adjustment, unused, axis, smooth, class_axes)
     return sums, (logits, labels, class_weights, adjustment, unused, sums.shift, pivot)
 
 
@@ -198,7 +199,7 @@ def _class_sums_bwd(axis, smooth, class_axes, residuals, cotangents):
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def _class_sums(logits, labels, class_weights, adjustment, unused, axis, smooth, class_axes):
-    return _sums(logits, labels, class_weights, adjustment, axis, smooth, class_axes)[0]
+    return _sums(logits, labels, class_weights, adjustment, unused, axis, smooth, class_axes)[0]
 
 
 _class_sums.defvjp(_class_sums_fwd, _class_sums_bwd)
@@ -229,6 +230,7 @@ def class_sums(
 
     @partial(jax.checkpoint, prevent_cse=False)
     def plain(logits, labels, class_weights, adjustment, unused):
-        return _sums(*_emptied(unused, logits, labels, axis), class_weights, adjustment, axis, smooth, class_axes)[0]
+        operands = *_emptied(unused, logits, labels, axis), class_weights, adjustment, unused
+        return _sums(*operands, axis, smooth, class_axes)[0]
 
     return plain(*operands)

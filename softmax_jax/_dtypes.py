@@ -23,6 +23,13 @@ def product_dtype(a: DTypeLike, b: DTypeLike) -> jnp.dtype:
         return jnp.promote_types(a, b)
 
 
+def nan_unless(valid: Array, value: Array) -> Array:
+    """`value`, and NaN where it is not `valid`. As inf - inf: under `jax_disable_jit` a constant NaN would be an array
+    of its own, at which `jax_debug_nans` stops though no entry of it is used."""
+    absent = jnp.where(valid, 0, jnp.inf).astype(value.dtype)
+    return jnp.where(valid, value, absent - absent)
+
+
 def floating(x: Array) -> Array:
     """`x`, or its float32 copy (float64 under x64) where it holds integers or bools, as `jax.nn` has it."""
     return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.result_type(float))

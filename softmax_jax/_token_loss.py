@@ -76,6 +76,7 @@ def prepare(labels: Array, options: Options, shape: tuple[int, ...], dtype: DTyp
     that is the same for the tokens of all devices is marked as varying here, while it is small: once it is broadcast
     to the logits, its gradient would be summed over devices at that size.
     """
+    options = jax.tree.map(jnp.asarray, options)  # under jax_disable_jit numbers are still NumPy's
     options = vary(options, tuple(name for name in varying(labels, options) if name not in class_axes))
     where, weights, class_weights = options.where, options.weights, options.class_weights
     dtype, batch = accumulator(dtype), shape[:axis] + shape[axis + 1 :]

@@ -145,6 +145,32 @@ def cross_entropy(
     )
 
 
+@quiet
+def poly_loss(logits, labels, where, cotangent, epsilon=2.0) -> CrossEntropy:
+    """Σ_v t_v (-log p_v + ε (1 - p_v)) over the last axis, and its gradient times `cotangent`."""
+    plain = cross_entropy(logits, labels, where=where, reduction="none", cotangent=cotangent)
+    exists = np.broadcast_to(True if where is None else where, np.shape(logits))
+    z = np.where(exists, np.asarray(logits, np.float64), -np.inf)
+    t = np.where(exists, np.asarray(labels, np.float64), 0)
+    _, p, missing, _ = _negative_log_softmax(z)
+    p, missing = (np.where(exists, a, 0) for a in (p, missing))
+    # ∂/∂z_u Σ_v t_v (1 - p_v) = Σ_v t_v p_v (p_u - [u = v]) = p_u Σ_{v≠u} t_v p_v - t_u p_u (1 - p_u).
+    product = t * p
+    others = np.sum(np.where(np.eye(t.shape[-1], dtype=bool), 0, product[..., None, :]), -1)
+    slope = epsilon * (p * others - product * missing)
+    size = 1 + np.abs(np.where(np.isfinite(z), z, 0)) + np.abs(np.max(z, -1, keepdims=True))
+    tail = np.sum(p * missing * size, -1, keepdims=True)
+    loss = epsilon * np.sum(t * missing, -1)
+    used = exists.any(-1)
+    each = np.abs(cotangent)[..., None] * epsilon * (p * product.sum(-1, keepdims=True) + product) * (size + tail)
+    return CrossEntropy(
+        np.where(used, plain.loss + loss, 0),
+        np.where(used[..., None], plain.grad + cotangent[..., None] * slope, 0),
+        np.where(used, plain.loss_condition + epsilon * np.sum(t * (p * size + tail), -1) + loss, 0),
+        np.where(used[..., None], plain.grad_condition + each, 0),
+    )
+
+
 def _adjust(raw, exists, logit_scale, softcap):
     """The logits of the softmax, and their derivative by the raw ones. Infinities are judged on the raw logits."""
     x = np.where(np.isinf(raw), 0, raw) * logit_scale

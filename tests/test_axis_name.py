@@ -113,6 +113,7 @@ def test_data_parallel_without_axis_name_under_either_setting(rng, check_vma):
 
 
 @both
+@pytest.mark.nan
 def test_a_shard_of_minus_inf_alone(rng, dense):
     """The classes of one device all have probability zero; a row that has none at all is NaN."""
     asked = problem(rng, (8, 6, 64), dense, reduction="none")
@@ -148,6 +149,7 @@ def test_class_counts_that_devices_do_not_divide(rng, embed):
 
 
 @doors
+@pytest.mark.nan
 def test_labels_out_of_range_are_nan_everywhere(rng, embed):
     """In range is judged among all classes: 16 is a class of another device, 64 and -1 of none."""
     asked = problem(rng, (8, 6, 64), embed=embed, reduction="none")

@@ -89,6 +89,7 @@ def test_refused_while_tracing_with_the_values_and_the_way_out(untyped, error, f
 @pytest.mark.parametrize(
     "option", [{"label_smoothing": 1.5}, {"label_smoothing": -0.1}, {"softcap": -1.0}, {"softcap": 0.0}]
 )
+@pytest.mark.nan
 def test_a_traced_number_out_of_range_is_nan(option):
     loss, grad = loss_and_grad(jax.jit, LOGITS, IDS, np.float32(0.7), option)
     assert np.isnan(loss) and np.all(np.isnan(grad))
@@ -96,6 +97,7 @@ def test_a_traced_number_out_of_range_is_nan(option):
 
 @pytest.mark.parametrize("names", [[], ["label_smoothing"], ["class_weights", "z_loss"], ["softcap"]], ids=str)
 @pytest.mark.parametrize("label", [-1, -7, -100, 7, 8, 2**31 - 1, -(2**31)])
+@pytest.mark.nan
 def test_a_label_out_of_range_is_nan_in_its_row_only(rng, label, names):
     logits, labels, options = random_case(rng, (4, 7), names=names)
     labels[2] = label
@@ -122,6 +124,7 @@ def test_a_label_out_of_range_is_nan_in_its_row_only(rng, label, names):
     ],
     ids=lambda v: v.__name__ if isinstance(v, type) else None,
 )
+@pytest.mark.nan
 def test_labels_of_every_integer_dtype_never_wrap(rng, dtype, classes, bad):
     good = [0, 3, 6] + ([100, 127] if classes == 300 else [])
     labels = np.array([*good, *bad], dtype)

@@ -17,13 +17,25 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import reference
 from helpers import assert_within, epsilon
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from softmax_jax import cross_entropy, linear_cross_entropy, log_softmax, softmax, softmax_cross_entropy
+from softmax_jax import (
+    cross_entropy,
+    linear_cross_entropy,
+    log_softmax,
+    poly_loss_cross_entropy,
+    safe_softmax_cross_entropy,
+    softmax,
+    softmax_cross_entropy,
+    softmax_cross_entropy_with_integer_labels,
+)
+
+pytestmark = pytest.mark.nan  # hypothesis draws it
 
 EXTREMES = [0.0, -0.0, 1e-45, -1e-40, 1e-30, 1e30, -1e30, 88.8, -104.0, 17.0, 6e4, -6e4, np.inf, -np.inf, np.nan]
 SHAPES = [(4, 7), (3, 1), (2, 19)]
@@ -61,13 +73,22 @@ def cases(draw, elements=extreme, dense=None, with_options=None):
             "z_loss": np.float32(draw(st.sampled_from([0.0, 1e-2]))),
             "logit_scale": np.float32(draw(st.sampled_from([1.0, 0.5, -2.0, 0.0]))),
         }
+        if draw(flags):
+            options["softcap"] = np.float32(draw(st.sampled_from([2.0, 30.0])))
     return logits, labels, options, draw(floats(batch, nonzero))
 
 
-@jax.jit
-def losses_and_gradient(logits, labels, options, cotangents):
-    losses, pull = jax.vjp(lambda z: cross_entropy(z, labels, reduction="none", **options), logits)
+@partial(jax.jit, static_argnames="axis")
+def losses_and_gradient(logits, labels, options, cotangents, axis=-1):
+    losses, pull = jax.vjp(lambda z: cross_entropy(z, labels, axis=axis, reduction="none", **options), logits)
     return losses, pull(cotangents)[0]
+
+
+def with_classes_on(axis, logits, labels, options):
+    """The same case with its classes, the last axis so far, on `axis`."""
+    move = lambda a: np.moveaxis(a, -1, axis)  # noqa: E731
+    where = {"where": move(options["where"])} if "where" in options else {}
+    return move(logits), move(labels) if labels.ndim == logits.ndim else labels, {**options, **where}
 
 
 def in_range(want):
@@ -86,17 +107,17 @@ def without_infinite_terms(logits, options):
     return not options or np.all(np.abs(np.nan_to_num(np.float64(logits), posinf=0, neginf=0)) < 1e6)
 
 
-@given(cases())
-def test_cross_entropy_is_the_float64_one(case):
+@given(cases(), st.sampled_from([-1, 0]))
+def test_cross_entropy_is_the_float64_one_on_every_axis(case, axis):
     logits, labels, options, cotangents = case
     if not without_infinite_terms(logits, options):
         options = {}
     want = reference.cross_entropy(logits, labels, reduction="none", cotangent=np.float64(cotangents), **options)
-    losses, gradient = losses_and_gradient(logits, labels, options, cotangents)
+    losses, gradient = losses_and_gradient(*with_classes_on(axis, logits, labels, options), cotangents, axis)
     assert_within(losses, in_range(want.loss), want.loss_condition, 8, err_msg="loss")
     # A row that is NaN says so in its gradient; which of its entries are 0 all the same is not asked.
     broken = np.isnan(want.loss)[..., None]
-    gradient = np.asarray(gradient, np.float32)
+    gradient = np.moveaxis(np.asarray(gradient, np.float32), axis, -1)
     assert np.all(np.isnan(gradient).any(-1, keepdims=True) == broken)
     condition = want.grad_condition + underflow(labels, cotangents)
     gradient, grad, condition = (np.where(broken, 0, a) for a in (gradient, in_range(want.grad), condition))
@@ -131,27 +152,70 @@ def test_softmax_and_log_softmax_are_the_float64_ones(arrays, masked):
         )
 
 
-tokens = st.tuples(floats((6, 3)), floats((3, 5)), floats(5), hnp.arrays(np.int32, 6, elements=st.integers(-1, 5)))
-
-
 @partial(jax.jit, static_argnums=0)
-def head_losses_and_gradients(chunk_size, x, weight, bias, labels, weights, cotangents):
-    losses, pull = jax.vjp(
-        lambda x, w, b: linear_cross_entropy(
-            x, w, labels, bias=b, weights=weights, reduction="none", chunk_size=chunk_size
-        ),
-        *(x, weight, bias),
-    )
-    return losses, *pull(cotangents)
+def value_and_gradient(f, logits, labels, where, cotangents):
+    y, pull = jax.vjp(lambda z: f(z, labels) if where is None else f(z, labels, where=where), logits)
+    return y, pull(cotangents)[0]
 
 
-@given(tokens, floats(6, st.sampled_from([0.0, 1.0, 2.0])), floats(6, nonzero), st.sampled_from([1, 4, 6]))
-def test_linear_cross_entropy_is_the_float64_one_at_every_chunk_size(operands, weights, cotangents, chunk_size):
-    x, weight, bias, labels = operands
-    got = head_losses_and_gradients(chunk_size, *operands, weights, cotangents)
+@given(cases(with_options=False), flags, st.data())
+def test_doors_with_optaxs_names_are_the_float64_ones(case, masked, data):
+    """Bitwise `cross_entropy` with reduction="none"; the poly loss is that plus 2 Σ t_v (1 - p_v)."""
+    logits, labels, _, cotangents = case
+    where = data.draw(hnp.arrays(bool, logits.shape)) if masked else None
+    dense = labels.ndim == logits.ndim
+    doors = [softmax_cross_entropy if dense else softmax_cross_entropy_with_integer_labels]
+    doors += [safe_softmax_cross_entropy] if dense and where is None else []
+    same = losses_and_gradient(logits, labels, {} if where is None else {"where": where}, cotangents)
+    for door in doors:
+        for got, want in zip(value_and_gradient(door, logits, labels, where, cotangents), same, strict=True):
+            np.testing.assert_array_equal(*(np.asarray(a, np.float32) for a in (got, want)), door.__name__)
+    if dense:
+        want = reference.poly_loss(logits, labels, where, np.float64(cotangents))
+        losses, gradient = value_and_gradient(poly_loss_cross_entropy, logits, labels, where, cotangents)
+        assert_within(losses, in_range(want.loss), want.loss_condition, 8, err_msg="poly loss")
+        broken = np.isnan(want.loss)[..., None]
+        condition = want.grad_condition + underflow(labels, cotangents)
+        gradient, grad, condition = (np.where(broken, 0, a) for a in (gradient, in_range(want.grad), condition))
+        assert_within(gradient, grad, condition, 8, logits.dtype, "poly gradient")
+
+
+@st.composite
+def heads(draw):
+    """(x, weight, bias, labels, options, cotangents): 6 tokens of 3 numbers, 5 classes."""
+    labels = hnp.arrays(np.int32, 6, elements=st.integers(-1, 5))
+    dense = floats((6, 5), st.sampled_from([0.0, 0.0, 1.0, 0.25, 2.5]))
+    options = {"weights": draw(floats(6, st.sampled_from([0.0, 1.0, 2.0])))}
+    if draw(flags):
+        options |= {
+            "where": draw(hnp.arrays(bool, draw(st.sampled_from([(6, 5), (1, 5), (6, 1)])))),
+            "class_weights": draw(floats(5, st.sampled_from([0.0, 1.0, 0.3, 2.0]))),
+            "label_smoothing": np.float32(draw(st.sampled_from([0.0, 0.1, 1.0]))),
+            "z_loss": np.float32(draw(st.sampled_from([0.0, 1e-2]))),
+            "logit_scale": np.float32(draw(st.sampled_from([1.0, 0.5, -2.0]))),
+            "softcap": np.float32(draw(st.sampled_from([2.0, 30.0]))),
+        }
+    operands = draw(floats((6, 3))), draw(floats((3, 5))), draw(floats(5))
+    return *operands, draw(dense if draw(flags) else labels), options, draw(floats(6, nonzero))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def head_losses_and_gradients(chunk_size, transpose, x, weight, bias, labels, options, cotangents):
+    how = {"reduction": "none", "chunk_size": chunk_size, "transpose_weight": transpose}
+    f = lambda x, w, b: linear_cross_entropy(x, w, labels, bias=b, **how, **options)  # noqa: E731
+    losses, pull = jax.vjp(f, x, weight.T if transpose else weight, bias)
+    dx, dweight, dbias = pull(cotangents)
+    return losses, dx, dweight.T if transpose else dweight, dbias
+
+
+@given(heads(), st.sampled_from([1, 4, 6]), flags)
+def test_linear_cross_entropy_is_the_float64_one_at_every_chunk_size(head, chunk_size, transpose):
+    x, weight, bias, labels, options, cotangents = head
+    got = head_losses_and_gradients(chunk_size, transpose, *head)
     logits = np.float64(x) @ np.float64(weight) + bias
-    size = 1 + np.max(np.abs(x) @ np.abs(weight) + np.abs(bias))  # a logit is itself off by eps of this
-    want = reference.cross_entropy(logits, labels, weights=weights, reduction="none", cotangent=np.float64(cotangents))
+    # A logit is itself off by eps of this, and so is what is scaled.
+    size = 1 + np.max(np.abs(x) @ np.abs(weight) + np.abs(bias)) * np.abs(options.get("logit_scale", 1))
+    want = reference.cross_entropy(logits, labels, reduction="none", cotangent=np.float64(cotangents), **options)
     assert_within(got[0], want.loss, want.loss_condition * size, 8, err_msg="loss")
     d, c = want.grad, want.grad_condition * size + TINY
     assert_within(got[1], d @ weight.T, c @ np.abs(weight.T), 16, err_msg="dx")
