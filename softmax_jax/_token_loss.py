@@ -7,7 +7,7 @@ compute by a subtraction that cancels.
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from softmax_jax._adjustment import Adjustment
 from softmax_jax._checks import Options
@@ -177,7 +177,7 @@ def mean_divisor(
     weights: Array | None,
     options: Options,
     tokens: int,
-    normalizer: Array | None,
+    normalizer: ArrayLike | None,
     class_axes: Names,
     token_axes: Names,
 ) -> Array | int:
@@ -186,7 +186,7 @@ def mean_divisor(
     Of the tokens on all devices along the mesh axes `token_axes`.
     """
     if normalizer is not None:
-        return normalizer
+        return jnp.asarray(normalizer)
     if options.class_weights is not None and jnp.issubdtype(labels.dtype, jnp.integer):
         c = options.class_weights.ravel()
         ids = labels - offset(c.size, class_axes)

@@ -23,6 +23,8 @@ from meshes import (
 
 from softmax_jax import cross_entropy, linear_cross_entropy
 
+pytestmark = pytest.mark.compiled
+
 MESH = mesh_of("automatic")
 both = pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
 doors = pytest.mark.parametrize("embed", [None, 40], ids=["logits", "linear"])

@@ -79,6 +79,7 @@ def test_second_order(rng, operands, second, over):
 
 
 @pytest.mark.parametrize("over", ["sum", "map"])
+@pytest.mark.compiled
 def test_shared_gradient_is_summed_in_float32_and_does_not_drift_with_the_chunks(over):
     """1024 chunks add 1 each: a bfloat16 sum stops at 256."""
     shared, chunks = jnp.ones((), jnp.bfloat16), jnp.ones((1, 1024), jnp.float32)
@@ -99,6 +100,7 @@ def test_the_cotangent_multiplies_before_the_one_cast():
 
 @pytest.mark.parametrize("over", [sum_over_chunks, map_over_chunks])
 @pytest.mark.parametrize("transform", [jax.grad, jax.jit], ids=["grad", "jit"])
+@pytest.mark.compiled
 def test_closing_over_a_traced_value_is_a_clear_error(over, transform):
     """The gradient by `a` would be dropped without a word."""
     chunks = jnp.ones((3, 2), jnp.float32)

@@ -48,6 +48,7 @@ def results(dtype):
 
 
 @pytest.mark.parametrize("dtype", FORMATS, ids=lambda d: np.dtype(d).name)
+@pytest.mark.compiled
 def test_no_type_changes_with_x64(dtype):
     with jax.enable_x64(False):
         without = results(dtype)

@@ -90,6 +90,7 @@ def test_refused_while_tracing_with_the_values_and_the_way_out(untyped, error, f
     "option", [{"label_smoothing": 1.5}, {"label_smoothing": -0.1}, {"softcap": -1.0}, {"softcap": 0.0}]
 )
 @pytest.mark.nan
+@pytest.mark.compiled
 def test_a_traced_number_out_of_range_is_nan(option):
     loss, grad = loss_and_grad(jax.jit, LOGITS, IDS, np.float32(0.7), option)
     assert np.isnan(loss) and np.all(np.isnan(grad))

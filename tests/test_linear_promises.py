@@ -24,6 +24,7 @@ def temporary(tokens, dtype):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: d.__name__)
+@pytest.mark.compiled
 def test_memory_is_a_chunk_its_gradient_and_the_heads_gradient_whatever_the_tokens(dtype):
     chunk, head = 4 * CHUNK * CLASSES, 4 * EMBED * CLASSES
     once, twice = temporary(TOKENS, dtype), temporary(2 * TOKENS, dtype)
@@ -33,6 +34,7 @@ def test_memory_is_a_chunk_its_gradient_and_the_heads_gradient_whatever_the_toke
 
 
 @pytest.mark.parametrize(("asked", "products"), [((0, 1), 3), ((0,), 2), ((1,), 2), ((), 1)], ids=str)
+@pytest.mark.compiled
 def test_a_frozen_head_or_backbone_is_not_paid_for(asked, products):
     """The product whose result nobody asked for is not in the program."""
     shapes = (((64, 128), jnp.float32), ((128, 1000), jnp.float32), ((64,), jnp.int32))
@@ -41,6 +43,7 @@ def test_a_frozen_head_or_backbone_is_not_paid_for(asked, products):
     assert len(re.findall(r" (?:dot|custom-call)\(", text)) == products
 
 
+@pytest.mark.compiled
 def test_no_gradient_of_dense_labels_unless_asked_for():
     """It is as large as the logits."""
     shapes = (((64, 16), jnp.float32), ((16, 1000), jnp.float32), ((64, 1000), jnp.float32))
@@ -49,6 +52,7 @@ def test_no_gradient_of_dense_labels_unless_asked_for():
     assert without.temp_size_in_bytes + without.output_size_in_bytes < 4 * 64 * 1000
 
 
+@pytest.mark.compiled
 def test_tied_embeddings_are_not_copied():
     """[classes, embed] goes into the product as it is."""
     shapes = (((256, 64), jnp.float32), ((20000, 64), jnp.float32), ((256,), jnp.int32))

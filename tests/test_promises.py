@@ -58,6 +58,7 @@ def test_eager_calls_of_one_shape_compile_once(rng):
     assert names == []
 
 
+@pytest.mark.compiled
 def test_a_schedule_compiles_once(rng):
     """Every float option is a traced scalar of a training step."""
     logits, labels, options = random_case(rng, (5, 17), names=[*FLOATS, "weights", "class_weights"])

@@ -19,6 +19,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import scaling  # noqa: E402
 
+pytestmark = pytest.mark.compiled
+
 SCALARS = 64  # bytes: the loss
 
 

@@ -26,7 +26,7 @@ def condition_of(x, value, axis, log):
 
 def pullback(f, x, cotangent):
     y, pull = jax.vjp(f, x)
-    return y, pull(cotangent)[0]
+    return y, pull(jnp.asarray(cotangent))[0]
 
 
 def true_gradient(p, g, axis, log):

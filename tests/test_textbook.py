@@ -82,7 +82,7 @@ def test_softmax_backward_is_the_whole_jacobian(layer, rng):
     y = reference.softmax(x[0])
     np.testing.assert_allclose(jax.jacrev(softmax)(x[0]), np.diag(y) - np.outer(y, y), rtol=1e-5, atol=1e-7)
     g = rng.normal(size=5).astype(np.float32)
-    got = jax.vjp(softmax, x[0])[1](g)[0]
+    got = jax.vjp(softmax, x[0])[1](jnp.asarray(g))[0]
     assert_within(got, y * (g - g @ y), y * 20 * abs(g).max(), 4)
     assert not np.allclose(got, g * y * (1 - y), rtol=1e-3)
 
