@@ -326,3 +326,9 @@ def test_errors(untyped, f, spec, message):
 def test_axis_name_outside_of_shard_map():
     with pytest.raises(ValueError, match="under `jit` sharded classes need none"):
         cross_entropy(jnp.zeros((2, 3)), jnp.zeros(2, int), axis_name="model")
+
+
+def test_forward_mode_needs_check_vma():
+    f = lambda z: cross_entropy(z, jnp.zeros(8, int), axis_name="model", forward_mode=True)  # noqa: E731
+    with pytest.raises(ValueError, match="`forward_mode` with axis_name='model' needs"):
+        jax.shard_map(f, mesh=MESH, in_specs=P(None, "model"), out_specs=P(), check_vma=False)(jnp.zeros((8, 64)))

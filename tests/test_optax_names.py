@@ -105,3 +105,10 @@ def test_bad_input_is_refused_with_the_way_out():
         softmax_jax.softmax_cross_entropy(logits, logits, axis=(0, 0))
     with pytest.raises(ValueError, match=r"axis=2 for logits.shape=\(2, 3\)"):
         softmax_jax.softmax_cross_entropy(logits, logits, axis=2)
+
+
+def test_integer_one_hot_labels_are_floating_ones(rng):
+    """Optax multiplies by them; here they are not taken for ids."""
+    logits, one_hot = operands(rng)[0], np.eye(5, dtype=np.int32)[rng.integers(0, 5, SHAPE[:-1])]
+    got = softmax_jax.softmax_cross_entropy(logits, one_hot)
+    np.testing.assert_array_equal(got, softmax_jax.softmax_cross_entropy(logits, one_hot.astype(np.float32)))
