@@ -1,4 +1,4 @@
-"""More than 2**31 logits, where 32-bit index arithmetic wraps: `pytest -m slow`, 13 GiB."""
+"""More than 2**31 logits, where 32-bit indices wrap (`pytest -m slow`, 13 GiB), and more than 2**24 classes."""
 
 import jax
 import jax.numpy as jnp
@@ -30,3 +30,20 @@ def test_beyond_two_to_the_31_logits(rng, rows):
     assert_within(gradient, want.grad, want.grad_condition, 8, jnp.bfloat16)
     others = np.delete(np.asarray(losses), np.arange(ROWS)[rows])
     np.testing.assert_allclose(others, np.log(CLASSES), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
+def test_more_classes_than_float32_has_integers(dense):
+    """Beyond 2²⁴ an id is no float32 any more: the label's neighbours must not be taken for it."""
+    classes = 2**24 + 4
+    label = classes - 3  # odd: in float32 it would be one of its neighbours
+    logits = np.full((1, classes), -200, np.float32)  # all others are 0 beside these three
+    logits[0, label - 1 : label + 2] = 0.5, 1.0, 0.25
+    labels = np.array([label], np.int32)
+    if dense:
+        labels = np.zeros_like(logits)
+        labels[0, label] = 1
+    loss, gradient = jax.jit(jax.value_and_grad(cross_entropy))(logits, labels)
+    odds = np.exp([-0.5, 0, -0.75])
+    np.testing.assert_allclose(loss, np.log(odds.sum()), rtol=1e-6)
+    np.testing.assert_allclose(gradient[0, label - 1 : label + 2], odds / odds.sum() - [0, 1, 0], rtol=1e-6)
