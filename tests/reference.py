@@ -116,7 +116,8 @@ def cross_entropy(
     others = target.sum(-1, keepdims=True) - target
     others = np.where(target == target.sum(-1, keepdims=True), 0, others)
     dz = others * p - target * missing + 2 * (z_loss * log_normalizer)[..., None] * p
-    dz = np.where(slope == 0, 0, np.where(inside[..., None], dz * slope, np.nan))
+    constant = ~exists if softcap is None else ~exists | (raw == -np.inf)
+    dz = np.where(constant, 0, np.where(inside[..., None], dz * slope, np.nan))
 
     size = 1 + np.abs(np.where(np.isfinite(z), z, 0)) + np.abs(np.max(z, -1, keepdims=True))
     tail = np.sum(p * missing * size, -1)
