@@ -23,12 +23,14 @@ def adjust(logits: Array, adjustment: Adjustment) -> Array:
     In float32 where it computes anything, else as it came, so that the maximum of 16-bit logits is read as such.
 
     Infinities are judged on the raw logit, because logit_scale may be 0 or negative and tanh(inf) is 1: -inf stays
-    a class of probability zero (or -softcap), +inf becomes NaN. The scale's own gradient there is 0, not 0 · inf.
+    a class of probability zero (or -softcap), +inf becomes NaN. The scale's own gradient there is 0, not 0 · inf; so it
+    is where `where` hides a NaN.
     """
     where, scale, softcap = adjustment
     z = upcast(logits) if logits.dtype.itemsize == 1 else logits  # some 8-bit formats have no infinity
     if scale is not None or softcap is not None:
-        raw, z = upcast(z), jnp.where(jnp.isinf(z), 0, upcast(z))
+        unscaled = jnp.isinf(z) if where is None else jnp.isinf(z) | ~where
+        raw, z = upcast(z), jnp.where(unscaled, 0, upcast(z))
         z = z if scale is None else scale * z
         z = z if softcap is None else softcap * jnp.tanh(z / softcap)
         floor = raw if softcap is None else -softcap

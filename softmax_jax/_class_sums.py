@@ -230,7 +230,7 @@ def class_sums(
 
     @partial(jax.checkpoint, prevent_cse=False)
     def plain(logits, labels, class_weights, adjustment, unused):
-        operands = *_emptied(unused, logits, labels, axis), class_weights, adjustment, unused
-        return _sums(*operands, axis, smooth, class_axes)[0]
+        used = _emptied(unused, logits, labels, axis)
+        return _sums(*used, class_weights, adjustment, unused, axis, smooth, class_axes)[0]
 
     return plain(*operands)

@@ -120,6 +120,26 @@ def test_infinities_are_judged_on_the_raw_logit(rng, scale, softcap):
 
 
 @both
+@pytest.mark.nan
+@pytest.mark.parametrize("held", [np.nan, np.inf, -np.inf])
+def test_a_hidden_class_may_hold_anything_and_be_scaled_and_capped(variant, rng, dense, held):
+    """Its gradient is 0, and it adds nothing to those of scale and cap."""
+    logits, labels, options = random_case(rng, (4, 7), dense=dense, names=["where", "logit_scale", "softcap"])
+    hidden, floats = ~options.pop("where"), {name: options.pop(name) for name in ("logit_scale", "softcap")}
+    assert hidden.any()
+
+    @variant
+    def gradients(logits):
+        loss = lambda z, floats: cross_entropy(z, labels, where=~hidden, **floats, **options)  # noqa: E731
+        return jax.value_and_grad(loss, (0, 1))(logits, jax.tree.map(jnp.asarray, floats))
+
+    got, want = (gradients(jnp.asarray(np.where(hidden, np.float32(x), logits))) for x in (held, 0))
+    assert np.isfinite(want[0])
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(g, w)
+
+
+@both
 def test_a_hidden_label_is_infinite_or_dropped_and_never_negative(rng, dense):
     """An integer label on a hidden class: inf. Dense mass on a hidden class is left out, with gradient 0."""
     logits, labels, _ = random_case(rng, (4, 7), dense=dense)
