@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
 import pytest
@@ -19,8 +20,8 @@ from benchmarks import __main__ as command  # noqa: E402
 from benchmarks import check, grid, results, show  # noqa: E402
 from benchmarks.aims import aims  # noqa: E402
 from benchmarks.measure import OURS, Pace, Subject, in_turns, ratios  # noqa: E402
-from benchmarks.peers import DENSE, OPTAX, SOFTMAX  # noqa: E402
-from benchmarks.subjects import FORWARD, GRADIENT  # noqa: E402
+from benchmarks.peers import DENSE, INTEGER, LINEAR, LOG_SOFTMAX, OPTAX, SOFTMAX, jax_peers, torch_peers  # noqa: E402
+from benchmarks.subjects import FORWARD, GRADIENT, of_jax, of_torch  # noqa: E402
 
 pytestmark = pytest.mark.compiled
 
@@ -125,6 +126,25 @@ def test_quick_results_are_never_written_over_kept_ones(quick, tmp_path):
     with pytest.raises(ValueError, match="Use another --out"):
         results.merge(quick, path)
     assert path.read_text() == before
+
+
+@pytest.mark.parametrize("what", [INTEGER, DENSE, LOG_SOFTMAX, LINEAR])
+def test_peers_compute_the_same(what, rng):
+    """Of as many classes as tokamax's chunks have: it counts those that it pads others with."""
+    classes = 2048
+    x, weight = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((6, 8), (8, classes)))
+    ids, dense = jnp.asarray(rng.integers(0, classes, 6), jnp.int32), jax.nn.softmax(x @ weight)
+    leaves = [x, weight] if what == LINEAR else [x @ weight]
+    rest = {DENSE: [dense], LOG_SOFTMAX: []}.get(what, [ids])
+    found = {}
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"), compiled_fast():
+        for name, peer in jax_peers(what).items():
+            found[name] = of_jax(peer, leaves, rest, FORWARD, None).run()
+        rows = [x, weight.T + 0] if what == LINEAR else leaves
+        for name, peer in torch_peers(what).items():
+            found[name] = of_torch(peer, rows, rest, FORWARD, None).run()
+    for name, y in found.items():
+        np.testing.assert_allclose(np.asarray(y), np.asarray(found[OURS]), rtol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize(("ratio", "fell"), [(1.14, False), (0.5, False), (1.16, True)])
