@@ -1,0 +1,95 @@
+"""Results as JSON, one file a device and JAX version: each part with its own date, versions and records."""
+
+import json
+import os
+import platform
+import re
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from benchmarks.peers import absent
+
+ROOT = Path(__file__).parent.parent
+KEPT = ROOT / "benchmarks" / "results"
+PACKAGES = ("softmax_jax", "jax", "jaxlib", "optax", "torch", "tokamax", "liger-kernel", "quack-kernels", "numpy")
+
+Results = dict[str, Any]
+Key = tuple[str, str, str, str]
+
+
+def empty(quick: bool) -> Results:
+    return {"quick": quick, "machine": machine(), "jax": version("jax"), "parts": {}}
+
+
+def part_of(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Records with what one must know to read them; the load is that of the machine, beside or before this run."""
+    return {
+        "date": date.today().isoformat(),
+        "versions": versions(),
+        "absent": dict(absent),
+        "load": round(os.getloadavg()[0], 1),
+        "records": records,
+    }
+
+
+def machine() -> dict[str, Any]:
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind,
+        "platform": device.platform,
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+    }
+
+
+def processor() -> str:
+    try:
+        found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor()
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def file_name(results: Results) -> str:
+    machine = results["machine"]
+    device = machine["processor" if machine["platform"] == "cpu" else "device"] or "cpu"
+    return f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}-{results['jax']}.json"
+
+
+def load(path: Path) -> Results:
+    return json.loads(path.read_text())
+
+
+def merge(fresh: Results, path: Path) -> Results:
+    """`fresh`, with the parts of the file at `path` that it lacks; written there."""
+    kept = load(path) if path.exists() else fresh
+    if kept["quick"] != fresh["quick"]:
+        raise ValueError(f"{path} has quick={kept['quick']}, and this run quick={fresh['quick']}. Use another --out.")
+    merged = {**fresh, "parts": {**kept["parts"], **fresh["parts"]}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(merged, indent=1) + "\n")
+    return merged
+
+
+def records(results: Results, part: str) -> list[dict[str, Any]]:
+    return results["parts"].get(part, {}).get("records", [])
+
+
+def key(part: str, record: dict[str, Any]) -> Key:
+    return part, record["what"], record["passes"], record["cell"]
