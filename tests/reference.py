@@ -54,6 +54,11 @@ def hessian(logits):
     return np.where(np.eye(len(p), dtype=bool), p * missing, -np.outer(p, p))
 
 
+def _size(z):
+    """What is rounded on the way to an exponential: 1 + the sizes of the logit and of its row's maximum."""
+    return 1 + np.abs(np.where(np.isfinite(z), z, 0)) + np.abs(np.max(z, -1, keepdims=True))
+
+
 class CrossEntropy(NamedTuple):
     """Loss and gradient, and the condition of each: the sum of the absolute values of the terms that it is made of,
     each times the size of what is rounded on the way to it (1 + the sizes of the logit and of its row's maximum).
@@ -119,7 +124,7 @@ def cross_entropy(
     constant = ~exists if softcap is None else ~exists | (raw == -np.inf)
     dz = np.where(constant, 0, np.where(inside[..., None], dz * slope, np.nan))
 
-    size = 1 + np.abs(np.where(np.isfinite(z), z, 0)) + np.abs(np.max(z, -1, keepdims=True))
+    size = _size(z)
     tail = np.sum(p * missing * size, -1)
     loss_condition = np.sum(np.abs(target) * size, -1) + np.abs(target).sum(-1) * tail
     loss_condition += np.abs(z_loss) * (np.abs(log_normalizer) + 1) * (size.max(-1) + tail)
@@ -159,7 +164,7 @@ def poly_loss(logits, labels, where, cotangent, epsilon=2.0) -> CrossEntropy:
     product = t * p
     others = np.sum(np.where(np.eye(t.shape[-1], dtype=bool), 0, product[..., None, :]), -1)
     slope = epsilon * (p * others - product * missing)
-    size = 1 + np.abs(np.where(np.isfinite(z), z, 0)) + np.abs(np.max(z, -1, keepdims=True))
+    size = _size(z)
     tail = np.sum(p * missing * size, -1, keepdims=True)
     loss = epsilon * np.sum(t * missing, -1)
     used = exists.any(-1)

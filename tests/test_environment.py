@@ -1,13 +1,14 @@
 """JAX's global settings change nothing: x64, strict promotion, NaN checks, switched off compilation, precision.
 
-The whole suite also runs under each of them (docs/trust.md); here is what only a comparison shows.
+docs/trust.md says how the suite runs under each of them; here is what only a comparison shows.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import FLOATS
+import reference
+from helpers import FLOATS, epsilon
 
 import softmax_jax
 from softmax_jax import cross_entropy, linear_cross_entropy
@@ -59,22 +60,29 @@ def test_no_type_changes_with_x64(dtype):
 
 
 def test_operands_of_different_widths_under_strict_promotion(rng):
-    """A float64 bias to bfloat16 states: each gradient in its own operand's type."""
+    """A float64 bias to bfloat16 states: each gradient in its own operand's type, and as exact as their product."""
     with jax.enable_x64(True):
         operands = (
             jnp.asarray(rng.normal(size=(5, 3)), jnp.bfloat16),
             jnp.asarray(rng.normal(size=(3, 7)), jnp.float32),
             jnp.asarray(rng.normal(size=7), jnp.float64),
         )
-        labels = np.arange(5)
+        labels, (x, weight, bias) = np.arange(5), (np.float64(a) for a in operands)
         for reduction in ("mean", "none"):
             f = lambda x, w, b, how=reduction: linear_cross_entropy(  # noqa: E731
                 x, w, labels, bias=b, chunk_size=2, reduction=how
             )
             loss, pull = jax.vjp(f, *operands)
-            gradients = pull(jnp.ones_like(loss))
+            cotangent = jnp.asarray(rng.normal(size=loss.shape), loss.dtype)
+            gradients = pull(cotangent)
             assert [g.dtype for g in gradients] == [a.dtype for a in operands]
-            np.testing.assert_allclose(np.sum(gradients[2]), 0, atol=1e-6)
+            logits, how = x @ weight + bias, {"reduction": reduction, "cotangent": np.float64(cotangent)}
+            d = reference.cross_entropy(logits, labels, **how).grad
+            for got, want in zip(gradients, (d @ weight.T, x.T @ d, d.sum(0)), strict=True):
+                # In float32, the condition of a sum of 7 terms or 5; dx is rounded to bfloat16 once more.
+                tolerance = 64 * epsilon(jnp.float32) + (epsilon(got.dtype) if got.dtype == jnp.bfloat16 else 0)
+                size = np.abs(x).max() * np.abs(weight).max() + np.abs(d).max()
+                np.testing.assert_allclose(np.float64(got), want, rtol=0, atol=tolerance * (1 + size))
 
 
 @pytest.mark.parametrize("precision", ["default", "highest"])

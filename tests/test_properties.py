@@ -102,6 +102,13 @@ def underflow(labels, cotangents):
     return (TINY * 6 * (1 + mass) * np.abs(cotangents))[..., None]
 
 
+def assert_gradient(gradient, want, labels, cotangents, dtype):
+    """Of the rows whose loss is a number."""
+    broken, condition = np.isnan(want.loss)[..., None], want.grad_condition + underflow(labels, cotangents)
+    gradient, grad, condition = (np.where(broken, 0, a) for a in (gradient, in_range(want.grad), condition))
+    assert_within(gradient, grad, condition, 8, dtype, "gradient")
+
+
 def without_infinite_terms(logits, options):
     """z_loss of an infinite row, and a logit of 1e30 times a scale, leave float32 on the way: not asked here."""
     return not options or np.all(np.abs(np.nan_to_num(np.float64(logits), posinf=0, neginf=0)) < 1e6)
@@ -122,9 +129,7 @@ def test_cross_entropy_is_the_float64_one_on_every_axis(case, axis):
     broken = np.isnan(want.loss)[..., None]
     gradient = np.moveaxis(np.asarray(gradient, np.float32), axis, -1)
     assert np.all(np.isnan(gradient).any(-1, keepdims=True) == (broken & moving))
-    condition = want.grad_condition + underflow(labels, cotangents)
-    gradient, grad, condition = (np.where(broken, 0, a) for a in (gradient, in_range(want.grad), condition))
-    assert_within(gradient, grad, condition, 8, logits.dtype, "gradient")
+    assert_gradient(gradient, want, labels, cotangents, logits.dtype)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -177,10 +182,7 @@ def test_doors_with_optaxs_names_are_the_float64_ones(case, masked, data):
         want = reference.poly_loss(logits, labels, where, np.float64(cotangents))
         losses, gradient = value_and_gradient(poly_loss_cross_entropy, logits, labels, where, cotangents)
         assert_within(losses, in_range(want.loss), want.loss_condition, 8, err_msg="poly loss")
-        broken = np.isnan(want.loss)[..., None]
-        condition = want.grad_condition + underflow(labels, cotangents)
-        gradient, grad, condition = (np.where(broken, 0, a) for a in (gradient, in_range(want.grad), condition))
-        assert_within(gradient, grad, condition, 8, logits.dtype, "poly gradient")
+        assert_gradient(gradient, want, labels, cotangents, logits.dtype)
 
 
 @st.composite
