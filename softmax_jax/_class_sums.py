@@ -29,9 +29,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from softmax_jax._adjustment import Adjustment, adjust, apart, row_shift, shifted
-from softmax_jax._dtypes import nan_unless, upcast
-from softmax_jax._sharding import Names, checks_varying, count, offset, pmin, psum, vary, vary_alike, varying
+from softmax_jax._adjustment import Adjustment, adjust, row_shift, shifted
+from softmax_jax._dtypes import nan_unless
+from softmax_jax._passes import alone, apart, distance, finite, over_classes, pick, pick_logit, sum_of_others
+from softmax_jax._passes import times, top_class
+from softmax_jax._sharding import Names, checks_varying, count, offset, psum, vary, vary_alike, varying
 
 
 class ClassSums(NamedTuple):
@@ -46,88 +48,61 @@ class ClassSums(NamedTuple):
     prior: Array | None = None  # Σ_v c_v (z_v - m), for label smoothing
 
 
-def _ids(z: Array, axis: int) -> Array:
-    """The class of every entry, in z's dtype: XLA's row reductions on the CPU keep a float inside where an integer, a
-    comparison or a select would write the whole array out (3-6x slower). Exact up to 2**24 classes in float32."""
-    exact = z.shape[axis] <= 2**24
-    return lax.broadcasted_iota(z.dtype if exact else jnp.int32, z.shape, axis)
+# What is linear in z - m. In each sum, a factor of exactly 0 wins over z = -inf.
 
 
-def not_at(pivot: Array, z: Array, axis: int) -> Array:
-    """0 at each token's pivot class and 1 elsewhere, in z's shape and dtype."""
-    ids = _ids(z, axis)
-    pivot = jnp.expand_dims(pivot, axis).astype(ids.dtype)
-    return jnp.minimum(jnp.abs(ids - pivot), 1).astype(z.dtype)
+def _target(labels, class_weights, where, dtype):
+    """t_v of dense labels. What `where` hides may be NaN."""
+    labels, class_weights = _existing(labels.astype(dtype), where), _existing(class_weights, where)
+    return labels if class_weights is None else class_weights * labels
 
 
-def _first_maximum(z: Array, axis: int, class_axes: Names) -> Array:
-    """The first class at which z = 0; the number of classes for a row that has none."""
-    size, ids = z.shape[axis], _ids(z, axis)
-    below = jnp.minimum(jnp.minimum(-z * 1e38, 1) * 1e38, 1)  # 0 where z = 0, else 1, without a comparison
-    first = jnp.min(ids + size * below.astype(ids.dtype), axis)
-    found = first < size
-    first = jnp.where(found, first, 0).astype(jnp.int32) + offset(size, class_axes)
-    return pmin(jnp.where(found, first, count(size, class_axes)), class_axes)
+def _existing(array, where):
+    return array if array is None or where is None else jnp.where(where, array, 0)
 
 
-def pick(array: Array, ids: Array, axis: int) -> Array:
-    """Each token's entry at class `ids`, which must lie in range; `array` may have size 1 in any other axis."""
-    if array.shape[axis] == 1:
-        return jnp.squeeze(array, axis)
-    return jnp.squeeze(jnp.take_along_axis(array, jnp.expand_dims(ids, axis), axis, mode="promise_in_bounds"), axis)
+def _uniform(class_weights, where, z):
+    """c_v of every class that exists."""
+    each = jnp.ones_like(z) if class_weights is None else jnp.broadcast_to(class_weights, z.shape)
+    return _existing(each, where)
 
 
-# The sums that are linear in z - m. In each, a factor of exactly 0 wins over z = -inf.
-
-
-def _label_sums(z, pivot, labels, class_weights, where, axis):
-    """(own_mass, rest_mass, label_sum) of the classes here, None where they are 1, 0 and 0."""
-    in_range = jnp.clip(pivot, 0, z.shape[axis] - 1)
-    if jnp.issubdtype(labels.dtype, jnp.integer):
-        if class_weights is None:
-            return None, None, None
-        return jnp.where(in_range == pivot, pick(class_weights, in_range, axis), 0), None, None
-    target = labels.astype(z.dtype)
-    target = target if class_weights is None else class_weights * target
-    target = target if where is None else jnp.where(where, target, 0)
-    own_mass = jnp.where(in_range == pivot, pick(target, in_range, axis), 0)
-    target = target * not_at(pivot, z, axis)
-    label_sum = jnp.sum(target * jnp.where((target == 0) & jnp.isinf(z), 0, z), axis)
-    return own_mass, jnp.sum(target, axis), label_sum
-
-
-def _prior(z, class_weights, where, axis):
-    if class_weights is None and where is None:
-        return jnp.sum(z, axis)
-    each = jnp.ones_like(z) if class_weights is None else class_weights
-    each = each if where is None else jnp.where(where, each, 0)
-    return jnp.sum(each * jnp.where((each == 0) & jnp.isinf(z), 0, z), axis)
+def _own_mass(labels, class_weights, where, pivot, size, axis, dtype):
+    """t_pivot, and 0 where the pivot is none of the classes here; None for 1."""
+    in_range = jnp.clip(pivot, 0, size - 1)
+    there = lambda a: None if a is None else pick(a, in_range, axis)  # noqa: E731
+    dense = jnp.issubdtype(labels.dtype, jnp.floating)
+    mass = _target(there(labels), there(class_weights), there(where), dtype) if dense else there(class_weights)
+    return None if mass is None else jnp.where(in_range == pivot, mass, 0)
 
 
 def _sums(logits, labels, class_weights, adjustment, unused, axis, smooth, class_axes):
     """ClassSums by plain JAX, and the pivot."""
-    m = row_shift(adjust(logits, adjustment), axis, class_axes)
-    fenced, shift = apart(logits, m)
-    z = shifted(fenced, adjustment, shift, axis)
-    dense, size = jnp.issubdtype(labels.dtype, jnp.floating), z.shape[axis]
-    pivot = _first_maximum(z, axis, class_axes) if dense else labels
+    dense, size, where = jnp.issubdtype(labels.dtype, jnp.floating), logits.shape[axis], adjustment.where
+    (m,) = apart(row_shift(adjust(logits, adjustment), axis, class_axes))
+    pivot = top_class(logits, m, adjustment, axis, class_axes) if dense else labels
     here = pivot - offset(size, class_axes)
-    rest = jnp.sum(jnp.exp(z) * not_at(here, z, axis), axis)
+    rest = sum_of_others(logits, m, here, adjustment, axis)
 
-    # The label's logit is read raw and adjusted by itself. An id that no class has makes its row NaN, if it is used.
+    # An id that no class has makes its row NaN, if it is used.
     in_range, exists = jnp.clip(here, 0, size - 1), (pivot >= 0) & (pivot < count(size, class_axes))
     exists = exists if unused is None else exists | unused
-    there = None if adjustment.where is None else pick(adjustment.where, in_range, axis)
-    own = upcast(adjust(pick(logits, in_range, axis), adjustment._replace(where=there))) - shift
-    own = nan_unless(exists, jnp.where(in_range == here, own, 0))
-    shift, rest, own = apart(shift, rest, own)
+    own = jnp.where(in_range == here, pick_logit(logits, in_range, adjustment, axis) - m, 0)
+    own_mass = _own_mass(labels, class_weights, where, here, size, axis, m.dtype)
 
-    fenced, rest = apart(logits, rest)
-    z = shifted(fenced, adjustment, shift, axis)
-    masses = _label_sums(z, here, labels, class_weights, adjustment.where, axis)
-    prior = _prior(z, class_weights, adjustment.where, axis) if smooth else None
-    # Behind a fence JAX 0.10 takes `shift` to vary over devices as the logits do; m does not.
-    return ClassSums(m if class_axes else shift, *psum((rest, own, *masses, prior), class_axes)), pivot
+    rest_mass = label_sum = prior = None
+    if dense:
+        target = lambda labels: _target(labels, class_weights, where, m.dtype)  # noqa: E731
+        others = lambda t, here, unit: jnp.minimum(distance(here, t, axis), unit)  # noqa: E731
+        of_rest = lambda labels, here: jnp.sum(target(labels) * others(target(labels), here, 1), axis)  # noqa: E731
+        rest_mass = alone(of_rest, labels, here)
+        of_labels = lambda z, labels, here: times(target(labels), z * others(z, here, 0.5))  # noqa: E731
+        label_sum = 2 * over_classes(jnp.sum, of_labels, logits, m, adjustment, axis)(labels, here)
+    if smooth:
+        of_prior = lambda z: times(_uniform(class_weights, where, z), z)  # noqa: E731
+        prior = over_classes(jnp.sum, of_prior, logits, m, adjustment, axis)()
+    (own,) = apart(nan_unless(exists, own))
+    return ClassSums(m, *psum((rest, own, own_mass, rest_mass, label_sum, prior), class_axes)), pivot
 
 
 # The rule. With the cotangents drest and down, and m a constant,
@@ -165,35 +140,33 @@ def _class_sums_bwd(axis, smooth, class_axes, residuals, cotangents):
     cotangents = vary(cotangents, varying(logits))
     pivot = pivot - offset(logits.shape[axis], class_axes)
     where, scale, softcap = adjustment
-    drest, down = cotangents.rest, cotangents.own
     dense = jnp.issubdtype(labels.dtype, jnp.floating)
 
-    logits, shift, drest = apart(logits, shift, drest)
+    logits, shift, drest = apart(logits, shift, cotangents.rest)
     logits, labels = _emptied(unused, logits, labels, axis)
     shift = shift if unused is None else jnp.where(unused, 0, shift)
 
     of_operands = lambda x, scale, softcap: shifted(x, Adjustment(where, scale, softcap), shift, axis)  # noqa: E731
     z, pull_adjusted = jax.vjp(of_operands, logits, scale, softcap)
     at_pivot = lax.broadcasted_iota(jnp.int32, z.shape, axis) == jnp.expand_dims(pivot, axis)
-    dz = jnp.where(at_pivot, jnp.expand_dims(down, axis), jnp.expand_dims(drest, axis) * jnp.exp(z))
-
-    # An infinite z counts for nothing in a linear sum whose cotangent is 0.
-    finite = lambda cotangent: jnp.where(jnp.isinf(z) & (jnp.expand_dims(cotangent, axis) == 0), 0, z)  # noqa: E731
-    dlabels, dclass_weights = None, [] if class_weights is None else [jnp.zeros_like(class_weights)]
+    drest, down, down_mass, drest_mass, dlabel_sum, dprior = (
+        None if c is None else jnp.expand_dims(c, axis) for c in (drest, *cotangents[2:])
+    )
+    dz, dlabels, dclass_weights = drest * jnp.exp(z), None, jax.tree.map(jnp.zeros_like, class_weights)
     if dense:
-        masses = lambda z, t, c: _label_sums(z, pivot, t, c, where, axis)  # noqa: E731
-        _, pull = jax.vjp(masses, finite(cotangents.label_sum), labels, class_weights)
-        dz_labels, dlabels, dc = pull(tuple(cotangents[3:6]))
-        dz, dclass_weights = dz + dz_labels, [*dclass_weights, dc]
+        target, pull = jax.vjp(lambda t, c: _target(t, c, where, z.dtype), labels, class_weights)
+        dz = dz + dlabel_sum * target
+        dtarget = jnp.where(at_pivot, down_mass, drest_mass + dlabel_sum * finite(z, dlabel_sum == 0))
+        dlabels, dclass_weights = pull(dtarget)
     elif class_weights is not None:
-        _, pull = jax.vjp(lambda c: _label_sums(z, pivot, labels, c, where, axis), class_weights)
-        dclass_weights = [*dclass_weights, *pull(tuple(cotangents[3:6]))]
+        _, pull = jax.vjp(lambda c: _own_mass(labels, c, where, pivot, z.shape[axis], axis, z.dtype), class_weights)
+        (dclass_weights,) = pull(cotangents.own_mass)
+    dz = jnp.where(at_pivot, down, dz)
     if smooth:
-        _, pull = jax.vjp(lambda z, c: _prior(z, c, where, axis), finite(cotangents.prior), class_weights)
-        dz_prior, dc = pull(cotangents.prior)
-        dz, dclass_weights = dz + dz_prior, [*dclass_weights, dc]
+        each, pull = jax.vjp(lambda c: _uniform(c, where, z), class_weights)
+        dz, (dc,) = dz + dprior * each, pull(dprior * finite(z, dprior == 0))
+        dclass_weights = jax.tree.map(jnp.add, dclass_weights, dc)
     dlogits, dscale, dsoftcap = pull_adjusted(dz)
-    dclass_weights = None if class_weights is None else sum(dclass_weights)
     return dlogits, dlabels, dclass_weights, Adjustment(None, dscale, dsoftcap), None
 
 

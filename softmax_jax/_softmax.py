@@ -4,13 +4,15 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Num
 
 from softmax_jax import _checks
-from softmax_jax._adjustment import Adjustment, adjust, apart, row_shift, shifted
+from softmax_jax._adjustment import Adjustment, adjust, row_shift, shifted
 from softmax_jax._dtypes import floating, upcast
+from softmax_jax._passes import alone, apart, pick_logit, sum_of_others, top_class
+from softmax_jax._token_loss import log_spread, negative_log_likelihood
 
 Axes = tuple[int, ...]
 
@@ -51,7 +53,7 @@ def log_softmax(
 
     Exact at the top too: the largest class a of a row has log-probability -log1p(Σ_{v≠a} exp(x_v - x_a)), which
     does not round to 0 when its probability rounds to 1. float32 inside for 16-bit inputs, the input's dtype
-    outside. The backward pass keeps the input and two float32 a row, and computes dx = g - softmax(x) · Σ g.
+    outside. The backward pass keeps the input and four numbers a row, and computes dx = g - softmax(x) · Σ g.
 
     Args:
       x: of any shape; integers count as float32. -inf has log-probability -inf; a row that holds +inf or NaN, or
@@ -123,48 +125,70 @@ _softmax_rule.defvjp(_softmax_fwd, _softmax_bwd)
 _jitted_softmax = jax.jit(_softmax_rule, static_argnums=2)
 
 
-# With rest = Σ_{v≠a} exp(x_v - m) around the largest entry a, spread = log1p(rest), and
+# The sums of the loss around the largest entry a, rest = Σ_{v≠a} exp(x_v - m), own = x_a - m and spread = log Σ_v
+# exp(x_v - m), give
 #
-#     log p_v = (x_v - m) - spread                    dx_v = g_v - p_v Σ_u g_u = g_v (1 - p_v) - p_v (Σ_u g_u - g_v)
+#     log p_a = -nll(rest, own)   log p_v = (x_v - m) - spread    dx_v = g_v (1 - p_v) - p_v (Σ_u g_u - g_v)
 #
-# where 1 - p_a = -expm1(-spread) does not cancel. Kept: x, m and spread.
+# where 1 - p_a = -expm1(-nll) does not cancel. Kept: x, m, a, nll and spread. Several axes are made one.
 
 
-def _others(z: Array, axes: Axes) -> Array:
-    """Σ exp(z_v) but for the 1 of the row's maximum, at which z = 0; -1 for a row that has none."""
-    top, e = z == 0, jnp.exp(z)
-    return jnp.sum(jnp.where(top, 0, e), axes) + (jnp.sum(jnp.where(top, e, 0), axes) - 1)
-
-
-def _log_softmax_value(x, where, axes):
-    z, shift = _shifted(x, where, axes)
-    others = _others(z, axes)
+def _log_softmax_value(x, where, axis):
+    masked, size = Adjustment(where=where), x.shape[axis]
+    (m,) = apart(row_shift(adjust(x, masked), axis))
+    top = top_class(x, m, masked, axis)
+    rest = sum_of_others(x, m, top, masked, axis)
+    own = pick_logit(x, jnp.minimum(top, size - 1), masked, axis) - m
+    nll, spread = negative_log_likelihood(rest, own), log_spread(rest, own)
     if where is not None:
-        others = jnp.where(jnp.any(where, axes), others, 0)
-    shift, spread = apart(shift, jnp.log1p(others))
-    y = z - jnp.expand_dims(spread, axes)
-    return (y if where is None else jnp.where(where, y, -jnp.inf)).astype(x.dtype), shift, spread
+        nll, spread = (jnp.where(jnp.any(where, axis), a, 0) for a in (nll, spread))
+    kept = apart(m, top, nll, spread)
+    at_top, nll, log_p = _around_top(x, where, kept, axis)
+    y = jnp.where(at_top, -nll, log_p)
+    return (y if where is None else jnp.where(where, y, -jnp.inf)).astype(x.dtype), kept
+
+
+def _around_top(x, where, kept, axis):
+    """Where the top is, its nll, and log p_v elsewhere."""
+    m, top, nll, spread = kept
+    z = shifted(x, Adjustment(where=where), m, axis)
+    at_top = lax.broadcasted_iota(jnp.int32, z.shape, axis) == jnp.expand_dims(top, axis)
+    return at_top, jnp.expand_dims(nll, axis), z - jnp.expand_dims(spread, axis)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _log_softmax_rule(x: Array, where: Array | None, axes: Axes) -> Array:
-    return _log_softmax_value(x, where, axes)[0]
+def _log_softmax_rule(x: Array, where: Array | None, axis: int) -> Array:
+    return _log_softmax_value(x, where, axis)[0]
 
 
-def _log_softmax_fwd(x, where, axes):
-    y, shift, spread = _log_softmax_value(x, where, axes)
-    return y, (x, where, shift, spread)
+def _log_softmax_fwd(x, where, axis):
+    y, kept = _log_softmax_value(x, where, axis)
+    return y, (x, where, kept)
 
 
-def _log_softmax_bwd(axes, residuals, g):
-    x, where, shift, spread = residuals
-    z, spread = shifted(x, Adjustment(where=where), shift, axes), jnp.expand_dims(spread, axes)
-    g = upcast(g) if where is None else jnp.where(where, upcast(g), 0)
-    p = jnp.exp(z - spread)
-    # At the top z is 0 in value, but not its derivative, which second order needs.
-    miss = jnp.where(z == 0, -jnp.expm1(-spread), 1 - p) - p * jnp.where(z == 0, z, 0)
-    return (g * miss - p * (jnp.sum(g, axes, keepdims=True) - g)).astype(x.dtype), None
+def _log_softmax_bwd(axis, residuals, g):
+    x, where, kept = residuals
+    of_existing = lambda g: upcast(g) if where is None else jnp.where(where, upcast(g), 0)  # noqa: E731
+    total = alone(lambda g: jnp.sum(of_existing(g), axis, keepdims=True), g)
+    at_top, nll, log_p = _around_top(x, where, kept, axis)
+    (top_miss,) = apart(-jnp.expm1(-nll))
+    g, p = of_existing(g), jnp.exp(log_p)
+    miss = jnp.where(at_top, top_miss, 1 - p)
+    return (g * miss - p * (total - g)).astype(x.dtype), None
 
 
 _log_softmax_rule.defvjp(_log_softmax_fwd, _log_softmax_bwd)
-_jitted_log_softmax = jax.jit(_log_softmax_rule, static_argnums=2)
+
+
+@partial(jax.jit, static_argnums=2)
+def _jitted_log_softmax(x: Array, where: Array | None, axes: Axes) -> Array:
+    if x.size == 0:
+        return x
+    if len(axes) == 1:
+        return _log_softmax_rule(x, where, axes[0])
+    last = tuple(range(x.ndim - len(axes), x.ndim))
+    one = lambda a: jnp.moveaxis(a, axes, last).reshape(*batch, -1)  # noqa: E731
+    batch = [size for a, size in enumerate(x.shape) if a not in axes]
+    where = None if where is None else one(jnp.broadcast_to(where, x.shape))
+    y = _log_softmax_rule(one(x), where, len(batch))
+    return jnp.moveaxis(y.reshape(jnp.moveaxis(x, axes, last).shape), last, axes)

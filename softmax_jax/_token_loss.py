@@ -42,7 +42,8 @@ def _miss_jvp(primals, tangents):
 @jax.custom_jvp
 def negative_log_likelihood(rest: Array, own: Array) -> Array:
     """-log p_y ≥ 0, exact to a few roundings however confident the token."""
-    return jnp.log1p(rest + jnp.expm1(own)) - own
+    near_top = jnp.log1p(rest * jnp.exp(-jnp.maximum(own, -1)))  # in which an own of 1e-8 is no matter
+    return jnp.where(own > -1, near_top, log_spread(rest, own) - own)
 
 
 @negative_log_likelihood.defjvp
