@@ -23,7 +23,7 @@ own, with a pivot that may be none of them, and one psum adds the sums up.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +31,18 @@ from jax import Array, lax
 
 from softmax_jax._adjustment import Adjustment, adjust, row_shift, shifted
 from softmax_jax._dtypes import nan_unless
-from softmax_jax._passes import alone, apart, distance, finite, over_classes, pick, pick_logit, sum_of_others
-from softmax_jax._passes import times, top_class
+from softmax_jax._passes import (
+    alone,
+    apart,
+    distance,
+    finite,
+    over_classes,
+    pick,
+    pick_logit,
+    sum_of_others,
+    times,
+    top_class,
+)
 from softmax_jax._sharding import Names, checks_varying, count, offset, psum, vary, vary_alike, varying
 
 
@@ -57,7 +67,7 @@ def _target(labels, class_weights, where, dtype):
     return labels if class_weights is None else class_weights * labels
 
 
-def _existing(array, where):
+def _existing(array: Any, where: Array | None) -> Any:
     return array if array is None or where is None else jnp.where(where, array, 0)
 
 
@@ -76,6 +86,17 @@ def _own_mass(labels, class_weights, where, pivot, size, axis, dtype):
     return None if mass is None else jnp.where(in_range == pivot, mass, 0)
 
 
+def _label_sums(logits, labels, class_weights, m, pivot, adjustment, axis):
+    """(rest_mass, label_sum) of dense labels. A factor that is 0 at the pivot leaves it out: 1 elsewhere in the one
+    sum, a half in the other, since the two would share the same constant (see `alone`)."""
+    target = lambda labels: _target(labels, class_weights, adjustment.where, m.dtype)  # noqa: E731
+    others = lambda like, pivot, limit: jnp.minimum(distance(pivot, like, axis), limit)  # noqa: E731
+    of_rest = lambda labels, pivot: jnp.sum(target(labels) * others(target(labels), pivot, 1), axis)  # noqa: E731
+    of_labels = lambda z, labels, pivot: times(target(labels), z * others(z, pivot, 0.5))  # noqa: E731
+    rest_mass = alone(of_rest, labels, pivot)
+    return rest_mass, 2 * over_classes(jnp.sum, of_labels, logits, m, adjustment, axis)(labels, pivot)
+
+
 def _sums(logits, labels, class_weights, adjustment, unused, axis, smooth, class_axes):
     """ClassSums by plain JAX, and the pivot."""
     dense, size, where = jnp.issubdtype(labels.dtype, jnp.floating), logits.shape[axis], adjustment.where
@@ -92,12 +113,7 @@ def _sums(logits, labels, class_weights, adjustment, unused, axis, smooth, class
 
     rest_mass = label_sum = prior = None
     if dense:
-        target = lambda labels: _target(labels, class_weights, where, m.dtype)  # noqa: E731
-        others = lambda t, here, unit: jnp.minimum(distance(here, t, axis), unit)  # noqa: E731
-        of_rest = lambda labels, here: jnp.sum(target(labels) * others(target(labels), here, 1), axis)  # noqa: E731
-        rest_mass = alone(of_rest, labels, here)
-        of_labels = lambda z, labels, here: times(target(labels), z * others(z, here, 0.5))  # noqa: E731
-        label_sum = 2 * over_classes(jnp.sum, of_labels, logits, m, adjustment, axis)(labels, here)
+        rest_mass, label_sum = _label_sums(logits, labels, class_weights, m, here, adjustment, axis)
     if smooth:
         of_prior = lambda z: times(_uniform(class_weights, where, z), z)  # noqa: E731
         prior = over_classes(jnp.sum, of_prior, logits, m, adjustment, axis)()
@@ -149,22 +165,23 @@ def _class_sums_bwd(axis, smooth, class_axes, residuals, cotangents):
     of_operands = lambda x, scale, softcap: shifted(x, Adjustment(where, scale, softcap), shift, axis)  # noqa: E731
     z, pull_adjusted = jax.vjp(of_operands, logits, scale, softcap)
     at_pivot = lax.broadcasted_iota(jnp.int32, z.shape, axis) == jnp.expand_dims(pivot, axis)
-    drest, down, down_mass, drest_mass, dlabel_sum, dprior = (
-        None if c is None else jnp.expand_dims(c, axis) for c in (drest, *cotangents[2:])
-    )
-    dz, dlabels, dclass_weights = drest * jnp.exp(z), None, jax.tree.map(jnp.zeros_like, class_weights)
+    across = lambda cotangent: jnp.expand_dims(cotangent, axis)  # noqa: E731
+    dz, dlabels, dclass_weights = across(drest) * jnp.exp(z), None, jax.tree.map(jnp.zeros_like, class_weights)
     if dense:
         target, pull = jax.vjp(lambda t, c: _target(t, c, where, z.dtype), labels, class_weights)
-        dz = dz + dlabel_sum * target
-        dtarget = jnp.where(at_pivot, down_mass, drest_mass + dlabel_sum * finite(z, dlabel_sum == 0))
+        of_sum = across(cotangents.label_sum)
+        dz = dz + of_sum * target
+        dtarget = across(cotangents.rest_mass) + of_sum * finite(z, (of_sum == 0) | (target == 0))
+        dtarget = jnp.where(at_pivot, across(cotangents.own_mass), dtarget)
         dlabels, dclass_weights = pull(dtarget)
     elif class_weights is not None:
         _, pull = jax.vjp(lambda c: _own_mass(labels, c, where, pivot, z.shape[axis], axis, z.dtype), class_weights)
         (dclass_weights,) = pull(cotangents.own_mass)
-    dz = jnp.where(at_pivot, down, dz)
+    dz = jnp.where(at_pivot, across(cotangents.own), dz)
     if smooth:
         each, pull = jax.vjp(lambda c: _uniform(c, where, z), class_weights)
-        dz, (dc,) = dz + dprior * each, pull(dprior * finite(z, dprior == 0))
+        of_prior = across(cotangents.prior)
+        dz, (dc,) = dz + of_prior * each, pull(of_prior * finite(z, (of_prior == 0) | (each == 0)))
         dclass_weights = jax.tree.map(jnp.add, dclass_weights, dc)
     dlogits, dscale, dsoftcap = pull_adjusted(dz)
     return dlogits, dlabels, dclass_weights, Adjustment(None, dscale, dsoftcap), None

@@ -31,5 +31,7 @@ def nan_unless(valid: Array, value: Array) -> Array:
 
 
 def floating(x: Array) -> Array:
-    """`x`, or its float32 copy (float64 under x64) where it holds integers or bools, as `jax.nn` has it."""
-    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.result_type(float))
+    """`x`, or its float32 copy (float64 of 64 bits) where it holds integers, as `jax.nn` has it."""
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+    return x.astype(jnp.float64 if x.dtype.itemsize == 8 else jnp.float32)

@@ -55,7 +55,8 @@ def linear_cross_entropy(
       weight: `[embed, classes]`, or `[classes, embed]` with `transpose_weight=True` (tied embeddings; not copied).
       labels: integer class ids of the batch shape, or probabilities `[*batch, classes]`.
       bias: `[classes]`, added to the logits.
-      where: bool, broadcastable to `[*batch, classes]`.
+      where: bool, broadcastable to `[*batch, classes]`. A column of `weight` that it hides is multiplied all the same:
+        it may hold any number, but a NaN there makes the gradient of `x` NaN.
       axis_name: inside `jax.shard_map`, the mesh axis or axes that the classes are sharded over: `weight`, `bias`,
         dense labels, `where` and `class_weights` are this device's part of the classes; `x` and integer labels are the
         same along them (if each device has other tokens there, `jax.lax.all_gather` them first).

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Integer, Num
 
 from softmax_jax import _checks
 from softmax_jax._cross_entropy import cross_entropy
+from softmax_jax._passes import classes_last
 from softmax_jax._softmax import log_softmax
 
 Axes = tuple[int, ...]
@@ -48,8 +49,8 @@ def softmax_cross_entropy(
         labels = labels.astype(jnp.float32)
     axes = _checks.axes_of("logits", logits.shape, axis)
     _checks.labels_of(labels, logits.shape, axes[0] if len(axes) == 1 else -1)
-    merged, where = _classes_last(logits, axes), _mask(where, logits, axes)
-    return cross_entropy(merged, _classes_last(labels, axes), where=where, axis=_axis(axes), reduction="none")
+    merged, where = classes_last(logits, axes), _mask(where, logits, axes)
+    return cross_entropy(merged, classes_last(labels, axes), where=where, axis=_axis(axes), reduction="none")
 
 
 def softmax_cross_entropy_with_integer_labels(
@@ -89,7 +90,7 @@ def softmax_cross_entropy_with_integer_labels(
     if axis is None:
         raise TypeError("`axis` must be an int or a tuple of ints; got None. Name the axes, in the labels' order.")
     axes = _checks.axes_of("logits", logits.shape, axis)
-    merged, where = _classes_last(logits, axes), _mask(where, logits, axes)
+    merged, where = classes_last(logits, axes), _mask(where, logits, axes)
     return cross_entropy(merged, labels, where=where, axis=_axis(axes), reduction="none")
 
 
@@ -136,8 +137,8 @@ def poly_loss_cross_entropy(
     axes = _checks.axes_of("logits", logits.shape, axis)
     where = _mask(where, logits, axes)
     epsilon = _checks.scalar("epsilon", epsilon, logits.dtype, -float("inf"), float("inf"))
-    labels = _classes_last(_broadcast(labels, logits), axes)
-    return _poly_loss(_classes_last(logits, axes), labels, epsilon, where, _axis(axes))
+    labels = classes_last(_broadcast(labels, logits), axes)
+    return _poly_loss(classes_last(logits, axes), labels, epsilon, where, _axis(axes))
 
 
 @partial(jax.jit, static_argnums=4)
@@ -158,7 +159,7 @@ def _broadcast(labels: ArrayLike, logits: Array) -> Array:
 
 
 def _mask(where: ArrayLike | None, logits: Array, axes: Axes) -> Array | None:
-    """`where` for `_classes_last(logits, axes)`: of lower rank than the logits it masks rows."""
+    """`where` for `classes_last(logits, axes)`: of lower rank than the logits it masks rows."""
     if where is None:
         return None
     where = jnp.asarray(where)
@@ -166,16 +167,8 @@ def _mask(where: ArrayLike | None, logits: Array, axes: Axes) -> Array | None:
         batch = tuple(n for a, n in enumerate(logits.shape) if a not in axes)
         where = jnp.expand_dims(_checks.mask("where", where, batch), axes)
     where = _checks.mask("where", where, logits.shape)
-    return where if len(axes) == 1 else _classes_last(jnp.broadcast_to(where, logits.shape), axes)
+    return where if len(axes) == 1 else classes_last(jnp.broadcast_to(where, logits.shape), axes)
 
 
 def _axis(axes: Axes) -> int:
     return axes[0] if len(axes) == 1 else -1
-
-
-def _classes_last(x: Array, axes: Axes) -> Array:
-    """Several class axes as one, the last, flat in the order given (a copy, unless they are the last already)."""
-    if len(axes) == 1:
-        return x
-    batch = tuple(a for a in range(x.ndim) if a not in axes)
-    return x.transpose(batch + axes).reshape([x.shape[a] for a in batch] + [-1])

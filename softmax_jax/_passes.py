@@ -5,6 +5,7 @@ logits are a product made in the same program, a compiler may take a · b - m in
 then not 0. So nothing here or above asks whether it is.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -115,3 +116,18 @@ def pick_logit(logits: Array, ids: Array, adjustment: Adjustment, axis: int) -> 
     """Each token's z at class `ids`: the logit is read raw and adjusted by itself."""
     where = None if adjustment.where is None else pick(adjustment.where, ids, axis)
     return upcast(adjust(pick(logits, ids, axis), adjustment._replace(where=where)))
+
+
+def classes_last(x: Array, axes: tuple[int, ...]) -> Array:
+    """Several class axes as one, the last, flat in the order given (a copy, unless they are the last already)."""
+    if len(axes) == 1:
+        return x
+    batch = tuple(a for a in range(x.ndim) if a not in axes)
+    flat = math.prod(x.shape[a] for a in axes)
+    return x.transpose(batch + axes).reshape(*(x.shape[a] for a in batch), flat)
+
+
+def from_classes_last(y: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Array:
+    """The same several axes again."""
+    there = tuple(a for a in range(len(shape)) if a not in axes) + axes
+    return y.reshape([shape[a] for a in there]).transpose([there.index(a) for a in range(len(shape))])

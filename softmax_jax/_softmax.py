@@ -11,7 +11,7 @@ from jaxtyping import Bool, Num
 from softmax_jax import _checks
 from softmax_jax._adjustment import Adjustment, adjust, row_shift, shifted
 from softmax_jax._dtypes import floating, upcast
-from softmax_jax._passes import alone, apart, pick_logit, sum_of_others, top_class
+from softmax_jax._passes import alone, apart, classes_last, from_classes_last, pick_logit, sum_of_others, top_class
 from softmax_jax._token_loss import log_spread, negative_log_likelihood
 
 Axes = tuple[int, ...]
@@ -184,11 +184,6 @@ _log_softmax_rule.defvjp(_log_softmax_fwd, _log_softmax_bwd)
 def _jitted_log_softmax(x: Array, where: Array | None, axes: Axes) -> Array:
     if x.size == 0:
         return x
-    if len(axes) == 1:
-        return _log_softmax_rule(x, where, axes[0])
-    last = tuple(range(x.ndim - len(axes), x.ndim))
-    one = lambda a: jnp.moveaxis(a, axes, last).reshape(*batch, -1)  # noqa: E731
-    batch = [size for a, size in enumerate(x.shape) if a not in axes]
-    where = None if where is None else one(jnp.broadcast_to(where, x.shape))
-    y = _log_softmax_rule(one(x), where, len(batch))
-    return jnp.moveaxis(y.reshape(jnp.moveaxis(x, axes, last).shape), last, axes)
+    where = where if where is None or len(axes) == 1 else classes_last(jnp.broadcast_to(where, x.shape), axes)
+    y: Array = _log_softmax_rule(classes_last(x, axes), where, axes[0] if len(axes) == 1 else x.ndim - len(axes))
+    return y if len(axes) == 1 else from_classes_last(y, x.shape, axes)

@@ -147,7 +147,7 @@ def _loss(sums: ClassSums, classes: int, options: Options, axis: int, class_axes
     if sums.prior is not None:
         loss = _smoothed(loss, spread, sums.prior, classes, options, axis, class_axes)
     if options.z_loss is not None:
-        loss = loss + options.z_loss * (sums.shift + spread) ** 2
+        loss = loss + _times(options.z_loss, (sums.shift + spread) ** 2)
     return loss
 
 

@@ -55,6 +55,7 @@ def test_no_type_changes_with_x64(dtype):
         without = results(dtype)
     with jax.enable_x64(True):
         assert results(dtype) == without
+        assert all(f(np.ones(3, np.int32)).dtype == np.float32 for f in (softmax_jax.softmax, softmax_jax.log_softmax))
     assert without["dense, mean"][0].dtype == np.float32
     assert not any(leaf.weak_type for leaf in jax.tree.leaves(without))
 

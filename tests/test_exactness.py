@@ -8,7 +8,7 @@ import pytest
 import reference
 from helpers import ALONE, assert_within, epsilon, loss_and_grad, random_case, relative_error
 
-from softmax_jax import cross_entropy
+from softmax_jax import cross_entropy, linear_cross_entropy, log_softmax
 
 MARGINS = np.linspace(-100, 100, 401)
 OFFSETS = [0, 1e4, -1e4]
@@ -49,6 +49,48 @@ def test_every_margin_from_minus_100_to_100(device, rng, dtype, kind):
         allowed = epsilon(dtype) / 2 * (1 + PROMISE) * abs(want.grad) + PROMISE * abs(want.grad)
         smallest = float(jnp.finfo(dtype).smallest_subnormal) if dtype == jnp.float16 else 1e-30
         assert np.all(abs(np.asarray(grad, np.float64) - want.grad) <= allowed + smallest)
+
+
+MADE = {
+    "constant": lambda z: z * 0.7,
+    "traced": lambda z, scale: z * scale,
+    "capped": lambda z: 80 * jnp.tanh(z / 80),
+    "upcast": lambda z: z.astype(jnp.bfloat16).astype(jnp.float32) * 0.7,
+}
+
+
+@pytest.mark.parametrize("made", MADE)
+@pytest.mark.parametrize("kind", ["integer", "one-hot", "log_softmax", "forward_mode"])
+def test_logits_that_are_a_product_made_in_the_same_program(rng, kind, made):
+    """A compiler may then take a · b - m in one step, so that z - m is not 0 at the maximum."""
+    z, labels = at_margins(rng, np.linspace(-100, 100, 101))
+    operands = (z / np.float32(0.7), np.float32(0.7)) if made == "traced" else (z / np.float32(0.7),)
+    targets = np.eye(11, dtype=np.float32)[labels] if kind != "integer" else labels
+    cotangent = rng.normal(size=len(z)).astype(np.float32)
+
+    def loss(*operands):
+        logits = MADE[made](*operands)
+        if kind == "log_softmax":
+            return -jnp.take_along_axis(log_softmax(logits), labels[:, None], 1)[:, 0]
+        return cross_entropy(logits, targets, reduction="none", forward_mode=kind == "forward_mode")
+
+    logits = np.asarray(jax.jit(MADE[made])(*operands))
+    want = reference.cross_entropy(logits, labels, reduction="none", cotangent=np.float64(cotangent))
+    got = jax.jit(loss)(*operands)
+    assert relative_error(got, want.loss).max() < 2 * PROMISE  # z rounded twice, here and in the truth
+    grad = jax.jit(jax.grad(lambda *operands: jnp.sum(loss(*operands) * cotangent)))(*operands)
+    if made in ("constant", "traced"):
+        assert relative_error(grad, want.grad * np.float64(np.float32(0.7))).max() < 2 * PROMISE
+
+
+def test_one_feature_times_one_row_of_weights(rng):
+    """A matrix product that a compiler makes an ordinary one."""
+    x, weight = rng.normal(size=(17, 1)).astype(np.float32), rng.normal(size=(1, 7)).astype(np.float32)
+    targets = rng.dirichlet(np.ones(7), 17).astype(np.float32)
+    want = reference.cross_entropy(x @ weight, targets)
+    assert relative_error(linear_cross_entropy(x, weight, targets), want.loss) < PROMISE
+    made = jax.jit(lambda x: cross_entropy(x @ weight, targets))
+    assert relative_error(made(x), want.loss) < PROMISE
 
 
 @pytest.mark.parametrize("offset", OFFSETS)
