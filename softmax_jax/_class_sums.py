@@ -32,16 +32,16 @@ from jax import Array, lax
 from softmax_jax._adjustment import Adjustment, adjust, row_shift, shifted
 from softmax_jax._dtypes import nan_unless
 from softmax_jax._passes import (
-    alone,
     apart,
     distance,
     finite,
-    over_classes,
     pick,
     pick_logit,
     sum_of_others,
+    sum_over_classes,
     times,
     top_class,
+    z_of,
 )
 from softmax_jax._sharding import Names, checks_varying, count, offset, psum, vary, vary_alike, varying
 
@@ -89,12 +89,29 @@ def _own_mass(labels, class_weights, where, pivot, size, axis, dtype):
 def _label_sums(logits, labels, class_weights, m, pivot, adjustment, axis):
     """(rest_mass, label_sum) of dense labels. A factor that is 0 at the pivot leaves it out: 1 elsewhere in the one
     sum, a half in the other, since the two would share the same constant (see `alone`)."""
-    target = lambda labels: _target(labels, class_weights, adjustment.where, m.dtype)  # noqa: E731
-    others = lambda like, pivot, limit: jnp.minimum(distance(pivot, like, axis), limit)  # noqa: E731
-    of_rest = lambda labels, pivot: jnp.sum(target(labels) * others(target(labels), pivot, 1), axis)  # noqa: E731
-    of_labels = lambda z, labels, pivot: times(target(labels), z * others(z, pivot, 0.5))  # noqa: E731
-    rest_mass = alone(of_rest, labels, pivot)
-    return rest_mass, 2 * over_classes(jnp.sum, of_labels, logits, m, adjustment, axis)(labels, pivot)
+
+    def others(arrays, m, pivot, axis):
+        labels, class_weights, where = arrays
+        target = _target(labels, class_weights, where, m.dtype)
+        return target * jnp.minimum(distance(pivot, target, axis), 1)
+
+    def of_logits(arrays, m, pivot, axis):
+        logits, labels, class_weights, where = arrays
+        z = z_of((logits, where), adjustment, m, axis)
+        return times(_target(labels, class_weights, where, m.dtype), z * jnp.minimum(distance(pivot, z, axis), 0.5))
+
+    arrays = labels, class_weights, adjustment.where
+    rest_mass = sum_over_classes(others, arrays, m, pivot, axis)
+    return rest_mass, 2 * sum_over_classes(of_logits, (logits, *arrays), m, pivot, axis)
+
+
+def _prior(logits, class_weights, m, pivot, adjustment, axis):
+    def of_logits(arrays, m, _, axis):
+        logits, class_weights, where = arrays
+        z = z_of((logits, where), adjustment, m, axis)
+        return times(_uniform(class_weights, where, z), z)
+
+    return sum_over_classes(of_logits, (logits, class_weights, adjustment.where), m, pivot, axis)
 
 
 def _sums(logits, labels, class_weights, adjustment, unused, axis, smooth, class_axes):
@@ -115,8 +132,7 @@ def _sums(logits, labels, class_weights, adjustment, unused, axis, smooth, class
     if dense:
         rest_mass, label_sum = _label_sums(logits, labels, class_weights, m, here, adjustment, axis)
     if smooth:
-        of_prior = lambda z: times(_uniform(class_weights, where, z), z)  # noqa: E731
-        prior = over_classes(jnp.sum, of_prior, logits, m, adjustment, axis)()
+        prior = _prior(logits, class_weights, m, here, adjustment, axis)
     (own,) = apart(nan_unless(exists, own))
     return ClassSums(m, *psum((rest, own, own_mass, rest_mass, label_sum, prior), class_axes)), pivot
 
