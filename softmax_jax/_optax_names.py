@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Integer, Num
 
 from softmax_jax import _checks
 from softmax_jax._cross_entropy import cross_entropy
+from softmax_jax._dtypes import upcast
 from softmax_jax._passes import classes_last
 from softmax_jax._softmax import log_softmax
 
@@ -155,6 +156,7 @@ def _poly_loss(logits: Array, labels: Array, epsilon: Array, where: Array | None
 def _broadcast(labels: ArrayLike, logits: Array) -> Array:
     labels = jnp.asarray(labels)
     _checks.broadcastable("labels", labels.shape, logits.shape, "the logits' shape")
+    labels = upcast(labels) if jnp.issubdtype(labels.dtype, jnp.floating) else labels  # its gradient is cast once
     return jnp.broadcast_to(labels, logits.shape)
 
 

@@ -11,7 +11,18 @@ from jaxtyping import Bool, Num
 from softmax_jax import _checks
 from softmax_jax._adjustment import Adjustment, adjust, row_shift, shifted
 from softmax_jax._dtypes import floating, upcast
-from softmax_jax._passes import alone, apart, classes_last, from_classes_last, pick_logit, sum_of_others, top_class
+from softmax_jax._passes import (
+    alone,
+    apart,
+    classes_last,
+    distance,
+    from_classes_last,
+    sum_of_others,
+    sum_over_classes,
+    times,
+    top_class,
+    z_of,
+)
 from softmax_jax._token_loss import log_spread, negative_log_likelihood
 
 Axes = tuple[int, ...]
@@ -134,11 +145,11 @@ _jitted_softmax = jax.jit(_softmax_rule, static_argnums=2)
 
 
 def _log_softmax_value(x, where, axis):
-    masked, size = Adjustment(where=where), x.shape[axis]
+    masked = Adjustment(where=where)
     (m,) = apart(row_shift(adjust(x, masked), axis))
     top = top_class(x, m, masked, axis)
     rest = sum_of_others(x, m, top, masked, axis)
-    own = pick_logit(x, jnp.minimum(top, size - 1), masked, axis) - m
+    own = jnp.where(top < x.shape[axis], _z_at(x, m, top, masked, axis), -jnp.inf)
     nll, spread = negative_log_likelihood(rest, own), log_spread(rest, own)
     if where is not None:
         nll, spread = (jnp.where(jnp.any(where, axis), a, 0) for a in (nll, spread))
@@ -146,6 +157,16 @@ def _log_softmax_value(x, where, axis):
     at_top, nll, log_p = _around_top(x, where, kept, axis)
     y = jnp.where(at_top, -nll, log_p)
     return (y if where is None else jnp.where(where, y, -jnp.inf)).astype(x.dtype), kept
+
+
+def _z_at(x, m, pivot, masked, axis):
+    """z at the pivot, as a sum, which any sharding of the classes admits."""
+
+    def at_pivot(arrays, m, pivot, axis):
+        z = z_of(arrays, masked, m, axis)
+        return times(1 - jnp.minimum(distance(pivot, z, axis), 1), z)
+
+    return sum_over_classes(at_pivot, (x, masked.where), m, pivot, axis)
 
 
 def _around_top(x, where, kept, axis):
