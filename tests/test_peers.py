@@ -23,7 +23,6 @@ INTEGER, DENSE, POLY, SAFE = (
     "safe_softmax_cross_entropy",
 )
 SOFTMAXES = ["softmax", "log_softmax"]
-K = 64
 FORMATS = [jnp.float32, jnp.bfloat16, jnp.float16]
 
 # Of each door its masks, axes and labels. Optax takes a mask of rows where the axes are named, and not in the poly
@@ -98,8 +97,9 @@ def results(rng, ours, theirs, operands):
 
 
 # The budgets. A term of the loss is off by at most 2 eps of 1 + |z| + |m| < 32, its label's share, and one of its
-# gradient, t_v or T p_v, by as much of its own size: 64 eps of a row's sum of labels T, or twice that. What is summed
-# over the rows, the gradient of labels that all share or of epsilon, is off by the sum.
+# gradient, t_v or T p_v, by as much of its own size: 64 eps of a row's sum of labels T, or twice that; of 1 + |epsilon|
+# times T in the poly loss. What is summed over the rows, the gradient of labels that all share or of epsilon, is off by
+# the sum.
 
 
 def in_turn(grid):
@@ -134,9 +134,9 @@ def test_doors_with_optaxs_names(rng, name, masked, kind, of_labels, dtype):
         mass, rows = 3 * mass, int(np.prod(batch))
 
     def door(module, logits, *rest):
-        labels, epsilon = (*rest, *integers)[0], {"epsilon": rest[-1]} if name == POLY else {}
+        labels = (*rest, *integers)[0]
         if name == POLY:
-            return module.poly_loss_cross_entropy(logits, labels, axis=axis, where=where, **epsilon)
+            return module.poly_loss_cross_entropy(logits, labels, axis=axis, where=where, epsilon=rest[-1])
         return getattr(module, name)(logits, labels, *(() if name == SAFE else (axis, where)))
 
     got, want = results(rng, partial(door, softmax_jax), partial(door, optax.losses), operands)
@@ -144,7 +144,7 @@ def test_doors_with_optaxs_names(rng, name, masked, kind, of_labels, dtype):
         exists = np.expand_dims(where, axes) if masked == "rows" else where
         want[2] = np.where(exists, want[2], 0)
     for g, w, count in zip(got, want, [1, 2, rows, rows], strict=False):
-        assert_within(g, w, count * mass, K, g.dtype)
+        assert_within(g, w, count * mass, 64, g.dtype)
 
 
 @pytest.mark.parametrize(
@@ -163,13 +163,13 @@ def test_softmax_and_log_softmax_of_jax_nn(rng, name, masked, kind, dtype):
     ours = lambda *given: getattr(softmax_jax, name)(*(given or (x,)), axis, where)  # noqa: E731
     theirs = lambda *given: getattr(jax.nn, name)(*(given or (np.float64(x),)), axis, where)  # noqa: E731
     (y, *dx), (p, *dp) = results(rng, ours, theirs, (x,) if floating else ())
-    assert_within(y, p, 1.0, K, y.dtype)
+    assert_within(y, p, 1.0, 64, y.dtype)
     for got, want in zip(dx, dp, strict=True):
         # Of log_softmax it is g - p Σ g, a sum over the classes. That of softmax starts from y as it is stored, each
         # p_v off by half an eps: p_v (g_v - Σ g p) by three times that of p_v, where |g| ≤ 1.
         classes = np.prod([shape[a] for a in axes])
-        stored = 1.5 * epsilon(dtype) / epsilon(jnp.float32) * p / K
-        assert_within(got, want, 1 + classes if name == "log_softmax" else 2 + stored, K, got.dtype)
+        stored = 1.5 * epsilon(dtype) / epsilon(jnp.float32) * p / 64
+        assert_within(got, want, 1 + classes if name == "log_softmax" else 2 + stored, 64, got.dtype)
 
 
 @pytest.mark.usefixtures("untyped")
