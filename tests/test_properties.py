@@ -64,7 +64,7 @@ def floats(shape, elements=moderate):
 def rounded(draw, shape, dtype, elements=None):
     """Numbers of a format, extreme ones unless `elements` says otherwise."""
     with np.errstate(over="ignore"):
-        return draw(floats(shape, elements or extreme(dtype))).astype(dtype)
+        return draw(floats(shape, extreme(dtype) if elements is None else elements)).astype(dtype)
 
 
 @st.composite
