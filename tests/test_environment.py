@@ -86,7 +86,7 @@ def test_operands_of_different_widths_under_strict_promotion(rng):
                 np.testing.assert_allclose(np.float64(got), want, rtol=0, atol=tolerance * (1 + size))
 
 
-@pytest.mark.parametrize("precision", ["default", "highest"])
+@pytest.mark.parametrize("precision", ["high", "highest"])
 def test_the_head_is_multiplied_in_the_precision_that_is_set(precision):
     """`jax.default_matmul_precision` reaches all three products; the library sets none of its own."""
     operands = jnp.ones((4, 3), jnp.float32), jnp.ones((3, 7), jnp.float32)

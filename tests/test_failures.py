@@ -7,7 +7,7 @@ import pytest
 import reference
 from helpers import assert_within, check_against_reference, epsilon, loss_and_grad, random_case
 
-from softmax_jax import cross_entropy
+from softmax_jax import cross_entropy, log_softmax
 
 INF = np.inf
 both = pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
@@ -194,3 +194,16 @@ def test_accumulated_microbatches_equal_the_batch(rng, dense):
     want = reference.cross_entropy(logits, labels, weights=weights, cotangent=0.7, **options)
     assert_within(parts[0][0] + parts[1][0], want.loss, want.loss_condition, 8)
     assert_within(np.concatenate([p[1] for p in parts]), want.grad, want.grad_condition, 8)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("offset", [1e4, -1e4, 1e7, -1e7, 6e4])
+def test_log_softmax_of_very_large_logits(rng, offset, dtype):
+    """(x - max) - log, not x - (max + log), in which the logarithm rounds away. Distances of logits of one size are
+    exact: what is left of the condition is the logarithm and the distance, which the value is the sum of."""
+    if abs(offset) > float(jnp.finfo(dtype).max):
+        pytest.skip("more than the dtype holds")
+    step = max(1.0, abs(offset) * epsilon(dtype))  # the coarseness of logits there
+    x = np.asarray(offset + step * rng.integers(-3, 3, (5, 7)), dtype)
+    want = reference.log_softmax(x)
+    assert_within(log_softmax(jnp.asarray(x)), want, 1 + abs(want), 4, dtype)

@@ -13,14 +13,27 @@ from softmax_jax import cross_entropy
 BUDGET = 64 * epsilon(jnp.float32)
 
 
-def both_modes(rng, dense, spoil=False):
-    """f(point, forward_mode), and a point of all operands that have a gradient."""
-    names = [name for name in ALONE if not (dense and name == "ignore_index")]
-    logits, labels, options = random_case(rng, (5, 7), -1, jnp.float32, dense, names)
-    if spoil:
+DIFFERENTIABLE = ("weights", "class_weights", *FLOATS)
+
+
+def both_modes(rng, dense, what=""):
+    """f(point, forward_mode), and a point of all operands that have a gradient; `what` the logits are or hold."""
+    left_out = ["ignore_index"] * dense + ["softcap", "label_smoothing"] * (
+        what == "-inf"
+    )  # else a -softcap, or a loss of inf
+    names = [name for name in ALONE if name not in left_out]
+    shape, axis = ((7, 5), 0) if what == "other axis" else ((5, 7), -1)
+    dtype = {"bfloat16": jnp.bfloat16, "float16": jnp.float16}.get(what, jnp.float32)
+    logits, labels, options = random_case(rng, shape, axis, dtype, dense, names)
+    if what == "NaN row":
         options["weights"] = np.float32([1, 0, 2, 0.5, 1.5])
         logits[1] = np.nan
-    floats = {name: jnp.asarray(options.pop(name)) for name in ("weights", "class_weights", *FLOATS)}
+    elif what == "hidden NaN":
+        logits[~options["where"]] = np.nan
+    elif what == "-inf":
+        options["where"][:, 3], logits[:, 2] = True, -np.inf
+        labels = np.where(np.arange(7) == 2, 0, labels) if dense else np.where(labels == 2, 3, labels)
+    floats = {name: jnp.asarray(options.pop(name)) for name in names if name in DIFFERENTIABLE}
     floats["logits"] = jnp.asarray(logits)
     if dense:
         floats["labels"] = jnp.asarray(labels)
@@ -32,9 +45,9 @@ def both_modes(rng, dense, spoil=False):
     return f, floats
 
 
-def assert_close(got, want):
+def assert_close(got, want, atol=BUDGET):
     scaled = lambda tree: jax.tree.map(lambda a, w: a / (1 + jnp.max(jnp.abs(w))), tree, want)  # noqa: E731
-    chex.assert_trees_all_close(scaled(got), scaled(want), rtol=0, atol=BUDGET)
+    chex.assert_trees_all_close(scaled(got), scaled(want), rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
@@ -55,9 +68,26 @@ def test_first_and_second_derivatives_are_those_of_the_reverse_rule(rng, dense):
     assert_close(jax.hessian(of_logits(True))(point["logits"]), want)
 
 
+@pytest.mark.nan
+@pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
+@pytest.mark.parametrize("what", ["-inf", "hidden NaN", "bfloat16", "float16", "other axis"])
+def test_derivatives_of_awkward_logits_are_those_of_the_reverse_rule(rng, what, dense):
+    """Of the same numbers in float32: a gradient of 16-bit logits is rounded once more."""
+    f, point = both_modes(rng, dense, what)
+    direction = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape), a.dtype), point)
+    widened = lambda tree: jax.tree.map(lambda a: a.astype(jnp.float32), tree)  # noqa: E731
+    value, gradient = jax.value_and_grad(f)(widened(point), False)
+    chex.assert_tree_all_finite((value, gradient))
+    along = sum(jax.tree.leaves(jax.tree.map(jnp.vdot, gradient, widened(direction))))
+
+    forward = lambda p: f(p, True)  # noqa: E731
+    assert_close(jax.jvp(forward, (point,), (direction,)), (value, along))
+    assert_close(widened(jax.grad(forward)(point)), gradient, BUDGET + epsilon(point["logits"].dtype) / 2)
+
+
 @pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
 def test_a_row_of_weight_zero_that_holds_nan_has_derivative_zero(rng, dense):
-    f, point = both_modes(rng, dense, spoil=True)
+    f, point = both_modes(rng, dense, "NaN row")
     gradient = jax.grad(f)(point, True)
     chex.assert_tree_all_finite(gradient)
     np.testing.assert_array_equal(gradient["logits"][1], 0)
@@ -74,10 +104,17 @@ def test_exact_in_the_tail():
     np.testing.assert_allclose(tangent, -odds / (1 + odds), rtol=1e-5)
 
 
-def test_keeps_no_array_of_logits_size_but_the_logits(rng):
-    logits, labels, _ = random_case(rng, (32, 512))
-    _, pull = jax.vjp(lambda x: cross_entropy(x, labels, forward_mode=True), jnp.asarray(logits))
-    assert sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(pull)) <= logits.nbytes + 32 * 4 * 8
+@pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
+@pytest.mark.parametrize("names", [[], ALONE], ids=["alone", "all options"])
+def test_keeps_no_array_of_logits_size_but_the_operands(rng, names, dense):
+    """Logits, the mask, dense labels as they came, class weights twice; 8 numbers a token, and 8 more for options."""
+    names = [name for name in names if not (dense and name == "ignore_index")]
+    logits, labels, options = random_case(rng, (32, 512), -1, jnp.float32, dense, names)
+    _, pull = jax.vjp(lambda x: cross_entropy(x, labels, forward_mode=True, **options), jnp.asarray(logits))
+    kept = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(pull))
+    operands = logits.nbytes + labels.nbytes * dense
+    operands += options["where"].nbytes + 2 * options["class_weights"].nbytes if names else 0
+    assert kept <= operands + 32 * 4 * (16 if names else 8)
 
 
 def test_without_it_forward_mode_is_refused(rng):
