@@ -48,6 +48,14 @@ def test_every_shape_and_axis(rng, shape, axis, dense, reduction):
 
 
 @labels_kind
+@pytest.mark.parametrize(("shape", "axis"), [((3, 40000), -1), ((65536, 2), 0), ((2, 32771), -1)], ids=str)
+def test_rows_longer_than_a_block(rng, shape, axis, dense):
+    """Of 2 x 20000, of 2 x 32768, and of a prime number of classes, which has no blocks."""
+    logits, labels, options = random_case(rng, shape, axis, dense=dense, names=all_names(dense))
+    check_against_reference(jax.jit, rng, logits, labels, options)
+
+
+@labels_kind
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
 def test_every_dtype_on_its_own(device, rng, dtype, dense):
     logits, labels, options = random_case(rng, (5, 252), -1, dtype, dense)

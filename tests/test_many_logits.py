@@ -33,10 +33,10 @@ def test_beyond_two_to_the_31_logits(rng, rows):
 
 
 @pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
-def test_more_classes_than_float32_has_integers(dense):
+@pytest.mark.parametrize("classes", [2**24 + 4, 2**24 + 43], ids=["blocks", "prime"])
+def test_more_classes_than_float32_has_integers(dense, classes):
     """Beyond 2²⁴ an id is no float32 any more: the label's neighbours must not be taken for it."""
-    classes = 2**24 + 4
-    label = classes - 3  # odd: in float32 it would be one of its neighbours
+    label = 2**24 + 1  # odd: in float32 it would be one of its neighbours
     logits = np.full((1, classes), -200, np.float32)  # all others are 0 beside these three
     logits[0, label - 1 : label + 2] = 0.5, 1.0, 0.25
     labels = np.array([label], np.int32)

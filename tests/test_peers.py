@@ -120,12 +120,12 @@ def test_doors_with_optaxs_names(rng, name, masked, kind, of_labels, dtype):
     operands, mass, rows, integers = [logits], 1.0, 1, ()
     if name == INTEGER:
         integers = (jnp.asarray(ids, rng.choice([np.int32, np.uint8, np.int16])),)
-        if masked in ("classes", "broadcast"):
+        if where is not None and masked != "rows":
             where = where | jnp.asarray(one_hot(ids, shape, axes))  # hidden labels differ on purpose
     elif of_labels == "one-hot":
         integers = (jnp.asarray(one_hot(ids, shape, axes), jnp.int32),)
     else:
-        labels = jnp.asarray(rng.gamma(1.0, size=shape), dtype if of_labels == "own" else jnp.float32)
+        labels = jnp.asarray(rng.gamma(1.0, size=shape), dtype)
         mass = 1 + float(np.sum(np.float64(labels), axes).max())
         operands.append(labels[0] if of_labels == "shared" else labels)
         rows = shape[0] if of_labels == "shared" else 1

@@ -62,6 +62,16 @@ def test_cross_entropy(rng, kind, dense, batch, classes):
 
 @kinds
 @both
+def test_rows_longer_than_a_block_over_sharded_classes(rng, kind, dense):
+    asked = problem(rng, (8, 65536), dense)
+    mesh, specs = mesh_of(kind), asked.specs(P("data"), "model")
+    got, program = under_jit(asked, mesh, specs, 1.7)
+    assert_equal(got, truth(asked, 1.7))
+    assert_moves_little(program, per_token=8 * 2)
+
+
+@kinds
+@both
 def test_cross_entropy_with_all_options(rng, kind, dense):
     reduction = "none" if dense == (kind == "explicit") else "mean"
     names = OPTIONS if dense else (*OPTIONS, "ignore_index")
