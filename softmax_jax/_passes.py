@@ -105,8 +105,9 @@ def _ids(z: Array, axis: int) -> Array:
 def times(factor: Array, z: Array) -> Array:
     """factor · z, but 0 where the factor is 0 and z = -inf: z is bounded from below, by 0 where the factor is 0 and by
     -inf where it is a normal number."""
-    large = factor * 3e38
-    return factor * jnp.maximum(z, large * large * -3e38)
+    highest = float(jnp.finfo(z.dtype).max)
+    large = factor * highest
+    return factor * jnp.maximum(z, large * large * -highest)
 
 
 @times.defjvp
@@ -138,13 +139,15 @@ def z_of(arrays: tuple[Array, Array | None], adjustment: Adjustment, m: Array, a
 
 def top_class(logits: Array, m: Array, adjustment: Adjustment, axis: int, class_axes: Names = ()) -> Array:
     """The first of all classes whose z is the maximum, or within 1 (and a few roundings) of it, which serves as well:
-    the maximum is then among the others, and their sum no tail. The number of classes for a row that has none."""
+    the maximum is then among the others, and their sum no tail. (So does the other class that a z within 1e-36 of that
+    bound may give.) The number of classes for a row that has none."""
     size = logits.shape[axis]
-    nearly = m - 1 - 16 * jnp.finfo(m.dtype).eps * jnp.abs(m)
+    limits = jnp.finfo(m.dtype)
+    nearly = jnp.maximum(m - 1 - 16 * limits.eps * jnp.abs(m), limits.min)
 
     def candidates(arrays, nearly, _, axis):
         below = z_of(arrays, adjustment, nearly, axis)
-        beyond = jnp.minimum(jnp.minimum(below * -1e38, 8) * 1e38, below.shape[axis])  # ≤ 0 at a candidate
+        beyond = jnp.minimum(below * -1e38, below.shape[axis])  # ≤ 0 at a candidate
         return jnp.maximum(_ids(below, axis), beyond.astype(_ids(below, axis).dtype))
 
     first = in_blocks(jnp.min, candidates, (logits, adjustment.where), nearly, jnp.zeros_like(m, jnp.int32), axis)

@@ -7,7 +7,7 @@ import pytest
 import reference
 from helpers import assert_within, check_against_reference, epsilon, loss_and_grad, random_case
 
-from softmax_jax import cross_entropy
+from softmax_jax import cross_entropy, log_softmax
 
 INF = np.inf
 both = pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
@@ -45,6 +45,28 @@ def test_zero_times_infinity_is_zero(rng, names, dense):
         check_against_reference(jax.jit, rng, logits, labels, options | {"reduction": reduction})
     loss, grad = loss_and_grad(jax.jit, logits, labels, np.float32(0.7), options | {"label_smoothing": 0.0})
     assert np.isfinite(loss) and np.all(np.isfinite(grad)) and np.all(grad[:, 2] == 0)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("share", [1e-30, 0.5])
+def test_a_dense_label_on_a_class_of_probability_zero_is_infinite(dtype, share):
+    with jax.enable_x64(True):
+        logits = np.array([[0, -INF, 1], [0, -INF, 1]], dtype)
+        labels = np.array([[0.25, share, 0], [0.25, 0, 0]], dtype)
+        losses = np.asarray(cross_entropy(logits, labels, reduction="none"))
+        assert losses.dtype == dtype and losses[0] == INF
+        np.testing.assert_allclose(losses[1], 0.25 * np.log1p(np.e), rtol=1e-6)
+
+
+def test_the_lowest_logit_of_all(rng):
+    """A maximum of -3.4e38 has a number below it."""
+    logits = np.full((2, 3), np.finfo(np.float32).min)
+    logits[1, 1:] = -INF
+    labels = rng.random((2, 3)).astype(np.float32)
+    labels[1, 1:] = 0
+    losses = cross_entropy(logits, labels, reduction="none")
+    np.testing.assert_allclose(losses, [labels[0].sum() * np.log(3), 0], rtol=1e-6)
+    np.testing.assert_allclose(log_softmax(logits), [[-np.log(3)] * 3, [0, -INF, -INF]], rtol=1e-6)
 
 
 @both
