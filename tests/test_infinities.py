@@ -161,6 +161,34 @@ def test_a_hidden_class_may_hold_anything_and_be_scaled_and_capped(variant, rng,
         np.testing.assert_array_equal(g, w)
 
 
+@pytest.mark.nan
+def test_a_hidden_class_may_hold_nan_beside_class_weights(rng):
+    """In its logits, in its dense labels and in its own class weight: no gradient has one."""
+    logits, labels, options = random_case(rng, (4, 7), dense=True, names=["class_weights", "label_smoothing"])
+    exists = np.arange(7) != 2
+    loss = (
+        lambda *operands: cross_entropy(  # noqa: E731
+            *operands[:2], where=exists, class_weights=operands[2], label_smoothing=options["label_smoothing"]
+        )
+    )
+    operands = logits, labels, options["class_weights"]
+    held = [np.where(exists, a, np.float32(np.nan)) for a in operands]
+    got, want = (jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(*o) for o in (held, operands))
+    seen = reference.cross_entropy(logits, labels, where=exists, **options)
+    assert_within(got[0], seen.loss, seen.loss_condition, 8)
+    for g, w in zip(got[1], want[1], strict=True):
+        np.testing.assert_array_equal(g, w)
+        assert np.all(np.asarray(g)[..., 2] == 0)
+
+
+def test_a_traced_z_loss_of_0_over_huge_logits():
+    """Not 0 times an infinite square."""
+    logits, labels = np.array([[3e30, 1, 0]], np.float32), np.array([1])
+    loss, grad = jax.jit(jax.value_and_grad(lambda z, q: cross_entropy(z, labels, z_loss=q)))(logits, 0.0)
+    assert loss == np.float32(3e30)
+    np.testing.assert_array_equal(grad, [[1, -1, 0]])
+
+
 @both
 def test_a_hidden_label_is_infinite_or_dropped_and_never_negative(rng, dense):
     """An integer label on a hidden class: inf. Dense mass on a hidden class is left out, with gradient 0."""

@@ -82,3 +82,11 @@ def test_integer_one_hot_labels_are_floating_ones(rng):
     logits, one_hot = operands(rng)[0], np.eye(5, dtype=np.int32)[rng.integers(0, 5, SHAPE[:-1])]
     got = softmax_jax.softmax_cross_entropy(logits, one_hot)
     np.testing.assert_array_equal(got, softmax_jax.softmax_cross_entropy(logits, one_hot.astype(np.float32)))
+
+
+def test_an_empty_batch_with_several_class_axes():
+    empty = jnp.zeros((0, 3, 4))
+    for door in (softmax_jax.softmax_cross_entropy, softmax_jax.poly_loss_cross_entropy):
+        assert door(empty, empty, axis=(1, 2)).shape == (0,)
+    ids = jnp.zeros(0, jnp.int32)
+    assert softmax_jax.softmax_cross_entropy_with_integer_labels(empty, ids, axis=(1, 2)).shape == (0,)
