@@ -15,8 +15,9 @@ included) and spread = log t = log_normalizer - m,
     Σ_v t_v (log_normalizer - z_v) = t_a · nll(rest_a, own_a)  +  Σ_{v≠a} t_v · spread  -  Σ_{v≠a} t_v (z_v - m)
                                    = own_mass · nll            +  rest_mass · spread    -  label_sum
 
-With `a` the largest logit a one-hot target is as exact as the integer label: at `a` itself the gradient comes out as
-rest_mass · p_a - own_mass · (1 - p_a), not as p_a - t_a. The class that is left out, y or a, is the `pivot`.
+With `a` the largest logit (or one close to it) a one-hot target is as exact as the integer label: at `a` itself the
+gradient comes out as rest_mass · p_a - own_mass · (1 - p_a), not as p_a - t_a. The class that is left out, y or a, is
+the `pivot`.
 
 The waist is also where devices meet: of classes that are sharded over the mesh axes `class_axes`, each device sums its
 own, with a pivot that may be none of them, and one psum adds the sums up.
