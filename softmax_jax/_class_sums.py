@@ -106,13 +106,14 @@ def _label_sums(logits, labels, class_weights, m, pivot, adjustment, axis):
     return rest_mass, 2 * sum_over_classes(of_logits, (logits, *arrays), m, pivot, axis)
 
 
-def _prior(logits, class_weights, m, pivot, adjustment, axis):
+def _prior(logits, class_weights, m, adjustment, axis):
     def of_logits(arrays, m, _, axis):
         logits, class_weights, where = arrays
         z = z_of((logits, where), adjustment, m, axis)
-        return times(_uniform(class_weights, where, z), z)
+        return z if class_weights is None and where is None else times(_uniform(class_weights, where, z), z)
 
-    return sum_over_classes(of_logits, (logits, class_weights, adjustment.where), m, pivot, axis)
+    # Without a pivot, and so not behind the same fence as the sum of the others, with which it would share z.
+    return sum_over_classes(of_logits, (logits, class_weights, adjustment.where), m, jnp.zeros_like(m, jnp.int32), axis)
 
 
 def _sums(logits, labels, class_weights, adjustment, unused, axis, smooth, class_axes):
@@ -133,7 +134,7 @@ def _sums(logits, labels, class_weights, adjustment, unused, axis, smooth, class
     if dense:
         rest_mass, label_sum = _label_sums(logits, labels, class_weights, m, here, adjustment, axis)
     if smooth:
-        prior = _prior(logits, class_weights, m, here, adjustment, axis)
+        prior = _prior(logits, class_weights, m, adjustment, axis)
     (own,) = apart(nan_unless(exists, own))
     return ClassSums(m, *psum((rest, own, own_mass, rest_mass, label_sum, prior), class_axes)), pivot
 

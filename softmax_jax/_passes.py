@@ -67,6 +67,8 @@ def in_blocks(reduce: Callable, f: Callable, arrays: PyTree, m: Array, pivot: Ar
         return array.reshape(*array.shape[:axis], *sizes, *array.shape[axis + 1 :])
 
     def of_fenced(arrays, m, pivot):
+        if blocks == 1:
+            return jnp.expand_dims(reduce(f(arrays, m, pivot, axis), axis), axis)
         first = first_of_blocks(classes, blocks, m, axis)
         operands = jax.tree.map(split, arrays), jnp.expand_dims(m, axis), jnp.expand_dims(pivot, axis) - first
         return reduce(f(*operands, axis + 1), axis + 1)

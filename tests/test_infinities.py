@@ -166,11 +166,11 @@ def test_a_hidden_class_may_hold_nan_beside_class_weights(rng):
     """In its logits, in its dense labels and in its own class weight: no gradient has one."""
     logits, labels, options = random_case(rng, (4, 7), dense=True, names=["class_weights", "label_smoothing"])
     exists = np.arange(7) != 2
-    loss = (
-        lambda *operands: cross_entropy(  # noqa: E731
-            *operands[:2], where=exists, class_weights=operands[2], label_smoothing=options["label_smoothing"]
-        )
-    )
+    smoothing = options["label_smoothing"]
+
+    def loss(z, t, c):
+        return cross_entropy(z, t, where=exists, class_weights=c, label_smoothing=smoothing)
+
     operands = logits, labels, options["class_weights"]
     held = [np.where(exists, a, np.float32(np.nan)) for a in operands]
     got, want = (jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(*o) for o in (held, operands))
