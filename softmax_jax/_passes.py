@@ -66,7 +66,11 @@ def in_blocks(reduce: Callable, f: Callable, arrays: PyTree, m: Array, pivot: Ar
         sizes = (blocks, classes // blocks) if array.shape[axis] == classes else (1, 1)
         return array.reshape(*array.shape[:axis], *sizes, *array.shape[axis + 1 :])
 
+    unfenced = arrays
+
     def of_fenced(arrays, m, pivot):
+        # One mask of the logits' shape serves all passes.
+        arrays = jax.tree.map(lambda a, fenced: a if a.dtype == bool else fenced, unfenced, arrays)
         if blocks == 1:
             return jnp.expand_dims(reduce(f(arrays, m, pivot, axis), axis), axis)
         first = first_of_blocks(classes, blocks, m, axis)
