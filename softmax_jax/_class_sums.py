@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from softmax_jax._adjustment import Adjustment, adjust, row_shift, shifted
 from softmax_jax._dtypes import nan_unless
@@ -36,6 +36,7 @@ from softmax_jax._passes import (
     apart,
     distance,
     finite,
+    is_at,
     pick,
     pick_logit,
     sum_of_others,
@@ -182,7 +183,7 @@ def _class_sums_bwd(axis, smooth, class_axes, residuals, cotangents):
 
     of_operands = lambda x, scale, softcap: shifted(x, Adjustment(where, scale, softcap), shift, axis)  # noqa: E731
     z, pull_adjusted = jax.vjp(of_operands, logits, scale, softcap)
-    at_pivot = lax.broadcasted_iota(jnp.int32, z.shape, axis) == jnp.expand_dims(pivot, axis)
+    at_pivot = is_at(pivot, z, axis)
     across = lambda cotangent: jnp.expand_dims(cotangent, axis)  # noqa: E731
     dz, dlabels, dclass_weights = across(drest) * jnp.exp(z), None, jax.tree.map(jnp.zeros_like, class_weights)
     if dense:

@@ -69,7 +69,7 @@ def in_blocks(reduce: Callable, f: Callable, arrays: PyTree, m: Array, pivot: Ar
     unfenced = arrays
 
     def of_fenced(arrays, m, pivot):
-        # One mask of the logits' shape serves all passes.
+        # Where the compiler makes a mask as large as the logits, one serves all passes: not fenced, and of one shape.
         arrays = jax.tree.map(lambda a, fenced: a if a.dtype == bool else fenced, unfenced, arrays)
         if blocks == 1:
             return jnp.expand_dims(reduce(f(arrays, m, pivot, axis), axis), axis)
@@ -153,13 +153,18 @@ def top_class(logits: Array, m: Array, adjustment: Adjustment, axis: int, class_
 
     def candidates(arrays, nearly, _, axis):
         below = z_of(arrays, adjustment, nearly, axis)
-        beyond = jnp.minimum(below * -1e38, below.shape[axis])  # ≤ 0 at a candidate
-        return jnp.maximum(_ids(below, axis), beyond.astype(_ids(below, axis).dtype))
+        ids, beyond = _ids(below, axis), jnp.minimum(below * -1e38, below.shape[axis])  # ≤ 0 at a candidate
+        return jnp.maximum(ids, beyond.astype(ids.dtype))
 
     first = in_blocks(jnp.min, candidates, (logits, adjustment.where), nearly, jnp.zeros_like(m, jnp.int32), axis)
     blocks = first.shape[axis]
     found, first = first < size // blocks, first.astype(jnp.int32) + first_of_blocks(size, blocks, m, axis)
     return pmin(jnp.min(jnp.where(found, first + offset(size, class_axes), count(size, class_axes)), axis), class_axes)
+
+
+def is_at(pivot: Array, like: Array, axis: int) -> Array:
+    """Whether an entry is at its token's pivot class, in the shape of `like`."""
+    return lax.broadcasted_iota(jnp.int32, like.shape, axis) == jnp.expand_dims(pivot, axis)
 
 
 def pick(array: Array, ids: Array, axis: int) -> Array:

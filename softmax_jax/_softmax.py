@@ -4,7 +4,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Num
 
@@ -17,13 +17,14 @@ from softmax_jax._passes import (
     classes_last,
     distance,
     from_classes_last,
+    is_at,
     sum_of_others,
     sum_over_classes,
     times,
     top_class,
     z_of,
 )
-from softmax_jax._token_loss import log_spread, negative_log_likelihood
+from softmax_jax._token_loss import negative_log_likelihood
 
 Axes = tuple[int, ...]
 
@@ -64,7 +65,7 @@ def log_softmax(
 
     Exact at the top too: the largest class a of a row has log-probability -log1p(Σ_{v≠a} exp(x_v - x_a)), which
     does not round to 0 when its probability rounds to 1. float32 inside for 16-bit inputs, the input's dtype
-    outside. The backward pass keeps the input and four numbers a row, and computes dx = g - softmax(x) · Σ g.
+    outside. The backward pass keeps the input and two numbers a row, and computes dx = g - softmax(x) · Σ g.
 
     Args:
       x: of any shape; integers count as float32. -inf has log-probability -inf; a row that holds +inf or NaN, or
@@ -136,12 +137,11 @@ _softmax_rule.defvjp(_softmax_fwd, _softmax_bwd)
 _jitted_softmax = jax.jit(_softmax_rule, static_argnums=2)
 
 
-# The sums of the loss around the largest entry a, rest = Σ_{v≠a} exp(x_v - m), own = x_a - m and spread = log Σ_v
-# exp(x_v - m), give
+# The sums of the loss around the largest entry a, rest = Σ_{v≠a} exp(x_v - m) and own = x_a - m, give
 #
-#     log p_a = -nll(rest, own)   log p_v = (x_v - m) - spread    dx_v = g_v (1 - p_v) - p_v (Σ_u g_u - g_v)
+#     log p_a = -nll(rest, own)   log p_v = (x_v - x_a) + log p_a   dx_v = g_v (1 - p_v) - p_v (Σ_u g_u - g_v)
 #
-# where 1 - p_a = -expm1(-nll) does not cancel. Kept: x, m, a, nll and spread. Several axes are made one.
+# where 1 - p_a = -expm1(-nll) does not cancel. Kept: x, a and nll. Several axes are made one.
 
 
 def _log_softmax_value(x, where, axis):
@@ -150,10 +150,9 @@ def _log_softmax_value(x, where, axis):
     top = top_class(x, m, masked, axis)
     rest = sum_of_others(x, m, top, masked, axis)
     own = jnp.where(top < x.shape[axis], _z_at(x, m, top, masked, axis), -jnp.inf)
-    nll, spread = negative_log_likelihood(rest, own), log_spread(rest, own)
-    if where is not None:
-        nll, spread = (jnp.where(jnp.any(where, axis), a, 0) for a in (nll, spread))
-    kept = apart(m, top, nll, spread)
+    nll = negative_log_likelihood(rest, own)
+    nll = nll if where is None else jnp.where(jnp.any(where, axis), nll, 0)
+    kept = apart(top, nll)
     at_top, nll, log_p = _around_top(x, where, kept, axis)
     y = jnp.where(at_top, -nll, log_p)
     return (y if where is None else jnp.where(where, y, -jnp.inf)).astype(x.dtype), kept
@@ -171,10 +170,11 @@ def _z_at(x, m, pivot, masked, axis):
 
 def _around_top(x, where, kept, axis):
     """Where the top is, its nll, and log p_v elsewhere."""
-    m, top, nll, spread = kept
-    z = shifted(x, Adjustment(where=where), m, axis)
-    at_top = lax.broadcasted_iota(jnp.int32, z.shape, axis) == jnp.expand_dims(top, axis)
-    return at_top, jnp.expand_dims(nll, axis), z - jnp.expand_dims(spread, axis)
+    top, nll = kept
+    masked = Adjustment(where=where)
+    highest = _z_at(x, jnp.zeros_like(nll), top, masked, axis)
+    log_p = shifted(x, masked, highest, axis) - jnp.expand_dims(nll, axis)
+    return is_at(top, x, axis), jnp.expand_dims(nll, axis), log_p
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -13,6 +13,7 @@ from softmax_jax._adjustment import Adjustment
 from softmax_jax._checks import Options
 from softmax_jax._class_sums import ClassSums, class_sums
 from softmax_jax._dtypes import accumulator
+from softmax_jax._passes import finite
 from softmax_jax._sharding import Names, count, fit, offset, pmax, psum, vary, varying
 
 # With t = rest + exp(own):
@@ -67,7 +68,7 @@ def _log_spread_jvp(primals, tangents):
 
 def _times(factor: Array, value: Array) -> Array:
     """factor · value, where a factor of 0 wins over an infinite value."""
-    return factor * jnp.where((factor == 0) & jnp.isinf(value), 0, value)
+    return factor * finite(value, factor == 0)
 
 
 def prepare(labels: Array, options: Options, shape: tuple[int, ...], dtype: DTypeLike, axis: int, class_axes: Names):
