@@ -54,18 +54,24 @@ def assert_close(got, want, atol=BUDGET):
 def test_first_and_second_derivatives_are_those_of_the_reverse_rule(rng, dense):
     f, point = both_modes(rng, dense)
     direction = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape), jnp.float32), point)
-    gradient = jax.grad(f)(point, False)
-    along = sum(jax.tree.leaves(jax.tree.map(jnp.vdot, gradient, direction)))
-    forward = lambda p: f(p, True)  # noqa: E731
-
-    value, tangent = jax.jvp(forward, (point,), (direction,))
-    assert_close((value, tangent), (f(point, False), along))
-    assert_close(jax.linearize(forward, point)[1](direction), along)
-    assert_close(jax.grad(forward)(point), gradient)
-    assert_close(jax.jacfwd(lambda x: f(point | {"logits": x}, True))(point["logits"]), gradient["logits"])
     of_logits = lambda mode: lambda x: f(point | {"logits": x}, mode)  # noqa: E731
-    want = jax.hessian(of_logits(False))(point["logits"])
-    assert_close(jax.hessian(of_logits(True))(point["logits"]), want)
+
+    @jax.jit
+    def by_reverse_mode(point):
+        return *jax.value_and_grad(f)(point, False), jax.hessian(of_logits(False))(point["logits"])
+
+    @jax.jit
+    def by_forward_mode(point, direction):
+        forward = lambda p: f(p, True)  # noqa: E731
+        along = jax.jvp(forward, (point,), (direction,)), jax.linearize(forward, point)[1](direction)
+        x = point["logits"]
+        return along, jax.grad(forward)(point), jax.jacfwd(of_logits(True))(x), jax.hessian(of_logits(True))(x)
+
+    value, gradient, hessian = by_reverse_mode(point)
+    along = sum(jax.tree.leaves(jax.tree.map(jnp.vdot, gradient, direction)))
+    want = ((value, along), along), gradient, gradient["logits"], hessian
+    for got, want_it in zip(by_forward_mode(point, direction), want, strict=True):
+        assert_close(got, want_it)
 
 
 @pytest.mark.nan
@@ -76,13 +82,18 @@ def test_derivatives_of_awkward_logits_are_those_of_the_reverse_rule(rng, what, 
     f, point = both_modes(rng, dense, what)
     direction = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape), a.dtype), point)
     widened = lambda tree: jax.tree.map(lambda a: a.astype(jnp.float32), tree)  # noqa: E731
-    value, gradient = jax.value_and_grad(f)(widened(point), False)
+    value, gradient = jax.jit(jax.value_and_grad(f), static_argnums=1)(widened(point), False)
     chex.assert_tree_all_finite((value, gradient))
     along = sum(jax.tree.leaves(jax.tree.map(jnp.vdot, gradient, widened(direction))))
 
-    forward = lambda p: f(p, True)  # noqa: E731
-    assert_close(jax.jvp(forward, (point,), (direction,)), (value, along))
-    assert_close(widened(jax.grad(forward)(point)), gradient, BUDGET + epsilon(point["logits"].dtype) / 2)
+    @jax.jit
+    def by_forward_mode(point, direction):
+        forward = lambda p: f(p, True)  # noqa: E731
+        return jax.jvp(forward, (point,), (direction,)), jax.grad(forward)(point)
+
+    along_forward, gradient_forward = by_forward_mode(point, direction)
+    assert_close(along_forward, (value, along))
+    assert_close(widened(gradient_forward), gradient, BUDGET + epsilon(point["logits"].dtype) / 2)
 
 
 @pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
