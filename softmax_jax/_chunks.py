@@ -143,8 +143,8 @@ def _zeros(f, shared, chunks) -> Array:
 def _cast(gradients: PyTree, operands: PyTree, factor: Array | float = 1.0) -> PyTree:
     """Gradients in their operands' dtype; multiplied by `factor`, and summed over the devices that share an operand,
     before that one cast."""
-    times = lambda g: g * jnp.asarray(factor, g.dtype)  # noqa: E731
-    return jax.tree.map(lambda g, a: same_on_devices(times(g), a).astype(a.dtype), gradients, operands)
+    scaled = lambda g: g * jnp.asarray(factor, g.dtype)  # noqa: E731
+    return jax.tree.map(lambda g, a: same_on_devices(scaled(g), a).astype(a.dtype), gradients, operands)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -170,38 +170,45 @@ def _class_sums_fwd(logits, labels, class_weights, adjustment, unused, axis, smo
     return sums, (logits, labels, class_weights, adjustment, unused, sums.shift, pivot)
 
 
+def _pull_label_sums(z, labels, class_weights, where, at_pivot, cotangents):
+    """(dz, dlabels, dclass_weights) of the masses and the label_sum of dense labels."""
+    target, pull = jax.vjp(lambda t, c: _target(t, c, where, z.dtype), labels, class_weights)
+    of_sum = cotangents.label_sum
+    dtarget = cotangents.rest_mass + of_sum * finite(z, (of_sum == 0) | (target == 0))
+    return of_sum * target, *pull(jnp.where(at_pivot, cotangents.own_mass, dtarget))
+
+
+def _pull_prior(z, class_weights, where, of_prior):
+    """(dz, dclass_weights)."""
+    each, pull = jax.vjp(lambda c: _uniform(c, where, z), class_weights)
+    return of_prior * each, *pull(of_prior * finite(z, (of_prior == 0) | (each == 0)))
+
+
 def _class_sums_bwd(axis, smooth, class_axes, residuals, cotangents):
     logits, labels, class_weights, adjustment, unused, shift, pivot = residuals
     cotangents = vary(cotangents, varying(logits))
     pivot = pivot - offset(logits.shape[axis], class_axes)
     where, scale, softcap = adjustment
-    dense = jnp.issubdtype(labels.dtype, jnp.floating)
 
     logits, shift, drest = apart(logits, shift, cotangents.rest)
     logits, labels = _emptied(unused, logits, labels, axis)
     shift = shift if unused is None else jnp.where(unused, 0, shift)
+    across: ClassSums = jax.tree.map(lambda c: jnp.expand_dims(c, axis), cotangents._replace(rest=drest))
 
     of_operands = lambda x, scale, softcap: shifted(x, Adjustment(where, scale, softcap), shift, axis)  # noqa: E731
     z, pull_adjusted = jax.vjp(of_operands, logits, scale, softcap)
     at_pivot = is_at(pivot, z, axis)
-    across = lambda cotangent: jnp.expand_dims(cotangent, axis)  # noqa: E731
-    dz, dlabels, dclass_weights = across(drest) * jnp.exp(z), None, jax.tree.map(jnp.zeros_like, class_weights)
-    if dense:
-        target, pull = jax.vjp(lambda t, c: _target(t, c, where, z.dtype), labels, class_weights)
-        of_sum = across(cotangents.label_sum)
-        dz = dz + of_sum * target
-        dtarget = across(cotangents.rest_mass) + of_sum * finite(z, (of_sum == 0) | (target == 0))
-        dtarget = jnp.where(at_pivot, across(cotangents.own_mass), dtarget)
-        dlabels, dclass_weights = pull(dtarget)
+    dz, dlabels, dclass_weights = across.rest * jnp.exp(z), None, jax.tree.map(jnp.zeros_like, class_weights)
+    if jnp.issubdtype(labels.dtype, jnp.floating):
+        of_labels, dlabels, dclass_weights = _pull_label_sums(z, labels, class_weights, where, at_pivot, across)
+        dz = dz + of_labels
     elif class_weights is not None:
         _, pull = jax.vjp(lambda c: _own_mass(labels, c, where, pivot, z.shape[axis], axis, z.dtype), class_weights)
         (dclass_weights,) = pull(cotangents.own_mass)
-    dz = jnp.where(at_pivot, across(cotangents.own), dz)
+    dz = jnp.where(at_pivot, across.own, dz)
     if smooth:
-        each, pull = jax.vjp(lambda c: _uniform(c, where, z), class_weights)
-        of_prior = across(cotangents.prior)
-        dz, (dc,) = dz + of_prior * each, pull(of_prior * finite(z, (of_prior == 0) | (each == 0)))
-        dclass_weights = jax.tree.map(jnp.add, dclass_weights, dc)
+        uniform, more = _pull_prior(z, class_weights, where, across.prior)
+        dz, dclass_weights = dz + uniform, jax.tree.map(jnp.add, dclass_weights, more)
     dlogits, dscale, dsoftcap = pull_adjusted(dz)
     return dlogits, dlabels, dclass_weights, Adjustment(None, dscale, dsoftcap), None
 

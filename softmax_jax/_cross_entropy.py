@@ -122,7 +122,7 @@ def cross_entropy(
 
 
 class _How(NamedTuple):
-    """What is no array."""
+    """Static arguments."""
 
     axis: int
     reduction: Reduction

@@ -113,7 +113,7 @@ def linear_cross_entropy(
 
 
 class _How(NamedTuple):
-    """What is no array."""
+    """Static arguments."""
 
     transpose_weight: bool
     reduction: Reduction

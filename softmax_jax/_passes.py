@@ -101,19 +101,18 @@ def distance(pivot: Array, like: Array, axis: int) -> Array:
     return jnp.abs(ids - jnp.expand_dims(pivot, axis).astype(ids.dtype)).astype(like.dtype)
 
 
-def _ids(z: Array, axis: int) -> Array:
-    """The class of every entry, in z's dtype where that is exact: up to 2**24 classes in float32."""
-    exact = z.shape[axis] <= 2**24
+def _ids(z: Array, axis: int, ranks: int = 1) -> Array:
+    """The class of every entry, in z's dtype where `ranks` times as many are exact: up to 2**24 in float32."""
+    exact = ranks * z.shape[axis] <= 2**24
     return lax.broadcasted_iota(z.dtype if exact else jnp.int32, z.shape, axis)
 
 
 @jax.custom_jvp
 def times(factor: Array, z: Array) -> Array:
     """factor · z, but 0 where the factor is 0 and z = -inf: z is bounded from below, by 0 where the factor is 0 and by
-    -inf where it is a normal number."""
+    -inf where it is a normal number. (By two factors with a minimum in between, which no compiler makes one.)"""
     highest = float(jnp.finfo(z.dtype).max)
-    large = factor * highest
-    return factor * jnp.maximum(z, large * large * -highest)
+    return factor * jnp.maximum(z, -highest * jnp.minimum(jnp.abs(factor) * highest, highest))
 
 
 @times.defjvp
@@ -128,7 +127,7 @@ def finite(z: Array, unused: Array) -> Array:
 
 
 def sum_of_others(logits: Array, m: Array, pivot: Array, adjustment: Adjustment, axis: int) -> Array:
-    """Σ_{v≠pivot} exp(z_v - m), in which no term is larger than e."""
+    """Σ_{v≠pivot} exp(z_v - m). A term is at most 1, up to rounding; its bound is 0 at the pivot, else at least 4."""
 
     def others(arrays, m, pivot, axis):
         e = jnp.exp(z_of(arrays, adjustment, m, axis))
@@ -144,22 +143,27 @@ def z_of(arrays: tuple[Array, Array | None], adjustment: Adjustment, m: Array, a
 
 
 def top_class(logits: Array, m: Array, adjustment: Adjustment, axis: int, class_axes: Names = ()) -> Array:
-    """The first of all classes whose z is the maximum, or within 1 (and a few roundings) of it, which serves as well:
-    the maximum is then among the others, and their sum no tail. (So does the other class that a z within 1e-36 of that
-    bound may give.) The number of classes for a row that has none."""
-    size = logits.shape[axis]
-    limits = jnp.finfo(m.dtype)
-    nearly = jnp.maximum(m - 1 - 16 * limits.eps * jnp.abs(m), limits.min)
+    """The first of all classes whose z is the maximum; where rounding (above) leaves none, the first within a few
+    roundings of it. The number of classes for a row that has neither: it is NaN or all -inf."""
+    size, classes = logits.shape[axis], count(logits.shape[axis], class_axes)
+    few = 4 * float(jnp.finfo(m.dtype).eps)
+    roundings = jnp.expand_dims(few * jnp.maximum(jnp.abs(m), 1), axis)
 
-    def candidates(arrays, nearly, _, axis):
-        below = z_of(arrays, adjustment, nearly, axis)
-        ids, beyond = _ids(below, axis), jnp.minimum(below * -1e38, below.shape[axis])  # ≤ 0 at a candidate
-        return jnp.maximum(ids, beyond.astype(ids.dtype))
+    def ranks(arrays, m, _, axis):
+        """v for a maximum, v + size for what is near one, v + 2 size for the rest."""
+        logits, where, roundings = arrays
+        gap = -z_of((logits, where), adjustment, m, axis)
+        ids, size = _ids(gap, axis, ranks=3), gap.shape[axis]
+        beyond = lambda margin: jnp.minimum(jnp.maximum(gap - margin, 0) * 1e38, size)  # 0 or size  # noqa: E731
+        return ids + (beyond(few) + beyond(roundings)).astype(ids.dtype)
 
-    first = in_blocks(jnp.min, candidates, (logits, adjustment.where), nearly, jnp.zeros_like(m, jnp.int32), axis)
+    first = in_blocks(jnp.min, ranks, (logits, adjustment.where, roundings), m, jnp.zeros_like(m, jnp.int32), axis)
     blocks = first.shape[axis]
-    found, first = first < size // blocks, first.astype(jnp.int32) + first_of_blocks(size, blocks, m, axis)
-    return pmin(jnp.min(jnp.where(found, first + offset(size, class_axes), count(size, class_axes)), axis), class_axes)
+    width = size // blocks
+    rank, first = jnp.divmod(jnp.where(first < 2 * width, first, 2 * width).astype(jnp.int32), width)  # of NaN too
+    first = first + first_of_blocks(size, blocks, m, axis) + offset(size, class_axes)
+    first = pmin(jnp.min(rank * classes + first, axis), class_axes)
+    return jnp.where(first < 2 * classes, first % classes, classes)
 
 
 def is_at(pivot: Array, like: Array, axis: int) -> Array:

@@ -192,9 +192,9 @@ def _log_softmax_bwd(axis, residuals, g):
     of_existing = lambda g: upcast(g) if where is None else jnp.where(where, upcast(g), 0)  # noqa: E731
     total = alone(lambda g: jnp.sum(of_existing(g), axis, keepdims=True), g)
     at_top, nll, log_p = _around_top(x, where, kept, axis)
-    (top_miss,) = apart(-jnp.expm1(-nll))
+    top_p, top_miss = apart(jnp.exp(-nll), -jnp.expm1(-nll))
     g, p = of_existing(g), jnp.exp(log_p)
-    miss = jnp.where(at_top, top_miss, 1 - p)
+    p, miss = jnp.where(at_top, top_p, p), jnp.where(at_top, top_miss, 1 - p)
     return (g * miss - p * (total - g)).astype(x.dtype), None
 
 

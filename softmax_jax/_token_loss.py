@@ -66,7 +66,7 @@ def _log_spread_jvp(primals, tangents):
     return log_spread(rest, own), drest / t + jnp.exp(own) / t * down
 
 
-def _times(factor: Array, value: Array) -> Array:
+def _scaled(factor: Array, value: Array) -> Array:
     """factor · value, where a factor of 0 wins over an infinite value."""
     return factor * finite(value, factor == 0)
 
@@ -135,20 +135,20 @@ def _smoothed(
         present = each if where is None else jnp.where(where, each, 0)
         mass = psum(jnp.sum(present, axis) * (classes if present.shape[axis] == 1 else 1), class_axes)
     uniform = (mass * spread - prior) / existing
-    return _times(1 - smoothing, loss) + _times(smoothing, uniform)
+    return _scaled(1 - smoothing, loss) + _scaled(smoothing, uniform)
 
 
 def _loss(sums: ClassSums, classes: int, options: Options, axis: int, class_axes: Names) -> Array:
     """ℓ of every token, before its weight; `classes` are those of this device."""
     nll = negative_log_likelihood(sums.rest, sums.own)
     spread = log_spread(sums.rest, sums.own)
-    loss = nll if sums.own_mass is None else _times(sums.own_mass, nll)
+    loss = nll if sums.own_mass is None else _scaled(sums.own_mass, nll)
     if sums.rest_mass is not None and sums.label_sum is not None:
         loss = loss + sums.rest_mass * spread - sums.label_sum
     if sums.prior is not None:
         loss = _smoothed(loss, spread, sums.prior, classes, options, axis, class_axes)
     if options.z_loss is not None:
-        loss = loss + _times(options.z_loss, (sums.shift + spread) ** 2)
+        loss = loss + _scaled(options.z_loss, (sums.shift + spread) ** 2)
     return loss
 
 

@@ -129,6 +129,15 @@ def test_a_shard_of_minus_inf_alone(rng, dense):
     check(rng, asked)
 
 
+@both
+def test_one_class_and_one_token_a_device(rng, dense):
+    asked = problem(rng, (2, 4), dense, names=("class_weights", "label_smoothing"), reduction="none")
+    asked.arrays["class_weights"][1] = 0
+    if dense:
+        asked.arrays["labels"] = np.eye(4, dtype=np.float32)[[3, 1]]
+    check(rng, asked)
+
+
 @doors
 def test_class_counts_that_devices_do_not_divide(rng, embed):
     """61 classes padded to 64 by `where`: the loss of 61, and inf for the id of a padded class."""

@@ -11,7 +11,7 @@ from helpers import ALONE, assert_within, epsilon, loss_and_grad, random_case, r
 from softmax_jax import cross_entropy, linear_cross_entropy, log_softmax
 
 MARGINS = np.linspace(-100, 100, 401)
-OFFSETS = [0, 1e4, -1e4]
+OFFSETS = [0, 1e4, -1e4, 1e7, -(2.0**24)]
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 
 # The argument of the largest exponential that matters is about -margin, rounded to float32: ≤ 100 · 2^-24 = 6e-6
@@ -33,10 +33,11 @@ def at_margins(rng, margins, dtype=jnp.float32, offset=0.0, classes=11):
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
 @pytest.mark.parametrize("kind", ["integer", "one-hot"])
 def test_every_margin_from_minus_100_to_100(device, rng, dtype, kind):
-    """Also with 1e4 added to every logit, or taken from it."""
+    """Also with a constant added to every logit, up to where float32 holds every other integer alone."""
+    offsets = [offset for offset in OFFSETS if abs(offset) < float(jnp.finfo(dtype).max)]
     logits, labels = (
         np.concatenate(rows)
-        for rows in zip(*(at_margins(rng, MARGINS, dtype, offset) for offset in OFFSETS), strict=True)
+        for rows in zip(*(at_margins(rng, MARGINS, dtype, offset) for offset in offsets), strict=True)
     )
     targets = labels if kind == "integer" else np.eye(11, dtype=np.float32)[labels]
     cotangent = rng.normal(size=len(logits)).astype(np.float32)
@@ -170,6 +171,17 @@ def test_one_class_has_no_loss_no_gradient_no_curvature(how, dense):
     for z in (-100.0, 0.0, 1e4):
         z = jnp.full(1, z)
         assert f(z) == 0 and jax.grad(f)(z) == 0 and SECOND_ORDER[how](f)(z) == 0
+
+
+@pytest.mark.parametrize("variant", [jax.jit, lambda f: f], ids=["jit", "eager"])
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_one_class_of_weight_0(variant, tokens):
+    """Nothing is left to sum, and a compiler may fold all of it into constants."""
+    z, nothing = jnp.full((tokens, 1), 3.0), jnp.zeros((tokens, 1))
+    weighted = {"class_weights": jnp.zeros(1), "label_smoothing": 0.1, "reduction": "sum"}
+    for labels, options in ((nothing, {}), (jnp.zeros(tokens, jnp.int32), weighted), (nothing + 1, weighted)):
+        loss, grad = variant(jax.value_and_grad(lambda z, y=labels, how=options: cross_entropy(z, y, **how)))(z)
+        assert loss == 0 and np.all(grad == 0)
 
 
 @pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])

@@ -69,6 +69,23 @@ def test_the_lowest_logit_of_all(rng):
     np.testing.assert_allclose(log_softmax(logits), [[-np.log(3)] * 3, [0, -INF, -INF]], rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_one_hot_labels_beside_a_class_that_is_almost_the_maximum(dtype):
+    """All others are -inf: none of them may be taken for the largest, how small the gap to it ever is."""
+    with jax.enable_x64(True):
+        eps = np.finfo(dtype).eps
+        gaps = [0, 1e-300, 5e-38, 1e-20, eps, 2 * eps, 4 * eps, 4 * eps + 5e-38, 5 * eps, 16 * eps, 1, 1 + 16 * eps]
+        pairs = [(m, m - gap) for m in (0, 4 * eps, 1, 1 + 16 * eps, 2, -1, 1e7) for gap in gaps]
+        pairs += [(m, m - 1 - 16 * eps * m - 5e-38) for m in (1, 1 + 16 * eps)]  # a gap of about 1 and 5e-38
+        logits = np.full((len(pairs), 8), -INF, dtype)
+        logits[:, 7], logits[:, 0] = np.array(pairs).T
+        one_hot = np.eye(8, dtype=dtype)[np.arange(len(pairs)) % 2 * 7]
+        got = loss_and_grad(jax.jit, logits, one_hot, np.ones(len(pairs), dtype), {"reduction": "none"})
+        want = loss_and_grad(jax.jit, logits, one_hot.argmax(-1), np.ones(len(pairs), dtype), {"reduction": "none"})
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_allclose(a, b, rtol=16 * eps, atol=0)
+
+
 @both
 def test_a_smoothed_class_of_probability_zero_is_infinite(rng, dense):
     logits, labels, _ = random_case(rng, (5, 7), dense=dense)
