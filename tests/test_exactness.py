@@ -52,6 +52,29 @@ def test_every_margin_from_minus_100_to_100(device, rng, dtype, kind):
         assert np.all(abs(np.asarray(grad, np.float64) - want.grad) <= allowed + smallest)
 
 
+@pytest.mark.parametrize("classes", [70000, 32771])
+@pytest.mark.parametrize("kind", ["one-hot", "log_softmax"])
+def test_margins_of_rows_longer_than_a_block(rng, classes, kind):
+    """Of 4 x 17500 and of a prime number of classes: the largest class is found in any block, of products too."""
+    z, labels = at_margins(rng, np.linspace(20, 80, 7), classes=classes)
+    labels_too = jax.nn.one_hot(labels, classes)
+    cotangent = rng.normal(size=len(z)).astype(np.float32)
+
+    def loss(z, scale):
+        logits = z * scale
+        if kind == "log_softmax":
+            return -jnp.take_along_axis(log_softmax(logits), labels[:, None], 1)[:, 0]
+        return cross_entropy(logits, labels_too, reduction="none")
+
+    for scale in (1, np.float32(0.7)):
+        logits = z * scale
+        want = reference.cross_entropy(logits, labels, reduction="none", cotangent=np.float64(cotangent))
+        got = jax.jit(loss)(z, scale)
+        grad = jax.jit(jax.grad(lambda z, scale: jnp.sum(loss(z, scale) * cotangent)))(z, scale)
+        assert relative_error(got, want.loss).max() < 2 * PROMISE  # z rounded twice, here and in the truth
+        assert relative_error(grad, want.grad * np.float64(scale)).max() < 2 * PROMISE
+
+
 MADE = {
     "constant": lambda z: z * 0.7,
     "traced": lambda z, scale: z * scale,
