@@ -10,7 +10,7 @@ from jaxtyping import Bool, Num
 
 from softmax_jax import _checks
 from softmax_jax._adjustment import Adjustment, adjust, row_shift, shifted
-from softmax_jax._dtypes import floating, upcast
+from softmax_jax._dtypes import accumulator, floating, upcast
 from softmax_jax._passes import (
     alone,
     apart,
@@ -149,31 +149,30 @@ def _log_softmax_value(x, where, axis):
     (m,) = apart(row_shift(adjust(x, masked), axis))
     top = top_class(x, m, masked, axis)
     rest = sum_of_others(x, m, top, masked, axis)
-    own = jnp.where(top < x.shape[axis], _z_at(x, m, top, masked, axis), -jnp.inf)
+    highest = _at_top(x, where, top, axis)
+    own = jnp.where(top < x.shape[axis], highest - m, -jnp.inf)
     nll = negative_log_likelihood(rest, own)
     nll = nll if where is None else jnp.where(jnp.any(where, axis), nll, 0)
     kept = apart(top, nll)
-    at_top, nll, log_p = _around_top(x, where, kept, axis)
+    at_top, nll, log_p = _around_top(x, where, highest, kept, axis)
     y = jnp.where(at_top, -nll, log_p)
     return (y if where is None else jnp.where(where, y, -jnp.inf)).astype(x.dtype), kept
 
 
-def _z_at(x, m, pivot, masked, axis):
-    """z at the pivot, as a sum, which any sharding of the classes admits."""
+def _at_top(x, where, top, axis):
+    """x_a, as a sum, which any sharding of the classes admits; 0 where there is none."""
 
     def at_pivot(arrays, m, pivot, axis):
-        z = z_of(arrays, masked, m, axis)
+        z = z_of(arrays, Adjustment(), m, axis)
         return times(1 - jnp.minimum(distance(pivot, z, axis), 1), z)
 
-    return sum_over_classes(at_pivot, (x, masked.where), m, pivot, axis)
+    return sum_over_classes(at_pivot, (x, where), jnp.zeros(top.shape, accumulator(x.dtype)), top, axis)
 
 
-def _around_top(x, where, kept, axis):
+def _around_top(x, where, highest, kept, axis):
     """Where the top is, its nll, and log p_v elsewhere."""
     top, nll = kept
-    masked = Adjustment(where=where)
-    highest = _z_at(x, jnp.zeros_like(nll), top, masked, axis)
-    log_p = shifted(x, masked, highest, axis) - jnp.expand_dims(nll, axis)
+    log_p = shifted(x, Adjustment(where=where), highest, axis) - jnp.expand_dims(nll, axis)
     return is_at(top, x, axis), jnp.expand_dims(nll, axis), log_p
 
 
@@ -191,7 +190,7 @@ def _log_softmax_bwd(axis, residuals, g):
     x, where, kept = residuals
     of_existing = lambda g: upcast(g) if where is None else jnp.where(where, upcast(g), 0)  # noqa: E731
     total = alone(lambda g: jnp.sum(of_existing(g), axis, keepdims=True), g)
-    at_top, nll, log_p = _around_top(x, where, kept, axis)
+    at_top, nll, log_p = _around_top(x, where, _at_top(x, where, kept[0], axis), kept, axis)
     top_p, top_miss = apart(jnp.exp(-nll), -jnp.expm1(-nll))
     g, p = of_existing(g), jnp.exp(log_p)
     p, miss = jnp.where(at_top, top_p, p), jnp.where(at_top, top_miss, 1 - p)

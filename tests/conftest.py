@@ -11,7 +11,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
-settings.register_profile("normal", max_examples=20, derandomize=True, deadline=None, database=None)
+settings.register_profile("normal", max_examples=30, derandomize=True, deadline=None, database=None)
 settings.register_profile("fuzz", max_examples=2400, derandomize=True, deadline=None, database=None)
 settings.load_profile("normal")
 

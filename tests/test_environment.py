@@ -31,7 +31,7 @@ def results(dtype):
         "poly": (lambda z, t: softmax_jax.poly_loss_cross_entropy(z, t, epsilon=2.0), z, t),
         "safe": (softmax_jax.safe_softmax_cross_entropy, z, t),
     }
-    for reduction in ("mean", "none"):
+    for reduction in ("mean", "sum", "none"):
         how = {"reduction": reduction, **({"normalizer": 3} if reduction == "mean" else {})}
         cases[f"plain, {reduction}"] = lambda z, how=how: cross_entropy(z, ids, **how), z
         cases[f"dense, {reduction}"] = lambda z, t, how=how: cross_entropy(z, t, **how, **arrays), z, t
