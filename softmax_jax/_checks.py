@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 
 from softmax_jax._dtypes import accumulator, nan_unless
 from softmax_jax._sharding import Names, checks_varying, varying
+from softmax_jax._targets import Labels, SparseLabels, are_ids
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -77,9 +78,13 @@ def floating(name: str, x: Array) -> None:
         raise TypeError(f"`{name}` must be floating; got dtype {x.dtype}. Pass `{name}.astype(jnp.float32)`.")
 
 
-def labels_of(labels: Array, logits_shape: tuple[int, ...], axis: int) -> None:
-    """Integers in the batch shape, or floats in the logits' shape: nothing is broadcast, nothing guessed."""
+def labels_of(labels: Any, logits_shape: tuple[int, ...], axis: int) -> Labels:
+    """Integers in the batch shape, floats in the logits' shape or SparseLabels, as arrays: nothing is broadcast,
+    nothing guessed."""
     batch = logits_shape[:axis] + logits_shape[axis + 1 :]
+    if isinstance(labels, SparseLabels):
+        return _sparse_labels(labels, batch)
+    labels = jnp.asarray(labels)
     integer = jnp.issubdtype(labels.dtype, jnp.integer)
     if not integer and not jnp.issubdtype(labels.dtype, jnp.floating):
         raise TypeError(
@@ -93,6 +98,25 @@ def labels_of(labels: Array, logits_shape: tuple[int, ...], axis: int) -> None:
             f"{logits_shape} with the classes on axis {axis}. Class ids are integers of shape {batch}; probabilities "
             f"are floats of shape {logits_shape}: cast `labels` to the kind that you mean, or reshape it."
         )
+    return labels
+
+
+def _sparse_labels(labels: SparseLabels, batch: tuple[int, ...]) -> SparseLabels:
+    ids, probs = jnp.asarray(labels.ids), jnp.asarray(labels.probs)
+    others = None if labels.others is None else jnp.asarray(labels.others)
+    floats = (probs,) if others is None else (probs, others)
+    if not jnp.issubdtype(ids.dtype, jnp.integer) or not all(jnp.issubdtype(a.dtype, jnp.floating) for a in floats):
+        raise TypeError(
+            f"`SparseLabels` must have integer ids and floating probabilities; got {[a.dtype for a in (ids, *floats)]}"
+            " for ids, probs, others. Cast them."
+        )
+    fits = ids.ndim == len(batch) + 1 and ids.shape[:-1] == batch and probs.shape == ids.shape
+    if not fits or (others is not None and others.shape != batch):
+        raise ValueError(
+            f"`SparseLabels` must have ids and probs of shape (*batch, k) and others of the batch shape, {batch} here; "
+            f"got {[a.shape for a in (ids, *floats)]} for ids, probs, others. Reshape them."
+        )
+    return SparseLabels(ids, probs, others)
 
 
 def broadcastable(name: str, shape: tuple[int, ...], target: tuple[int, ...], what: str) -> None:
@@ -134,14 +158,15 @@ def unless(neutral: Any, name: str, value: Any, dtype: Any, low: float, high: fl
     return scalar(name, value, dtype, low, high, open_low)
 
 
-def ignored_id(ignore_index: Any, labels: Array) -> np.ndarray | None:
+def ignored_id(ignore_index: Any, labels: Labels) -> np.ndarray | None:
     """`ignore_index` in the labels' dtype; None where no label can equal it."""
     if ignore_index is None:
         return None
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
+    if isinstance(labels, SparseLabels) or not are_ids(labels):
+        kind = "SparseLabels" if isinstance(labels, SparseLabels) else f"labels of dtype {labels.dtype}"
         raise ValueError(
-            f"`ignore_index` goes with integer labels; got ignore_index={ignore_index!r} and labels of dtype "
-            f"{labels.dtype}. Give those tokens weight 0 with `weights` instead."
+            f"`ignore_index` goes with integer labels; got ignore_index={ignore_index!r} and {kind}. "
+            "Give those tokens weight 0 with `weights` instead."
         )
     try:
         index = operator.index(ignore_index)
@@ -155,7 +180,7 @@ def options_for(
     shape: tuple[int, ...],
     dtype: Any,
     axis: int,
-    labels: Array,
+    labels: Labels,
     *,
     where: ArrayLike | None,
     weights: ArrayLike | None,

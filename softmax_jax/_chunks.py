@@ -1,7 +1,7 @@
 """Sums and maps over chunks of tokens whose gradients are taken chunk by chunk. Knows nothing of losses.
 
     sum_over_chunks(f, shared, chunks) = Σ_c f(shared, chunk_c)            f is scalar
-    map_over_chunks(f, shared, chunks)[:, c] = f(shared, chunk_c)          f gives one number a token
+    map_over_chunks(f, shared, chunks)[:, c] = f(shared, chunk_c)          f gives numbers a token, [size] each
 
 `chunks` is a pytree of arrays [size, count, ...]; chunk c is [:, c]. Tokens are dealt out in turn, token t to chunk
 t % count, so that a batch that is sharded over its first axis stays where it is. `shared` is a pytree that every
@@ -11,7 +11,7 @@ gradient is float32 until the one cast at the end; `f` casts back where it wants
 The gradient of the sum is taken in the forward loop, since one scalar cotangent multiplies all of it afterwards:
 three matrix products for a linear layer, where recomputing the chunk in the backward pass would cost four. The map has
 a cotangent of its own for every token, so its chunks are made again in the backward loop. Only operands whose gradient
-is asked for get one.
+is asked for get one, and of the outputs of a map only those whose cotangent is not 0 are made again.
 """
 
 from collections.abc import Callable
@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.core import Tracer
+from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
 from softmax_jax._dtypes import upcast
@@ -48,14 +49,15 @@ def sum_over_chunks(f: Callable[[PyTree, PyTree], Array], shared: PyTree, chunks
     return _sum(f, shared, chunks)
 
 
-def map_over_chunks(f: Callable[[PyTree, PyTree], Array], shared: PyTree, chunks: PyTree) -> Array:
-    """f(shared, chunk_c) for every chunk, [size, count]: `sum_over_chunks` for an `f` with one number a token."""
+def map_over_chunks(f: Callable[[PyTree, PyTree], PyTree], shared: PyTree, chunks: PyTree) -> PyTree:
+    """f(shared, chunk_c) for every chunk: as `sum_over_chunks`, of an `f` whose results are [size], one a token, in any
+    pytree; each comes back as [size, count]."""
     _refuse_closure(f, shared, chunks)
     return _map(f, shared, chunks)
 
 
 def _refuse_closure(f, shared, chunks):
-    if any(isinstance(const, Tracer) for const in _traced(f, shared, chunks).consts):
+    if any(isinstance(const, Tracer) for const in _traced(f, shared, chunks)[0].consts):
         raise ValueError(
             "the function given to a sum or map over chunks closes over a traced value, whose gradient would be lost. "
             "Pass that value in `shared`, or in `chunks` if there is one a token."
@@ -63,8 +65,9 @@ def _refuse_closure(f, shared, chunks):
 
 
 def _traced(f, shared, chunks):
-    """f of one chunk, as a jaxpr."""
-    return jax.make_jaxpr(lambda shared, chunks: f(_up(shared), _take(chunks, 0)))(shared, chunks)
+    """f of one chunk, as (a jaxpr, the pytree of its results)."""
+    of_first = lambda shared, chunks: f(_up(shared), _take(chunks, 0))  # noqa: E731
+    return jax.make_jaxpr(of_first, return_shape=True)(shared, chunks)
 
 
 def _up(shared: PyTree) -> PyTree:
@@ -104,10 +107,10 @@ def _joined(asked: PyTree, given: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: b if a is None else a, asked, given, is_leaf=lambda a: a is None)
 
 
-def _pull(f, shared, chunks, cotangents: Array | None) -> tuple[Array | None, PyTree, PyTree]:
+def _pull(f, shared, chunks, cotangents: PyTree | None) -> tuple[Array | None, PyTree, PyTree]:
     """One loop for value and gradients: (Σ f or None, d(shared), d(chunks)), both in float32.
 
-    `cotangents` are those of f's outputs, [size, count]; None is 1 for a scalar f, whose sum is then returned.
+    `cotangents` are those of f's results, [size, count]; None is 1 for a scalar f, whose sum is then returned.
     """
 
     @partial(jax.checkpoint, prevent_cse=False)
@@ -135,9 +138,10 @@ def _vjp(f, shared, chunk):
     return jax.vjp(of_asked, _up(asked_shared), _up(asked_chunk))
 
 
-def _zeros(f, shared, chunks) -> Array:
+def _zeros(f, shared, chunks) -> PyTree:
     """What f returns for a chunk, all 0."""
-    return zeros_as(_traced(f, shared, chunks).out_avals[0])
+    jaxpr, shapes = _traced(f, shared, chunks)
+    return jax.tree.unflatten(jax.tree.structure(shapes), [zeros_as(kind) for kind in jaxpr.out_avals])
 
 
 def _cast(gradients: PyTree, operands: PyTree, factor: Array | float = 1.0) -> PyTree:
@@ -167,8 +171,8 @@ _sum.defvjp(_sum_fwd, _sum_bwd, symbolic_zeros=True)
 
 
 def _map_loop(of_index, f, shared, chunks):
-    one = _zeros(f, shared, chunks)
-    init = jnp.broadcast_to(one[:, None], (one.shape[0], jax.tree.leaves(chunks)[0].shape[1]))
+    size, count = jax.tree.leaves(chunks)[0].shape[:2]
+    init = jax.tree.map(lambda one: jnp.broadcast_to(one[:, None], (size, count)), _zeros(f, shared, chunks))
     return _loop(lambda index, out: _put(out, of_index(index), index), init, chunks)
 
 
@@ -186,7 +190,15 @@ def _map_fwd(f, shared, chunks):
 
 def _map_bwd(f, residuals, cotangents):
     shared, chunks = residuals
-    _, dshared, dchunks = _pull(f, shared, chunks, cotangents)
+    # Integers and what nobody uses have none.
+    given = lambda c: not isinstance(c, SymbolicZero) and c.dtype != jax.dtypes.float0  # noqa: E731
+    used = {i: c for i, c in enumerate(jax.tree.leaves(cotangents)) if given(c)}
+
+    def of_used(shared, chunk):
+        results = jax.tree.leaves(f(shared, chunk))
+        return {i: results[i] for i in used}
+
+    _, dshared, dchunks = _pull(of_used, shared, chunks, used)
     return _cast(dshared, shared[0]), _cast(dchunks, chunks[0])
 
 

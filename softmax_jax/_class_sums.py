@@ -24,7 +24,7 @@ own, with a pivot that may be none of them, and one psum adds the sums up.
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,18 +34,32 @@ from softmax_jax._adjustment import Adjustment, adjust, row_shift, shifted
 from softmax_jax._dtypes import nan_unless
 from softmax_jax._passes import (
     apart,
-    distance,
+    beyond_exp,
     finite,
     is_at,
-    pick,
+    moment_of_others,
     pick_logit,
     sum_of_others,
     sum_over_classes,
     times,
     top_class,
+    with_at_ids,
     z_of,
 )
 from softmax_jax._sharding import Names, checks_varying, count, offset, psum, vary, vary_alike, varying
+from softmax_jax._targets import (
+    Labels,
+    SparseLabels,
+    are_dense,
+    are_ids,
+    dense_sums,
+    few,
+    few_of,
+    own_mass,
+    sparse_sums,
+    target,
+    uniform,
+)
 
 
 class ClassSums(NamedTuple):
@@ -55,97 +69,69 @@ class ClassSums(NamedTuple):
     rest: Array
     own: Array
     own_mass: Array | None = None  # t_pivot; None is 1
-    rest_mass: Array | None = None  # Σ_{v≠pivot} t_v; None is 0, as are the two below
+    rest_mass: Array | None = None  # Σ_{v≠pivot} t_v; None is 0, as are those below
     label_sum: Array | None = None  # Σ_{v≠pivot} t_v (z_v - m)
-    prior: Array | None = None  # Σ_v c_v (z_v - m), for label smoothing
+    prior: Array | None = None  # Σ_v c_v (z_v - m), for probability that is spread evenly
+    moment: Array | None = None  # Σ_{v≠pivot} exp(z_v - m) (m - z_v), for the entropy
 
 
-# What is linear in z - m. In each sum, a factor of exactly 0 wins over z = -inf.
+class Asked(NamedTuple):
+    """Which sums are made besides those that the labels need. Static."""
 
-
-def _target(labels, class_weights, where, dtype):
-    """t_v of dense labels. What `where` hides may be NaN."""
-    labels, class_weights = _existing(labels.astype(dtype), where), _existing(class_weights, where)
-    return labels if class_weights is None else class_weights * labels
-
-
-def _existing(array: Any, where: Array | None) -> Any:
-    return array if array is None or where is None else jnp.where(where, array, 0)
-
-
-def _uniform(class_weights, where, z):
-    """c_v of every class that exists."""
-    each = jnp.ones_like(z) if class_weights is None else jnp.broadcast_to(class_weights, z.shape)
-    return _existing(each, where)
-
-
-def _own_mass(labels, class_weights, where, pivot, size, axis, dtype):
-    """t_pivot, and 0 where the pivot is none of the classes here; None for 1."""
-    in_range = jnp.clip(pivot, 0, size - 1)
-    there = lambda a: None if a is None else pick(a, in_range, axis)  # noqa: E731
-    dense = jnp.issubdtype(labels.dtype, jnp.floating)
-    mass = _target(there(labels), there(class_weights), there(where), dtype) if dense else there(class_weights)
-    return None if mass is None else jnp.where(in_range == pivot, mass, 0)
-
-
-def _label_sums(logits, labels, class_weights, m, pivot, adjustment, axis):
-    """(rest_mass, label_sum) of dense labels. A factor that is 0 at the pivot leaves it out: 1 elsewhere in the one
-    sum, a half in the other, since the two would share the same constant (see `alone`)."""
-
-    def others(arrays, m, pivot, axis):
-        labels, class_weights, where = arrays
-        target = _target(labels, class_weights, where, m.dtype)
-        return target * jnp.minimum(distance(pivot, target, axis), 1)
-
-    def of_logits(arrays, m, pivot, axis):
-        logits, labels, class_weights, where = arrays
-        z = z_of((logits, where), adjustment, m, axis)
-        return times(_target(labels, class_weights, where, m.dtype), z * jnp.minimum(distance(pivot, z, axis), 0.5))
-
-    arrays = labels, class_weights, adjustment.where
-    rest_mass = sum_over_classes(others, arrays, m, pivot, axis)
-    return rest_mass, 2 * sum_over_classes(of_logits, (logits, *arrays), m, pivot, axis)
+    prior: bool = False
+    moment: bool = False
 
 
 def _prior(logits, class_weights, m, adjustment, axis):
     def of_logits(arrays, m, _, axis):
         logits, class_weights, where = arrays
         z = z_of((logits, where), adjustment, m, axis)
-        return z if class_weights is None and where is None else times(_uniform(class_weights, where, z), z)
+        return z if class_weights is None and where is None else times(uniform(class_weights, where, z), z)
 
     # Without a pivot, and so not behind the same fence as the sum of the others, with which it would share z.
     return sum_over_classes(of_logits, (logits, class_weights, adjustment.where), m, jnp.zeros_like(m, jnp.int32), axis)
 
 
-def _sums(logits, labels, class_weights, adjustment, unused, axis, smooth, class_axes):
+def _sums(logits, labels, class_weights, adjustment, unused, axis, asked, class_axes):
     """ClassSums by plain JAX, and the pivot."""
-    dense, size, where = jnp.issubdtype(labels.dtype, jnp.floating), logits.shape[axis], adjustment.where
+    size, where = logits.shape[axis], adjustment.where
+    first = offset(size, class_axes)
     (m,) = apart(row_shift(adjust(logits, adjustment), axis, class_axes))
-    pivot = top_class(logits, m, adjustment, axis, class_axes) if dense else labels
-    here = pivot - offset(size, class_axes)
+    pivot = labels if are_ids(labels) else top_class(logits, m, adjustment, axis, class_axes)
+    here = pivot - first
     rest = sum_of_others(logits, m, here, adjustment, axis)
 
     # An id that no class has makes its row NaN, if it is used.
     in_range, exists = jnp.clip(here, 0, size - 1), (pivot >= 0) & (pivot < count(size, class_axes))
+    if isinstance(labels, SparseLabels):
+        exists &= ~jnp.any(jnp.isnan(labels.probs), axis)
     exists = exists if unused is None else exists | unused
     own = jnp.where(in_range == here, pick_logit(logits, in_range, adjustment, axis) - m, 0)
-    own_mass = _own_mass(labels, class_weights, where, here, size, axis, m.dtype)
 
-    rest_mass = label_sum = prior = None
-    if dense:
-        rest_mass, label_sum = _label_sums(logits, labels, class_weights, m, here, adjustment, axis)
-    if smooth:
-        prior = _prior(logits, class_weights, m, adjustment, axis)
+    mass = rest_mass = label_sum = None
+    if isinstance(labels, SparseLabels):
+        at = few(logits, labels, class_weights, where, first, axis)
+        z = shifted(at.logits, adjustment._replace(where=at.where), m, axis)
+        mass, rest_mass, label_sum = sparse_sums(z, labels.probs, at.class_weights, at, here, axis)
+    else:
+        mass = own_mass(labels, class_weights, where, here, size, axis, m.dtype)
+    if are_dense(labels):
+        rest_mass, label_sum = dense_sums(logits, labels, class_weights, m, here, adjustment, axis)
+    prior = _prior(logits, class_weights, m, adjustment, axis) if asked.prior else None
+    moment = moment_of_others(logits, m, here, adjustment, axis) if asked.moment else None
     (own,) = apart(nan_unless(exists, own))
-    return ClassSums(m, *psum((rest, own, own_mass, rest_mass, label_sum, prior), class_axes)), pivot
+    return ClassSums(m, *psum((rest, own, mass, rest_mass, label_sum, prior, moment), class_axes)), pivot
 
 
-# The rule. With the cotangents drest and down, and m a constant,
+# The rule. With the cotangents drest, dmoment and down, and m a constant,
 #
-#     dz_v = drest · exp(z_v - m)   for v ≠ pivot             dz_pivot = down
+#     dz_v = exp(z_v - m) · (drest + dmoment · (m - z_v - 1))   for v ≠ pivot             dz_pivot = down
 #
 # to which the linear sums add their own, and which is pulled back through `adjust`, where it is cast once. Kept: the
 # operands as they came, m and the pivot, one number each per token. Made again: z and its exponential.
+#
+# The few classes of SparseLabels come after: what their gradient is as a whole is computed for them alone, and written
+# over what all classes have.
 #
 # A row whose sums are not used, since its token has weight 0, is emptied before its gradient is made: whatever it
 # holds, NaN or inf, its gradient is exactly 0.
@@ -155,39 +141,68 @@ def _emptied(unused, logits, labels, axis):
     if unused is None:
         return logits, labels
     rows = jnp.expand_dims(unused, axis)
-    dense = jnp.issubdtype(labels.dtype, jnp.floating)
-    return jnp.where(rows, 0, logits), jnp.where(rows, 0, labels) if dense else labels
+    empty = lambda a: jnp.where(rows, 0, a) if jnp.issubdtype(a.dtype, jnp.floating) else a  # noqa: E731
+    return jax.tree.map(empty, (logits, labels))
 
 
-def _class_sums_fwd(logits, labels, class_weights, adjustment, unused, axis, smooth, class_axes):
+def _class_sums_fwd(logits, labels, class_weights, adjustment, unused, axis, asked, class_axes):
     if not checks_varying(class_axes):
         raise ValueError(
             f"the gradient over axis_name={class_axes} needs `jax.shard_map(..., check_vma=True)`, its default: "
             "without it, as under `jax.vmap` and `jax.pmap`, JAX does not tell a cotangent that every device has from "
             "one that is spread over them: the gradient would be wrong by the number of devices. Take it under that."
         )
-    sums, pivot = _sums(logits, labels, class_weights, adjustment, unused, axis, smooth, class_axes)
+    sums, pivot = _sums(logits, labels, class_weights, adjustment, unused, axis, asked, class_axes)
     return sums, (logits, labels, class_weights, adjustment, unused, sums.shift, pivot)
 
 
-def _pull_label_sums(z, labels, class_weights, where, at_pivot, cotangents):
+def _dz(z, at_pivot, class_weights, where, of_labels, cotangents):
+    """The gradient of z at any classes, by the cotangents of their tokens."""
+    slope = cotangents.rest
+    if cotangents.moment is not None:
+        slope = slope - cotangents.moment * (1 + beyond_exp(z))
+    dz = slope * jnp.exp(z)
+    dz = dz if of_labels is None else dz + of_labels
+    dz = jnp.where(at_pivot, cotangents.own, dz)
+    return dz if cotangents.prior is None else dz + cotangents.prior * uniform(class_weights, where, z)
+
+
+def _pull_dense(z, labels, class_weights, where, at_pivot, cotangents):
     """(dz, dlabels, dclass_weights) of the masses and the label_sum of dense labels."""
-    target, pull = jax.vjp(lambda t, c: _target(t, c, where, z.dtype), labels, class_weights)
+    t, pull = jax.vjp(lambda labels, c: target(labels, c, where, z.dtype), labels, class_weights)
     of_sum = cotangents.label_sum
-    dtarget = cotangents.rest_mass + of_sum * finite(z, (of_sum == 0) | (target == 0))
-    return of_sum * target, *pull(jnp.where(at_pivot, cotangents.own_mass, dtarget))
+    dt = cotangents.rest_mass + of_sum * finite(z, (of_sum == 0) | (t == 0))
+    return of_sum * t, *pull(jnp.where(at_pivot, cotangents.own_mass, dt))
 
 
 def _pull_prior(z, class_weights, where, of_prior):
-    """(dz, dclass_weights)."""
-    each, pull = jax.vjp(lambda c: _uniform(c, where, z), class_weights)
-    return of_prior * each, *pull(of_prior * finite(z, (of_prior == 0) | (each == 0)))
+    """dclass_weights."""
+    each, pull = jax.vjp(lambda c: uniform(c, where, z), class_weights)
+    return pull(of_prior * finite(z, (of_prior == 0) | (each == 0)))[0]
 
 
-def _class_sums_bwd(axis, smooth, class_axes, residuals, cotangents):
+def _pull_few(logits, labels, class_weights, adjustment, shift, pivot, first, axis, cotangents, across):
+    """Of SparseLabels: (ids, the whole gradient of their logits), dprobs, dclass_weights, and what the labels' part
+    adds to the gradients of scale and softcap."""
+    at = few(logits, labels, class_weights, adjustment.where, first, axis)
+    of_operands = lambda x, scale, softcap: shifted(x, Adjustment(at.where, scale, softcap), shift, axis)  # noqa: E731
+    z, pull_adjusted = jax.vjp(of_operands, at.logits, *adjustment[1:])
+
+    sums = lambda *operands: sparse_sums(*operands, at, pivot, axis)  # noqa: E731
+    _, pull = jax.vjp(sums, finite(z, across.label_sum == 0), labels.probs, at.class_weights)
+    of_labels, dprobs, dweights = pull((cotangents.own_mass, cotangents.rest_mass, cotangents.label_sum))
+    _, pull_weights = jax.vjp(lambda c: few_of(c, at.ids, logits.shape[axis], axis), class_weights)
+
+    at_pivot = at.ids == jnp.expand_dims(pivot, axis)
+    dlogits, *_ = pull_adjusted(_dz(z, at_pivot, at.class_weights, at.where, of_labels, across))
+    return (at.ids, dlogits), dprobs, *pull_weights(dweights), pull_adjusted(of_labels)[1:]
+
+
+def _class_sums_bwd(axis, asked, class_axes, residuals, cotangents):
     logits, labels, class_weights, adjustment, unused, shift, pivot = residuals
     cotangents = vary(cotangents, varying(logits))
-    pivot = pivot - offset(logits.shape[axis], class_axes)
+    first = offset(logits.shape[axis], class_axes)
+    pivot = pivot - first
     where, scale, softcap = adjustment
 
     logits, shift, drest = apart(logits, shift, cotangents.rest)
@@ -198,24 +213,28 @@ def _class_sums_bwd(axis, smooth, class_axes, residuals, cotangents):
     of_operands = lambda x, scale, softcap: shifted(x, Adjustment(where, scale, softcap), shift, axis)  # noqa: E731
     z, pull_adjusted = jax.vjp(of_operands, logits, scale, softcap)
     at_pivot = is_at(pivot, z, axis)
-    dz, dlabels, dclass_weights = across.rest * jnp.exp(z), None, jax.tree.map(jnp.zeros_like, class_weights)
-    if jnp.issubdtype(labels.dtype, jnp.floating):
-        of_labels, dlabels, dclass_weights = _pull_label_sums(z, labels, class_weights, where, at_pivot, across)
-        dz = dz + of_labels
-    elif class_weights is not None:
-        _, pull = jax.vjp(lambda c: _own_mass(labels, c, where, pivot, z.shape[axis], axis, z.dtype), class_weights)
+    of_labels, dlabels, dclass_weights = None, None, jax.tree.map(jnp.zeros_like, class_weights)
+    if are_dense(labels):
+        of_labels, dlabels, dclass_weights = _pull_dense(z, labels, class_weights, where, at_pivot, across)
+    elif are_ids(labels) and class_weights is not None:
+        _, pull = jax.vjp(lambda c: own_mass(labels, c, where, pivot, z.shape[axis], axis, z.dtype), class_weights)
         (dclass_weights,) = pull(cotangents.own_mass)
-    dz = jnp.where(at_pivot, across.own, dz)
-    if smooth:
-        uniform, more = _pull_prior(z, class_weights, where, across.prior)
-        dz, dclass_weights = dz + uniform, jax.tree.map(jnp.add, dclass_weights, more)
-    dlogits, dscale, dsoftcap = pull_adjusted(dz)
-    return dlogits, dlabels, dclass_weights, Adjustment(None, dscale, dsoftcap), None
+    dz = _dz(z, at_pivot, class_weights, where, of_labels, across)
+    if across.prior is not None:
+        more = _pull_prior(z, class_weights, where, across.prior)
+        dclass_weights = jax.tree.map(jnp.add, dclass_weights, more)
+    dlogits, *dscales = pull_adjusted(dz)
+    if isinstance(labels, SparseLabels):
+        operands = logits, labels, class_weights, adjustment, shift, pivot, first, axis
+        at_few, dprobs, more, dscales_too = _pull_few(*operands, cotangents, across)
+        dlogits, dlabels = with_at_ids(dlogits, *at_few, axis), SparseLabels(None, dprobs)
+        dclass_weights, dscales = jax.tree.map(jnp.add, (dclass_weights, dscales), (more, [*dscales_too]))
+    return dlogits, dlabels, dclass_weights, Adjustment(None, *dscales), None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _class_sums(logits, labels, class_weights, adjustment, unused, axis, smooth, class_axes):
-    return _sums(logits, labels, class_weights, adjustment, unused, axis, smooth, class_axes)[0]
+def _class_sums(logits, labels, class_weights, adjustment, unused, axis, asked, class_axes):
+    return _sums(logits, labels, class_weights, adjustment, unused, axis, asked, class_axes)[0]
 
 
 _class_sums.defvjp(_class_sums_fwd, _class_sums_bwd)
@@ -223,30 +242,29 @@ _class_sums.defvjp(_class_sums_fwd, _class_sums_bwd)
 
 def class_sums(
     logits: Array,
-    labels: Array,
+    labels: Labels,
     class_weights: Array | None,
     adjustment: Adjustment,
     unused: Array | None,
     *,
     axis: int,
-    smooth: bool,
+    asked: Asked,
     class_axes: Names,
     forward_mode: bool,
 ) -> ClassSums:
     """The sums of every token over the classes on `axis` and on the mesh axes `class_axes`.
 
-    Integer `labels` have the batch shape, floating ones the shape of `logits`; `class_weights` and
-    `adjustment.where` broadcast to the logits; the sums of `unused` rows (None: there are none) must have cotangent 0;
-    `smooth` asks for `prior`. `forward_mode` leaves the derivatives to JAX, by which, with m a constant, they are the
-    rule above: slower in reverse, and kept as small by recomputing.
+    `labels` are in their one form; `class_weights` and `adjustment.where` broadcast to the logits; the sums of
+    `unused` rows (None: there are none) must have cotangent 0. `forward_mode` leaves the derivatives to JAX, by which,
+    with m a constant, they are the rule above: slower in reverse, and kept as small by recomputing.
     """
     operands = vary_alike(logits, labels, class_weights, adjustment, unused)
     if not forward_mode:
-        return _class_sums(*operands, axis, smooth, class_axes)
+        return _class_sums(*operands, axis, asked, class_axes)
 
     @partial(jax.checkpoint, prevent_cse=False)
     def plain(logits, labels, class_weights, adjustment, unused):
         used = _emptied(unused, logits, labels, axis)
-        return _sums(*used, class_weights, adjustment, unused, axis, smooth, class_axes)[0]
+        return _sums(*used, class_weights, adjustment, unused, axis, asked, class_axes)[0]
 
     return plain(*operands)

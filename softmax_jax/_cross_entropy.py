@@ -12,14 +12,15 @@ from jaxtyping import Bool, Float, Num
 from softmax_jax import _checks
 from softmax_jax._checks import Options, Reduction
 from softmax_jax._sharding import Names, entries_of, exactly, explicit_mesh, fit, over_devices, psum
-from softmax_jax._token_loss import divide, mean_divisor, option_specs, prepare, weighted_losses
+from softmax_jax._targets import Labels, SparseLabels
+from softmax_jax._token_loss import divide, label_specs, mean_divisor, option_specs, prepare, weighted_losses
 
 Scalar = Float[ArrayLike, ""] | float | int
 
 
 def cross_entropy(
     logits: Float[ArrayLike, "..."],
-    labels: Num[ArrayLike, "..."],
+    labels: Num[ArrayLike, "..."] | SparseLabels,
     *,
     axis: int = -1,
     where: Bool[ArrayLike, "..."] | None = None,
@@ -54,6 +55,7 @@ def cross_entropy(
       logits: floating, `[*batch, classes]` for `axis=-1`. -inf is a class of probability zero; a row that holds +inf
         or NaN, or whose every logit is -inf, gives NaN.
       labels: integers of the batch shape: class ids. Or floats of the logits' shape: probabilities, of any sum.
+        Or `SparseLabels`: those of a few classes a token.
         An id outside `[0, classes)` that is not `ignore_index` gives NaN in its row's loss and gradient.
       axis: the axis of the classes.
       where: bool, broadcastable to the logits; False: the class does not exist. An integer label on such a class has
@@ -96,10 +98,10 @@ def cross_entropy(
     Prieto et al., "Grokking at the Edge of Numerical Stability", ICLR 2025, on why the tail matters; Szegedy et al.,
     CVPR 2016 (label smoothing); Chowdhery et al., "PaLM", 2022 (z-loss); Gemma Team, "Gemma 2", 2024 (softcap).
     """
-    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
+    logits = jnp.asarray(logits)
     _checks.floating("logits", logits)
     axis = _checks.class_axis("logits", logits.shape, axis)
-    _checks.labels_of(labels, logits.shape, axis)
+    labels = _checks.labels_of(labels, logits.shape, axis)
     options = _checks.options_for(
         logits.shape,
         logits.dtype,
@@ -132,20 +134,20 @@ class _How(NamedTuple):
 
 
 @partial(jax.jit, static_argnames="how")
-def _cross_entropy(logits: Array, labels: Array, options: Options, normalizer: Any, how: _How) -> Array:
+def _cross_entropy(logits: Array, labels: Labels, options: Options, normalizer: Any, how: _How) -> Array:
     operands, axis = (logits, labels, options, normalizer), how.axis
     mesh = explicit_mesh(operands)
     if mesh is None:
         return _of_device(*operands, how=how)
     every = entries_of(logits)
     batch, classes = every[:axis] + every[axis + 1 :], every[axis]
-    of_labels = fit(labels, every if labels.ndim == logits.ndim else batch)
+    of_labels = label_specs(labels, batch, classes, axis)
     specs = exactly(every), of_labels, option_specs(options, batch, classes, axis), fit(normalizer, ())
     f = partial(_of_device, how=how._replace(class_axes=how.class_axes + classes, token_axes=sum(batch, ())))
     return over_devices(f, mesh, operands, specs, exactly(batch if how.reduction == "none" else ()))
 
 
-def _of_device(logits: Array, labels: Array, options: Options, normalizer: Any, how: _How) -> Array:
+def _of_device(logits: Array, labels: Labels, options: Options, normalizer: Any, how: _How) -> Array:
     """The loss of one device's part."""
     axis, class_axes, token_axes = how.axis, how.class_axes, how.token_axes
     labels, weights, options = prepare(labels, options, logits.shape, logits.dtype, axis, class_axes)

@@ -14,19 +14,17 @@ from softmax_jax import _checks
 from softmax_jax._checks import Options, Reduction
 from softmax_jax._chunks import map_over_chunks, sum_over_chunks
 from softmax_jax._cross_entropy import Scalar
-from softmax_jax._dtypes import accumulator, product_dtype
-from softmax_jax._projection import project
-from softmax_jax._sharding import Names, entries_of, exactly, explicit_mesh, fit, over_devices, psum
-from softmax_jax._token_loss import divide, mean_divisor, option_specs, prepare, weighted_losses
-
-CHUNK_BYTES = 2**25
-"""What the default `chunk_size` aims at for the logits of one chunk, in the accumulator's dtype."""
+from softmax_jax._dtypes import product_dtype
+from softmax_jax._head import Each, Shared, dealt, logits_of, prepared, specs_of, undealt
+from softmax_jax._sharding import Names, exactly, explicit_mesh, fit, over_devices, psum
+from softmax_jax._targets import Labels, SparseLabels
+from softmax_jax._token_loss import divide, label_specs, mean_divisor, option_specs, weighted_losses
 
 
 def linear_cross_entropy(
     x: Float[ArrayLike, "*batch embed"],
     weight: Float[ArrayLike, "_ _"],
-    labels: Num[ArrayLike, "..."],
+    labels: Num[ArrayLike, "..."] | SparseLabels,
     *,
     bias: Float[ArrayLike, " classes"] | None = None,
     transpose_weight: bool = False,
@@ -53,7 +51,7 @@ def linear_cross_entropy(
     Args:
       x: hidden states, `[*batch, embed]`.
       weight: `[embed, classes]`, or `[classes, embed]` with `transpose_weight=True` (tied embeddings; not copied).
-      labels: integer class ids of the batch shape, or probabilities `[*batch, classes]`.
+      labels: integer class ids of the batch shape, or probabilities `[*batch, classes]`, or `SparseLabels`.
       bias: `[classes]`, added to the logits.
       where: bool, broadcastable to `[*batch, classes]`. A column of `weight` that it hides is multiplied all the same:
         it may hold any number, but a NaN there makes the gradient of `x` NaN.
@@ -85,11 +83,11 @@ def linear_cross_entropy(
 
     Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", ICLR 2025; Hsu et al., "Liger Kernel", 2024.
     """
-    x, weight, labels = jnp.asarray(x), jnp.asarray(weight), jnp.asarray(labels)
+    x, weight = jnp.asarray(x), jnp.asarray(weight)
     classes = _checks.head(x, weight, bias, transpose_weight)
     shape, axis = (*x.shape[:-1], classes), x.ndim - 1
     dtype = product_dtype(x.dtype, weight.dtype)
-    _checks.labels_of(labels, shape, axis)
+    labels = _checks.labels_of(labels, shape, axis)
     options = _checks.options_for(
         shape,
         dtype,
@@ -124,123 +122,42 @@ class _How(NamedTuple):
 
 @partial(jax.jit, static_argnames="how")
 def _linear_cross_entropy(
-    x: Array, weight: Array, bias: Array | None, labels: Array, options: Options, normalizer: Any, how: _How
+    x: Array, weight: Array, bias: Array | None, labels: Labels, options: Options, normalizer: Any, how: _How
 ) -> Array:
     operands = x, weight, bias, labels, options, normalizer
     mesh = explicit_mesh(operands)
     if mesh is None:
         return _of_device(*operands, how=how)
-    batch = entries_of(x)[:-1]
-    token_axes = sum(batch, ())
-    classes = tuple(name for name in entries_of(weight)[0 if how.transpose_weight else 1] if name not in token_axes)
+    batch, classes, head_specs = specs_of(x, weight, bias, how.transpose_weight)
     specs = (
-        exactly((*batch, ())),
-        exactly((classes, ()) if how.transpose_weight else ((), classes)),
-        fit(bias, (classes,)),
-        fit(labels, batch if labels.ndim < x.ndim else (*batch, classes)),
+        *head_specs,
+        label_specs(labels, batch, classes, x.ndim - 1),
         option_specs(options, batch, classes, x.ndim - 1),
         fit(normalizer, ()),
     )
-    f = partial(_of_device, how=how._replace(class_axes=how.class_axes + classes, token_axes=token_axes))
+    f = partial(_of_device, how=how._replace(class_axes=how.class_axes + classes, token_axes=sum(batch, ())))
     return over_devices(f, mesh, operands, specs, exactly(batch if how.reduction == "none" else ()))
 
 
 def _of_device(
-    x: Array, weight: Array, bias: Array | None, labels: Array, options: Options, normalizer: Any, how: _How
+    x: Array, weight: Array, bias: Array | None, labels: Labels, options: Options, normalizer: Any, how: _How
 ) -> Array:
     """The loss of one device's part."""
-    class_axes, token_axes = how.class_axes, how.token_axes
-    batch, tokens, classes = x.shape[:-1], math.prod(x.shape[:-1]), weight.shape[0 if how.transpose_weight else 1]
-    dtype = product_dtype(x.dtype, weight.dtype)
-    labels, weights, options = prepare(labels, options, (*batch, classes), dtype, x.ndim - 1, class_axes)
-    divisor = mean_divisor(labels, weights, options, tokens, normalizer, class_axes, token_axes)
-    chunks = chunk_count(batch, classes, dtype, how.chunk_size)
-    if weights is None and tokens % chunks:
-        weights = jnp.ones(batch, accumulator(dtype))
-
-    where, rows, row_of = _mask_rows(options.where, batch)
-    shared = _Shared(weight, bias, rows, options._replace(where=where, class_weights=_row(options.class_weights)))
-    each = _Each(x, labels, weights, row_of)
-    each = jax.tree.map(lambda a: _deal(a.reshape(tokens, *a.shape[len(batch) :]), chunks), each)
+    batch, tokens, class_axes, token_axes = x.shape[:-1], math.prod(x.shape[:-1]), how.class_axes, how.token_axes
+    labels, weights, options, dtype = prepared(x, weight, labels, options, how.transpose_weight, class_axes)
+    shared, each = dealt(x, weight, bias, labels, weights, options, dtype, how.transpose_weight, how.chunk_size)
     if how.reduction == "none":
-        losses = map_over_chunks(partial(_chunk_losses, how.transpose_weight, dtype, class_axes), shared, each)
-        return losses.reshape(-1)[:tokens].reshape(batch)
-    loss = psum(sum_over_chunks(partial(_chunk_sum, how.transpose_weight, dtype, class_axes), shared, each), token_axes)
+        return undealt(map_over_chunks(partial(_chunk_losses, how, dtype), shared, each), batch)
+    divisor = mean_divisor(labels, weights, options, tokens, normalizer, class_axes, token_axes)
+    loss = psum(sum_over_chunks(partial(_chunk_sum, how, dtype), shared, each), token_axes)
     return loss if how.reduction == "sum" else divide(loss, divisor)
 
 
-def chunk_count(batch: tuple[int, ...], classes: int, dtype: DTypeLike, chunk_size: int | None) -> int:
-    """How many chunks of equal size: the fewest that fit, or up to twice as many if that many divide the tokens.
-
-    Of those, one whose size a batch may be sharded over: a multiple of the power of two in the first axis's size.
-    """
-    tokens = math.prod(batch)
-    if chunk_size is None:
-        chunk_size = max(1, CHUNK_BYTES // (classes * accumulator(dtype).itemsize))
-    fewest = max(1, -(-tokens // chunk_size))
-    parts = math.gcd(batch[0] if batch else 1, 1024)
-    while parts:
-        for chunks in range(fewest, 2 * fewest):
-            if tokens % (chunks * parts) == 0:
-                return chunks
-        parts //= 2
-    return fewest
-
-
-class _Shared(NamedTuple):
-    """What every chunk sees."""
-
-    weight: Array
-    bias: Array | None
-    rows: Array | None  # `where` of groups of tokens, [groups, classes]
-    options: Options  # with the part of `where` that all tokens share
-
-
-class _Each(NamedTuple):
-    """One entry a token."""
-
-    x: Array
-    labels: Array
-    weights: Array | None
-    where: Array | None  # [tokens, classes], or the token's group in `rows`
-
-
-def _row(array: Array | None) -> Array | None:
-    return None if array is None else array.reshape(1, -1)
-
-
-def _mask_rows(where: Array | None, batch: tuple[int, ...]) -> tuple[Array | None, Array | None, Array | None]:
-    """`where`, [*batch or 1s, classes or 1], as (shared by all tokens, rows of groups, one a token).
-
-    A mask with some batch axes of size 1 is looked up by group, so that it never grows to the logits' size.
-    """
-    if where is None or math.prod(where.shape[:-1]) == 1:
-        return _row(where), None, None
-    if where.shape[:-1] == batch:
-        return None, None, where
-    groups = jnp.arange(math.prod(where.shape[:-1]), dtype=jnp.int32).reshape(where.shape[:-1])
-    return None, where.reshape(-1, where.shape[-1]), jnp.broadcast_to(groups, batch)
-
-
-def _deal(a: Array, count: int) -> Array:
-    """[tokens, ...] to [size, count, ...], token t to chunk t % count; padded with zeros where that does not divide."""
-    a = jnp.pad(a, [(0, -len(a) % count)] + [(0, 0)] * (a.ndim - 1)) if len(a) % count else a
-    return a.reshape(len(a) // count, count, *a.shape[1:])
-
-
-def _chunk_losses(transpose_weight: bool, dtype: DTypeLike, class_axes: Names, shared: _Shared, chunk: _Each) -> Array:
+def _chunk_losses(how: _How, dtype: DTypeLike, shared: Shared, chunk: Each) -> Array:
     """weights · ℓ of one chunk of tokens, [size]."""
-    x, labels, weights, where = chunk
-    if weights is not None:
-        x = jnp.where(weights[:, None] == 0, 0, x)
-    logits = project(x, shared.weight, dtype, transpose_weight)
-    if shared.bias is not None:
-        logits = logits + shared.bias[None, :].astype(logits.dtype)
-    if where is not None:
-        where = where if shared.rows is None else shared.rows[where]
-        shared = shared._replace(options=shared.options._replace(where=where))
-    return weighted_losses(logits, labels, weights, shared.options, 1, class_axes)
+    logits, options = logits_of(shared, chunk, dtype, how.transpose_weight)
+    return weighted_losses(logits, chunk.labels, chunk.weights, options, 1, how.class_axes)
 
 
-def _chunk_sum(transpose_weight: bool, dtype: DTypeLike, class_axes: Names, shared: _Shared, chunk: _Each) -> Array:
-    return jnp.sum(_chunk_losses(transpose_weight, dtype, class_axes, shared, chunk))
+def _chunk_sum(how: _How, dtype: DTypeLike, shared: Shared, chunk: Each) -> Array:
+    return jnp.sum(_chunk_losses(how, dtype, shared, chunk))

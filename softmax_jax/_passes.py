@@ -34,8 +34,9 @@ def alone(f: Callable[..., PyTree], *operands: PyTree) -> PyTree:
     """f(*operands), fenced off from what made them and from what is made of it: for a pass over the classes.
 
     XLA on the CPU fuses a row sum with the arithmetic that feeds it alone. What feeds two of them, be it a constant, it
-    writes out at the size of the logits (0.12: two sums of 4096 x 8192 took 170 ms together and 15 ms each by itself);
-    and it fuses a row sum with the mean over rows that follows (4096 x 32000: 970 ms instead of 90 ms).
+    writes out at the size of the logits (0.12: two sums of 4096 x 8192 took 170 ms together and 15 ms each by itself).
+    Fences around the same operands are one fence, and equal constants one array: passes differ in both. It also
+    fuses a row sum with the mean over rows that follows (4096 x 32000: 970 ms instead of 90 ms).
     """
     return lax.optimization_barrier(f(*lax.optimization_barrier(operands)))
 
@@ -97,8 +98,13 @@ def sum_over_classes(f: Callable, arrays: PyTree, m: Array, pivot: Array, axis: 
 
 def distance(pivot: Array, like: Array, axis: int) -> Array:
     """|v - pivot|: 0 at each token's pivot class and at least 1 elsewhere, in the shape and dtype of `like`."""
+    return jnp.abs(until(pivot, like, axis))
+
+
+def until(pivot: Array, like: Array, axis: int) -> Array:
+    """pivot - v: how far each class stands before its token's pivot."""
     ids = _ids(like, axis)
-    return jnp.abs(ids - jnp.expand_dims(pivot, axis).astype(ids.dtype)).astype(like.dtype)
+    return (jnp.expand_dims(pivot, axis).astype(ids.dtype) - ids).astype(like.dtype)
 
 
 def _ids(z: Array, axis: int, ranks: int = 1) -> Array:
@@ -136,6 +142,21 @@ def sum_of_others(logits: Array, m: Array, pivot: Array, adjustment: Adjustment,
     return sum_over_classes(others, (logits, adjustment.where), m, pivot, axis)
 
 
+def moment_of_others(logits: Array, m: Array, pivot: Array, adjustment: Adjustment, axis: int) -> Array:
+    """Σ_{v≠pivot} exp(z_v - m) (m - z_v), 0 where z_v = -inf. (With -m and 2 for the sake of `alone`.)"""
+
+    def others(arrays, minus_m, pivot, axis):
+        z = z_of(arrays, adjustment, -minus_m, axis)
+        return jnp.minimum(jnp.exp(z), 2 * distance(pivot, z, axis)) * beyond_exp(z)
+
+    return -sum_over_classes(others, (logits, adjustment.where), -m, pivot, axis)
+
+
+def beyond_exp(z: Array) -> Array:
+    """z, bounded where its exponential is 0."""
+    return jnp.maximum(z, -1e4)
+
+
 def z_of(arrays: tuple[Array, Array | None], adjustment: Adjustment, m: Array, axis: int) -> Array:
     """z - m of the logits and the `where` that a pass is given."""
     logits, where = arrays
@@ -171,11 +192,30 @@ def is_at(pivot: Array, like: Array, axis: int) -> Array:
     return lax.broadcasted_iota(jnp.int32, like.shape, axis) == jnp.expand_dims(pivot, axis)
 
 
-def pick(array: Array, ids: Array, axis: int) -> Array:
-    """Each token's entry at class `ids`, which must lie in range; `array` may have size 1 in any other axis."""
+def at_ids(array: Array, ids: Array, axis: int) -> Array:
+    """The entries at several classes of each token, which must lie in range: `ids` has them on `axis`. An array that
+    is the same for all classes stays as it is; in any other axis it may have size 1."""
     if array.shape[axis] == 1:
-        return jnp.squeeze(array, axis)
-    return jnp.squeeze(jnp.take_along_axis(array, jnp.expand_dims(ids, axis), axis, mode="promise_in_bounds"), axis)
+        return array
+    return jnp.take_along_axis(array, ids, axis, mode="promise_in_bounds")
+
+
+def with_at_ids(array: Array, ids: Array, values: Array, axis: int) -> Array:
+    """`array` with `values` at the ids, each id once a token; those out of range are left out."""
+    others = tuple(a for a in range(array.ndim) if a != axis)
+    where = lax.ScatterDimensionNumbers(
+        update_window_dims=(),
+        inserted_window_dims=(axis,),
+        scatter_dims_to_operand_dims=(axis,),
+        operand_batching_dims=others,
+        scatter_indices_batching_dims=others,
+    )
+    return lax.scatter(array, ids[..., None], values, where, mode=lax.GatherScatterMode.FILL_OR_DROP)
+
+
+def pick(array: Array, ids: Array, axis: int) -> Array:
+    """Each token's entry at class `ids`."""
+    return jnp.squeeze(at_ids(array, jnp.expand_dims(ids, axis), axis), axis)
 
 
 def pick_logit(logits: Array, ids: Array, adjustment: Adjustment, axis: int) -> Array:

@@ -4,6 +4,8 @@ Everything here is plain JAX on per-token numbers, but for the two logarithms, w
 compute by a subtraction that cancels.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -11,10 +13,11 @@ from jax.typing import ArrayLike, DTypeLike
 
 from softmax_jax._adjustment import Adjustment
 from softmax_jax._checks import Options
-from softmax_jax._class_sums import ClassSums, class_sums
+from softmax_jax._class_sums import Asked, ClassSums, class_sums
 from softmax_jax._dtypes import accumulator
 from softmax_jax._passes import finite
 from softmax_jax._sharding import Names, count, fit, offset, pmax, psum, vary, varying
+from softmax_jax._targets import Labels, SparseLabels, are_ids, merged, spread_evenly
 
 # With t = rest + exp(own):
 #
@@ -71,7 +74,7 @@ def _scaled(factor: Array, value: Array) -> Array:
     return factor * finite(value, factor == 0)
 
 
-def prepare(labels: Array, options: Options, shape: tuple[int, ...], dtype: DTypeLike, axis: int, class_axes: Names):
+def prepare(labels: Labels, options: Options, shape: tuple[int, ...], dtype: DTypeLike, axis: int, class_axes: Names):
     """(labels, weights, options) in their one form for logits of `shape`: ids int32, arrays of the logits' rank.
 
     `weights` are those of the tokens, 0 where one is ignored or no class of it exists; None is 1 for all. An option
@@ -94,7 +97,23 @@ def prepare(labels: Array, options: Options, shape: tuple[int, ...], dtype: DTyp
     for keep in kept:
         weights = jnp.broadcast_to(jnp.where(keep, 1 if weights is None else weights, 0).astype(dtype), batch)
     options = options._replace(where=where, class_weights=class_weights, weights=None, ignore_index=None)
-    return class_ids(labels, count(shape[axis], class_axes)), weights, options
+    return _in_one_form(labels, count(shape[axis], class_axes), dtype, axis), weights, options
+
+
+def _in_one_form(labels: Labels, classes: int, dtype: DTypeLike, axis: int) -> Labels:
+    if isinstance(labels, SparseLabels):
+        ids, probs, others = labels
+        others = None if others is None else others.astype(dtype)
+        labels = merged(SparseLabels(class_ids(ids, classes), probs.astype(dtype), others), classes)
+        return labels._replace(ids=jnp.moveaxis(labels.ids, -1, axis), probs=jnp.moveaxis(labels.probs, -1, axis))
+    return class_ids(labels, classes) if are_ids(labels) else labels
+
+
+def label_specs(labels: Labels, batch: tuple[Names, ...], classes: Names, axis: int) -> Labels:
+    """How `labels` lie over devices, for logits of that layout."""
+    if isinstance(labels, SparseLabels):
+        return SparseLabels(fit(labels.ids, (*batch, ())), fit(labels.probs, (*batch, ())), fit(labels.others, batch))
+    return fit(labels, batch if are_ids(labels) else (*batch[:axis], classes, *batch[axis:]))
 
 
 def option_specs(options: Options, batch: tuple[Names, ...], classes: Names, axis: int) -> Options:
@@ -113,40 +132,54 @@ def option_specs(options: Options, batch: tuple[Names, ...], classes: Names, axi
 
 def class_ids(labels: Array, classes: int) -> Array:
     """Integer labels as int32. Wide ones are clipped to just outside the classes first, never wrapped."""
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        return labels
     info = jnp.iinfo(labels.dtype)
     if info.max > jnp.iinfo(jnp.int32).max:
         labels = jnp.clip(labels, max(info.min, -1), classes)
     return labels.astype(jnp.int32)
 
 
-def _smoothed(
-    loss: Array, spread: Array, prior: Array, classes: int, options: Options, axis: int, class_axes: Names
-) -> Array:
-    """(1-ε) · loss + ε/K · Σ_v c_v (log_normalizer - z_v), over the K classes that exist."""
-    where, class_weights, smoothing = options.where, options.class_weights, options.label_smoothing
-    each = jnp.ones((), loss.dtype) if class_weights is None else class_weights
-    existing = mass = jnp.asarray(count(classes, class_axes), loss.dtype)
+class _Evenly(NamedTuple):
+    """What probability that is spread evenly over the classes needs, per token."""
+
+    existing: Array  # K, how many classes exist
+    mass: Array  # Σ_v c_v over them
+    each: Array | None = None  # what each has besides the labels' own and the smoothing, from SparseLabels.others
+
+
+def _evenly(
+    labels: Labels, options: Options, classes: int, axis: int, class_axes: Names, dtype: DTypeLike
+) -> tuple[Labels, _Evenly | None]:
+    """(labels without `others`, what is spread); None for nothing."""
+    where, class_weights = options.where, options.class_weights
+    others = isinstance(labels, SparseLabels) and labels.others is not None
+    if options.label_smoothing is None and not others:
+        return labels, None
+    existing = mass = jnp.asarray(count(classes, class_axes), dtype)
+    width = lambda array: classes if array.shape[axis] == 1 else 1  # noqa: E731
     if where is not None:
-        width = classes if where.shape[axis] == 1 else 1
-        existing = jnp.maximum(psum(jnp.sum(where, axis, dtype=loss.dtype) * width, class_axes), 1)
-    if where is not None or class_weights is not None:
-        present = each if where is None else jnp.where(where, each, 0)
-        mass = psum(jnp.sum(present, axis) * (classes if present.shape[axis] == 1 else 1), class_axes)
-    uniform = (mass * spread - prior) / existing
-    return _scaled(1 - smoothing, loss) + _scaled(smoothing, uniform)
+        existing = mass = psum(jnp.sum(where, axis, dtype=dtype) * width(where), class_axes)
+    if class_weights is not None:
+        present = class_weights if where is None else jnp.where(where, class_weights, 0)
+        mass = psum(jnp.sum(present, axis) * width(present), class_axes)
+    if not others:
+        return labels, _Evenly(existing, mass)
+    labels, each = spread_evenly(labels, where, existing, classes, axis, class_axes)
+    return labels, _Evenly(existing, mass, each)
 
 
-def _loss(sums: ClassSums, classes: int, options: Options, axis: int, class_axes: Names) -> Array:
-    """ℓ of every token, before its weight; `classes` are those of this device."""
+def _loss(sums: ClassSums, evenly: _Evenly | None, options: Options) -> Array:
+    """ℓ of every token, before its weight."""
     nll = negative_log_likelihood(sums.rest, sums.own)
     spread = log_spread(sums.rest, sums.own)
     loss = nll if sums.own_mass is None else _scaled(sums.own_mass, nll)
     if sums.rest_mass is not None and sums.label_sum is not None:
         loss = loss + sums.rest_mass * spread - sums.label_sum
-    if sums.prior is not None:
-        loss = _smoothed(loss, spread, sums.prior, classes, options, axis, class_axes)
+    if evenly is not None and sums.prior is not None:
+        of_all, smoothing = evenly.mass * spread - sums.prior, options.label_smoothing  # Σ_v c_v (log_normalizer - z_v)
+        loss = loss if evenly.each is None else loss + _scaled(evenly.each, of_all)
+        if smoothing is not None:
+            uniform = of_all / jnp.maximum(evenly.existing, 1)
+            loss = _scaled(1 - smoothing, loss) + _scaled(smoothing, uniform)
     if options.z_loss is not None:
         loss = loss + _scaled(options.z_loss, (sums.shift + spread) ** 2)
     return loss
@@ -154,7 +187,7 @@ def _loss(sums: ClassSums, classes: int, options: Options, axis: int, class_axes
 
 def weighted_losses(
     logits: Array,
-    labels: Array,
+    labels: Labels,
     weights: Array | None,
     options: Options,
     axis: int,
@@ -162,20 +195,24 @@ def weighted_losses(
     forward_mode: bool = False,
 ) -> Array:
     """weights · ℓ of every token."""
+    labels, evenly = _evenly(labels, options, logits.shape[axis], axis, class_axes, accumulator(logits.dtype))
     adjustment = Adjustment(options.where, options.logit_scale, options.softcap)
-    smooth = options.label_smoothing is not None
     unused = None if weights is None else weights == 0
-    operands = logits, labels, options.class_weights, adjustment, unused
-    sums = class_sums(*operands, axis=axis, smooth=smooth, class_axes=class_axes, forward_mode=forward_mode)
-    if weights is None or unused is None:
-        return _loss(sums, logits.shape[axis], options, axis, class_axes)
-    # A token of weight 0 is taken out before its loss is computed, so that no NaN of its own comes back.
-    sums = jax.tree.map(lambda s: jnp.where(unused, 0, s), sums)
-    return jnp.where(unused, 0, weights * _loss(sums, logits.shape[axis], options, axis, class_axes))
+    operands, asked = (logits, labels, options.class_weights, adjustment, unused), Asked(prior=evenly is not None)
+    sums = class_sums(*operands, axis=axis, asked=asked, class_axes=class_axes, forward_mode=forward_mode)
+    if weights is None:
+        return _loss(sums, evenly, options)
+    return jnp.where(unused, 0, weights * _loss(without(unused, sums), evenly, options))
+
+
+def without(unused: Array | None, sums: ClassSums) -> ClassSums:
+    """The sums with 0 in rows that are not used. They are taken out before anything is computed of them, so that no
+    NaN of their own comes back."""
+    return sums if unused is None else jax.tree.map(lambda s: jnp.where(unused, 0, s), sums)
 
 
 def mean_divisor(
-    labels: Array,
+    labels: Labels,
     weights: Array | None,
     options: Options,
     tokens: int,
@@ -189,7 +226,7 @@ def mean_divisor(
     """
     if normalizer is not None:
         return jnp.asarray(normalizer)
-    if options.class_weights is not None and jnp.issubdtype(labels.dtype, jnp.integer):
+    if options.class_weights is not None and are_ids(labels):
         c = options.class_weights.ravel()
         ids = labels - offset(c.size, class_axes)
         in_range = jnp.clip(ids, 0, c.size - 1)

@@ -152,6 +152,57 @@ def cross_entropy(
 
 
 @quiet
+def dense_labels(ids, probs, others, exists):
+    """What SparseLabels mean, `[*batch, classes]`, for the classes that exist."""
+    dense = np.zeros(exists.shape)
+    for row in np.ndindex(dense.shape[:-1]):
+        used = probs[row] != 0
+        np.add.at(dense[row], ids[row][used], np.float64(probs[row][used]))
+        free = exists[row] & ~np.isin(np.arange(dense.shape[-1]), ids[row][used])
+        dense[row][free] = 0 if others is None else np.float64(others[row]) / max(free.sum(), 1)
+    return np.where(exists, dense, 0)
+
+
+class Statistics(NamedTuple):
+    """Each value and the gradient of Σ cotangent · value of the three floats, with conditions as above."""
+
+    values: tuple
+    grad: np.ndarray
+    conditions: tuple
+    grad_condition: np.ndarray
+
+
+@quiet
+def label_statistics(logits, labels, cotangents, where=None, logit_scale=1.0, softcap=None) -> Statistics:
+    """log_prob, log_normalizer, entropy, correct, rank over the last axis."""
+    raw = np.asarray(logits, np.float64)
+    exists = np.broadcast_to(True if where is None else where, raw.shape)
+    z, slope = _adjust(raw, exists, np.float64(logit_scale), None if softcap is None else np.float64(softcap))
+    nll, p, missing, log_normalizer = _negative_log_softmax(z)
+    at_label = np.arange(z.shape[-1]) == labels[..., None]
+    own = np.sum(np.where(at_label, z, 0), -1, keepdims=True)
+    terms = np.where(p == 0, 0, p * nll)
+    entropy = terms.sum(-1)
+    values = -np.sum(np.where(at_label, nll, 0), -1), log_normalizer, entropy, z.argmax(-1) == labels, (z > own).sum(-1)
+
+    of_log_prob, of_normalizer, of_entropy = (np.float64(c)[..., None] for c in cotangents)
+    of_label = of_log_prob * np.where(at_label, missing, -p)
+    dz = of_label + of_normalizer * p + of_entropy * (terms - p * entropy[..., None])
+
+    size = _size(z)
+    tail = np.sum(p * missing * size, -1)
+    flushed = np.where((p > 0) & (p < 1.2e-38), 1e-31, 0)  # as a float32 it may be 0: the smallest number / eps
+    of_terms = np.sum(terms * size + p * missing * size + flushed * nll, -1) + tail * entropy
+    conditions = np.sum(at_label * size, -1) + tail, np.abs(log_normalizer) + size.max(-1) + tail, of_terms
+    each = abs(of_log_prob) * (at_label * missing + p) + abs(of_normalizer) * p
+    lost = (flushed * nll).sum(-1, keepdims=True)
+    each = each + abs(of_entropy) * (terms + flushed * nll + p * (entropy[..., None] + lost + missing))
+    each = each + (abs(of_log_prob) + abs(of_normalizer)) * flushed
+    condition = each * (size + tail[..., None]) * abs(logit_scale)
+    return Statistics(values, np.where(exists, dz * slope, 0), conditions, np.where(exists, condition, 0))
+
+
+@quiet
 def poly_loss(logits, labels, where, cotangent, epsilon=2.0) -> CrossEntropy:
     """Σ_v t_v (-log p_v + ε (1 - p_v)) over the last axis, and its gradient times `cotangent`."""
     plain = cross_entropy(logits, labels, where=where, reduction="none", cotangent=cotangent)

@@ -1,0 +1,267 @@
+"""What else one pass over the vocabulary tells of a token: for reinforcement learning, evaluation, calibration."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Bool, Float, Int, Integer
+
+from softmax_jax import _checks
+from softmax_jax._adjustment import Adjustment
+from softmax_jax._checks import Options
+from softmax_jax._chunks import map_over_chunks
+from softmax_jax._class_sums import Asked, class_sums
+from softmax_jax._cross_entropy import Scalar
+from softmax_jax._dtypes import accumulator, product_dtype
+from softmax_jax._head import Each, Shared, dealt, logits_of, prepared, specs_of, undealt
+from softmax_jax._passes import distance, pick_logit, sum_over_classes, until, z_of
+from softmax_jax._sharding import Names, entries_of, exactly, explicit_mesh, offset, over_devices, psum
+from softmax_jax._targets import SparseLabels
+from softmax_jax._token_loss import (
+    label_specs,
+    log_spread,
+    negative_log_likelihood,
+    option_specs,
+    prepare,
+    without,
+)
+
+
+class LabelStatistics(NamedTuple):
+    """Per token, each of the batch shape. The first three are differentiable."""
+
+    log_prob: Float[Array, "*batch"]
+    log_normalizer: Float[Array, "*batch"]
+    entropy: Float[Array, "*batch"]
+    correct: Bool[Array, "*batch"]
+    rank: Int[Array, "*batch"]
+
+
+def label_statistics(
+    logits: Float[ArrayLike, "..."],
+    labels: Integer[ArrayLike, "..."],
+    *,
+    axis: int = -1,
+    where: Bool[ArrayLike, "..."] | None = None,
+    logit_scale: Scalar = 1.0,
+    softcap: Scalar | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> LabelStatistics:
+    """What softmax(logits) says of a label, per token.
+
+        log_prob = z_y - log_normalizer = log p_y         log_normalizer = log Σ_v exp(z_v)
+        entropy = -Σ_v p_v log p_v, in nats               rank = number of classes v with z_v > z_y
+        correct: the label is the largest logit, of equal ones the first
+
+    z are the adjusted logits, as in `cross_entropy`, whose exactness these have, and their gradients: the log_prob and
+    the entropy of a confident token do not round to 0. Under `jit` only what is used is computed; kept for the
+    backward pass are the logits as they came and a few numbers a token.
+
+    Args:
+      logits: floating, `[*batch, classes]` for `axis=-1`. A row that holds +inf or NaN, or whose every logit is
+        -inf, gives NaN; -inf is a class of probability zero, which adds 0 to the entropy.
+      labels: integer class ids of the batch shape. An id outside `[0, classes)` gives a log_prob of NaN.
+      axis, where, logit_scale, softcap, axis_name: as in `cross_entropy`. A label that `where` hides has log_prob -inf;
+        in a row without any class all numbers are 0.
+
+    Returns:
+      `LabelStatistics`. Where log_prob or the row is NaN, `correct` is False and `rank` -1. In float32 two logits
+      that are closer than 1e-38 count as equal.
+
+    Raises:
+      TypeError, ValueError: while tracing, for shapes, dtypes and numbers that do not fit; the message says which.
+
+    >>> import jax.numpy as jnp
+    >>> from softmax_jax import label_statistics
+    >>> logits = jnp.array([[2.0, 1.0, 0.0], [0.0, 30.0, 0.0]])
+    >>> statistics = label_statistics(logits, jnp.array([1, 1]))
+    >>> [f"{entropy:.5e}" for entropy in statistics.entropy]
+    ['8.32396e-01', '5.80173e-12']
+    >>> statistics.correct.tolist(), statistics.rank.tolist()
+    ([False, True], [1, 0])
+
+    Schulman et al., "Proximal Policy Optimization Algorithms", 2017 (the uses of log_prob and entropy).
+    """
+    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
+    _checks.floating("logits", logits)
+    axis = _checks.class_axis("logits", logits.shape, axis)
+    labels = _one_each(labels, logits.shape, axis, logits.dtype)
+    options = _options(logits.shape, logits.dtype, axis, labels, where, logit_scale, softcap)
+    class_axes = _checks.mesh_axes(axis_name)
+    _checks.sharded("logits", logits, class_axes)
+    return _of_logits(logits, labels, options, axis, class_axes)
+
+
+def linear_label_statistics(
+    x: Float[ArrayLike, "*batch embed"],
+    weight: Float[ArrayLike, "_ _"],
+    labels: Integer[ArrayLike, "..."],
+    *,
+    bias: Float[ArrayLike, " classes"] | None = None,
+    transpose_weight: bool = False,
+    where: Bool[ArrayLike, "..."] | None = None,
+    logit_scale: Scalar = 1.0,
+    softcap: Scalar | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+    chunk_size: int | None = None,
+) -> LabelStatistics:
+    """`label_statistics(x @ weight + bias, labels, ...)` without ever holding the logits, as `linear_cross_entropy`.
+
+    Its backward pass makes each chunk's logits again. The arguments are those of the two.
+
+    >>> import jax.numpy as jnp
+    >>> from softmax_jax import linear_label_statistics
+    >>> x, weight = jnp.eye(3, 4), jnp.arange(20.0).reshape(4, 5)
+    >>> linear_label_statistics(x, weight, jnp.array([0, 4, 2])).rank.tolist()
+    [4, 0, 2]
+    """
+    x, weight, labels = jnp.asarray(x), jnp.asarray(weight), jnp.asarray(labels)
+    classes = _checks.head(x, weight, bias, transpose_weight)
+    shape, axis, dtype = (*x.shape[:-1], classes), x.ndim - 1, product_dtype(x.dtype, weight.dtype)
+    labels = _one_each(labels, shape, axis, dtype)
+    options = _options(shape, dtype, axis, labels, where, logit_scale, softcap)
+    class_axes = _checks.mesh_axes(axis_name)
+    _checks.sharded("weight", weight, class_axes)
+    bias = None if bias is None else jnp.asarray(bias)
+    how = _How(bool(transpose_weight), _checks.chunk_size_of(chunk_size), class_axes)
+    return _of_head(x, weight, bias, labels, options, how)
+
+
+def _one_each(labels: Array, shape: tuple[int, ...], axis: int, dtype: DTypeLike) -> SparseLabels:
+    """Labels of one class a token, of probability 1."""
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"`labels` must be integers; got dtype {labels.dtype}. Pass class ids.")
+    _checks.labels_of(labels, shape, axis)
+    return SparseLabels(labels[..., None], jnp.ones_like(labels[..., None], accumulator(dtype)))
+
+
+def _options(shape, dtype, axis, labels, where, logit_scale, softcap) -> Options:
+    return _checks.options_for(
+        shape,
+        dtype,
+        axis,
+        labels,
+        where=where,
+        weights=None,
+        ignore_index=None,
+        class_weights=None,
+        label_smoothing=0.0,
+        z_loss=0.0,
+        logit_scale=logit_scale,
+        softcap=softcap,
+    )
+
+
+@partial(jax.jit, static_argnums=(3, 4))
+def _of_logits(logits: Array, labels: SparseLabels, options: Options, axis: int, class_axes: Names) -> LabelStatistics:
+    operands = logits, labels, options
+    mesh = explicit_mesh(operands)
+    if mesh is None:
+        return _of_device(*operands, axis, class_axes)
+    every = entries_of(logits)
+    batch, classes = every[:axis] + every[axis + 1 :], every[axis]
+    specs = exactly(every), label_specs(labels, batch, classes, axis), option_specs(options, batch, classes, axis)
+    f = lambda *operands: _of_device(*operands, axis, class_axes + classes)  # noqa: E731
+    return over_devices(f, mesh, operands, specs, exactly(batch))
+
+
+def _of_device(logits, labels, options, axis, class_axes):
+    labels, weights, options = prepare(labels, options, logits.shape, logits.dtype, axis, class_axes)
+    return _statistics(logits, labels, weights, options, axis, class_axes)
+
+
+class _How(NamedTuple):
+    """Static arguments."""
+
+    transpose_weight: bool
+    chunk_size: int | None
+    class_axes: Names  # the mesh axes of the classes
+
+
+@partial(jax.jit, static_argnames="how")
+def _of_head(
+    x: Array, weight: Array, bias: Array | None, labels: SparseLabels, options: Options, how: _How
+) -> LabelStatistics:
+    operands = x, weight, bias, labels, options
+    mesh = explicit_mesh(operands)
+    if mesh is None:
+        return _of_head_on_device(*operands, how=how)
+    batch, classes, head_specs = specs_of(x, weight, bias, how.transpose_weight)
+    axis = x.ndim - 1
+    specs = *head_specs, label_specs(labels, batch, classes, axis), option_specs(options, batch, classes, axis)
+    f = partial(_of_head_on_device, how=how._replace(class_axes=how.class_axes + classes))
+    return over_devices(f, mesh, operands, specs, exactly(batch))
+
+
+def _of_head_on_device(x, weight, bias, labels, options, how):
+    labels, weights, options, dtype = prepared(x, weight, labels, options, how.transpose_weight, how.class_axes)
+    shared, each = dealt(x, weight, bias, labels, weights, options, dtype, how.transpose_weight, how.chunk_size)
+    statistics = map_over_chunks(partial(_of_chunk, how, dtype), shared, each)
+    return jax.tree.map(lambda a: undealt(a, x.shape[:-1]), statistics)
+
+
+def _of_chunk(how: _How, dtype: DTypeLike, shared: Shared, chunk: Each) -> LabelStatistics:
+    logits, options = logits_of(shared, chunk, dtype, how.transpose_weight)
+    return _statistics(logits, chunk.labels, chunk.weights, options, 1, how.class_axes)
+
+
+# With a = the largest class as the pivot, both are sums of terms ≥ 0, so nothing cancels:
+#
+#     -log p_y = nll if y = a, else spread + (m - z_y)
+#     entropy  = p_a · nll + Σ_{v≠a} p_v (spread + m - z_v) = p_a · nll + (rest · spread + moment) / t
+
+
+def _statistics(
+    logits: Array, labels: SparseLabels, weights: Array | None, options: Options, axis: int, class_axes: Names
+) -> LabelStatistics:
+    adjustment = Adjustment(options.where, options.logit_scale, options.softcap)
+    unused = None if weights is None else weights == 0
+    operands = logits, labels, None, adjustment, unused
+    sums = class_sums(*operands, axis=axis, asked=Asked(moment=True), class_axes=class_axes, forward_mode=False)
+    used = lambda value: value if unused is None else jnp.where(unused, jnp.zeros_like(value), value)  # noqa: E731
+    sums = without(unused, sums)
+    nll, spread = negative_log_likelihood(sums.rest, sums.own), log_spread(sums.rest, sums.own)
+    hidden = (sums.own_mass == 0) & (sums.rest_mass == 0) & ~jnp.isnan(sums.own)
+    log_prob = jnp.where(hidden, -jnp.inf, sums.label_sum - sums.own_mass * nll - sums.rest_mass * spread)
+    t = sums.rest + jnp.exp(sums.own)
+    entropy = (jnp.exp(sums.own) * nll + sums.rest * spread + sums.moment) / t
+    correct, rank = _place(logits, jnp.squeeze(labels.ids, axis), adjustment, axis, class_axes)
+    valid = ~jnp.isnan(log_prob)
+    return LabelStatistics(
+        used(log_prob),
+        used(sums.shift + spread),
+        used(entropy),
+        used(valid & correct),
+        used(jnp.where(valid, rank, -1)),
+    )
+
+
+def _place(logits: Array, labels: Array, adjustment: Adjustment, axis: int, class_axes: Names) -> tuple[Array, Array]:
+    """(correct, rank). In floating-point arithmetic alone, as are all sums over classes: a difference times a large
+    number, at most 1, is whether there is one. (The numbers are operands, and -own one, for the sake of `alone`.)"""
+    logits, adjustment = lax.stop_gradient((logits, adjustment))
+    size = logits.shape[axis]
+    here = labels - offset(size, class_axes)
+    in_range = jnp.clip(here, 0, size - 1)
+    own = pick_logit(logits, in_range, adjustment, axis)
+    own = psum(jnp.where(in_range == here, own, 0), class_axes)
+    own = jnp.maximum(own, jnp.finfo(own.dtype).min)  # -inf - -inf is NaN
+
+    def larger(arrays, own, here, axis):
+        logits, where, (zero, one, huge) = arrays
+        gap = z_of((logits, where), adjustment, own, axis)
+        return jnp.minimum(jnp.minimum(jnp.maximum(gap, zero) * huge, one), distance(here, gap, axis))
+
+    def equal_and_before(arrays, minus_own, here, axis):
+        logits, where, (zero, one, huge) = arrays
+        gap = z_of((logits, where), adjustment, -minus_own, axis)
+        return jnp.clip(until(here, gap, axis), zero, one) * (one - jnp.minimum(jnp.abs(gap) * huge, one))
+
+    numbers = tuple(jnp.full((1,) * logits.ndim, number, own.dtype) for number in (0, 1, 1e38))
+    arrays = logits, adjustment.where, numbers
+    rank = psum(sum_over_classes(larger, arrays, own, here, axis), class_axes)
+    ties = psum(sum_over_classes(equal_and_before, arrays, -own, here, axis), class_axes)
+    return (rank == 0) & (ties == 0), rank.astype(jnp.int32)

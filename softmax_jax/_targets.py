@@ -1,0 +1,165 @@
+"""What a token is compared with: one class, a probability for each class, or the probabilities of a few.
+
+Of the targets t_v (class weight included) a loss needs three sums around a pivot a:
+
+    own_mass = t_a      rest_mass = Σ_{v≠a} t_v      label_sum = Σ_{v≠a} t_v (z_v - m)
+
+    labels                         the pivot                 its sums are made of
+    integers [*batch]              the label                 nothing: t_a is 1, or its class weight
+    floats of the logits' shape    the largest logit         a pass over the classes each
+    SparseLabels [*batch, k]       the largest logit         k logits a token, each read by itself
+
+In each sum a factor of exactly 0 wins over z = -inf.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+from jaxtyping import Float, Integer
+
+from softmax_jax._dtypes import nan_unless
+from softmax_jax._passes import at_ids, distance, pick, sum_over_classes, times, z_of
+from softmax_jax._sharding import Names, offset, psum
+
+
+class SparseLabels(NamedTuple):
+    """Probabilities of k classes a token: `labels` without an array of the logits' size.
+
+    `probs` are those of the classes `ids`, of any sum; duplicates add up, and an entry of probability 0 is padding,
+    whatever its id. `others` is what all other existing classes have together, spread evenly over them (None: 0); say
+    `1 - probs.sum(-1)`. An id out of range with a probability makes its row NaN.
+    """
+
+    ids: Integer[ArrayLike, "*batch k"]
+    probs: Float[ArrayLike, "*batch k"]
+    others: Float[ArrayLike, "*batch"] | None = None
+
+
+Labels = Array | SparseLabels
+
+
+def are_ids(labels: Labels) -> bool:
+    return not isinstance(labels, SparseLabels) and jnp.issubdtype(labels.dtype, jnp.integer)
+
+
+def are_dense(labels: Labels) -> bool:
+    return not isinstance(labels, SparseLabels) and not are_ids(labels)
+
+
+# In their one form, SparseLabels have int32 ids along the classes' axis, each id once a token and -1 for what does not
+# count, and `others` is the probability of each of the other classes. So that a class has one gradient, which is
+# written once.
+
+
+def merged(labels: SparseLabels, classes: int) -> SparseLabels:
+    """Ids once each, -1 and probability 0 in the freed entries; by sorting, since k may be hundreds. NaN in a row that
+    has an id which no class has."""
+    ids, probs, others = labels
+    used = probs != 0  # of NaN too
+    valid = jnp.all(~used | (ids >= 0) & (ids < classes), -1, keepdims=True)
+    ids = jnp.where(used, ids, -1)
+    if ids.shape[-1] > 1:
+        ids, probs = lax.sort((ids, probs), num_keys=1, is_stable=False)
+        new = jnp.diff(ids, axis=-1) != 0
+        edge = jnp.ones_like(ids[..., :1], bool)
+        starts, ends = jnp.concatenate([edge, new], -1), jnp.concatenate([new, edge], -1)
+        _, probs = lax.associative_scan(_run, (starts, probs), axis=-1)
+        ids, probs = jnp.where(ends, ids, -1), jnp.where(ends, probs, 0)
+    return SparseLabels(ids, nan_unless(valid, probs), others)
+
+
+def _run(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array, Array]:
+    """(starts a run, sum) of two neighbours."""
+    (starts, a), (starts_anew, b) = left, right
+    return starts | starts_anew, jnp.where(starts_anew, b, a + b)
+
+
+def _existing(array: Any, where: Array | None) -> Any:
+    return array if array is None or where is None else jnp.where(where, array, 0)
+
+
+def target(labels, class_weights, where, dtype):
+    """t_v of dense labels. What `where` hides may be NaN."""
+    labels, class_weights = _existing(labels.astype(dtype), where), _existing(class_weights, where)
+    return labels if class_weights is None else class_weights * labels
+
+
+def uniform(class_weights, where, z):
+    """c_v of every class that exists."""
+    each = jnp.ones_like(z) if class_weights is None else jnp.broadcast_to(class_weights, z.shape)
+    return _existing(each, where)
+
+
+def own_mass(labels, class_weights, where, pivot, size, axis, dtype):
+    """t_pivot of ids and of dense labels, and 0 where the pivot is none of the classes here; None for 1."""
+    in_range = jnp.clip(pivot, 0, size - 1)
+    there = lambda a: None if a is None else pick(a, in_range, axis)  # noqa: E731
+    mass = there(class_weights) if are_ids(labels) else target(there(labels), there(class_weights), there(where), dtype)
+    return None if mass is None else jnp.where(in_range == pivot, mass, 0)
+
+
+def dense_sums(logits, labels, class_weights, m, pivot, adjustment, axis):
+    """(rest_mass, label_sum). A factor that is 0 at the pivot leaves it out: 1 elsewhere in the one sum, a half in the
+    other, since the two would share the same constant (see `alone`)."""
+
+    def others(arrays, m, pivot, axis):
+        labels, class_weights, where = arrays
+        t = target(labels, class_weights, where, m.dtype)
+        return t * jnp.minimum(distance(pivot, t, axis), 1)
+
+    def of_logits(arrays, m, pivot, axis):
+        logits, labels, class_weights, where = arrays
+        z = z_of((logits, where), adjustment, m, axis)
+        return times(target(labels, class_weights, where, m.dtype), z * jnp.minimum(distance(pivot, z, axis), 0.5))
+
+    arrays = labels, class_weights, adjustment.where
+    rest_mass = sum_over_classes(others, arrays, m, pivot, axis)
+    return rest_mass, 2 * sum_over_classes(of_logits, (logits, *arrays), m, pivot, axis)
+
+
+class Few(NamedTuple):
+    """What stands at the ids of SparseLabels: [*batch] with k on the classes' axis, or 1 where it is the same for
+    all. Of sharded classes, of those here."""
+
+    ids: Array  # of the classes here, beyond them where none is meant
+    logits: Array
+    where: Array  # whether there is such a class
+    class_weights: Array | None
+
+
+def few(logits, labels, class_weights, where, first, axis) -> Few:
+    size = logits.shape[axis]
+    ids, exists = _ids_here(labels, where, size, first, axis)
+    return Few(ids, few_of(logits, ids, size, axis), exists, few_of(class_weights, ids, size, axis))
+
+
+def few_of(array, ids, size, axis):
+    return None if array is None else at_ids(array, jnp.minimum(ids, size - 1), axis)
+
+
+def _ids_here(labels, where, size, first, axis):
+    """(the ids as those of the classes here, `size` for others; whether there is such a class)."""
+    ids = labels.ids - first
+    ids = jnp.where((labels.ids >= 0) & (ids >= 0) & (ids < size), ids, size)
+    return ids, ids < size if where is None else (ids < size) & few_of(where, ids, size, axis)
+
+
+def spread_evenly(
+    labels: SparseLabels, where: Array | None, existing: Array, size: int, axis: int, class_axes: Names
+) -> tuple[SparseLabels, Array]:
+    """(labels without `others`, u): u of every class that exists, and the difference to it of the few."""
+    _, exists = _ids_here(labels, where, size, offset(size, class_axes), axis)
+    left = existing - psum(jnp.sum(exists, axis, dtype=existing.dtype), class_axes)
+    u = jnp.where(left > 0, labels.others, 0) / jnp.maximum(left, 1)
+    return SparseLabels(labels.ids, labels.probs - jnp.expand_dims(u, axis)), u
+
+
+def sparse_sums(z, probs, class_weights, at: Few, pivot, axis):
+    """(own_mass, rest_mass, label_sum), of z at the ids."""
+    t = target(probs, class_weights, at.where, z.dtype)
+    is_pivot = at.ids == jnp.expand_dims(pivot, axis)
+    others = jnp.where(is_pivot, 0, t)
+    sums = jnp.where(is_pivot, t, 0), others, times(others, z)
+    return tuple(jnp.sum(terms, axis) for terms in sums)

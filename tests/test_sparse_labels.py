@@ -1,0 +1,268 @@
+"""SparseLabels: the dense labels that they mean, without the array."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from helpers import FLOATS, assert_within, epsilon, relative_error
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from meshes import collectives, mesh_of
+from test_exactness import MARGINS, PROMISE, at_margins
+
+from softmax_jax import SparseLabels, cross_entropy, linear_cross_entropy
+
+ALL = {"where": True, "class_weights": True, **FLOATS}
+
+
+def random_case(rng, batch, classes, k, others=False, names=(), dtype=jnp.float32):
+    """(logits, SparseLabels with duplicates and padding, options)."""
+    logits = np.array(3 * rng.normal(size=(*batch, classes))).astype(dtype)
+    ids = rng.integers(0, classes, (*batch, k)).astype(np.int32)
+    probs = rng.gamma(0.5, size=(*batch, k)).astype(np.float32)
+    ids[..., 1] = ids[..., 2]
+    ids[..., 3], probs[..., 3] = rng.choice([-1, 0, classes + 5], batch), 0
+    labels = SparseLabels(ids, probs, rng.uniform(0.1, 0.5, batch).astype(np.float32) if others else None)
+    options = {name: np.float32(value) for name, value in FLOATS.items() if name in names}
+    if "where" in names:
+        options["where"] = rng.random(logits.shape) < 0.7
+    if "class_weights" in names:
+        options["class_weights"] = rng.uniform(0.5, 2, classes).astype(np.float32)
+    return logits, labels, options
+
+
+def dense(labels, shape, where=None):
+    return reference.dense_labels(*labels, np.broadcast_to(True if where is None else where, shape))
+
+
+def in_float64(loss, *operands):
+    """The gradients of the same library's loss on dense labels, whose truth is NumPy's, in float64."""
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda a: np.float64(a) if a.dtype == np.float32 else a, operands)
+        return jax.tree.map(np.asarray, jax.jit(jax.grad(loss, tuple(range(len(operands))), allow_int=True))(*wide))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("names", [(), tuple(ALL)], ids=["plain", "all"])
+@pytest.mark.parametrize("others", [False, True], ids=["few", "spread"])
+def test_they_are_the_dense_labels_that_they_mean(rng, others, names, dtype):
+    """Duplicates add up, padding has no part; loss and gradient of the logits under random cotangents."""
+    logits, labels, options = random_case(rng, (4, 5), 61, 7, others, names, dtype)
+    cotangent = rng.normal(size=(4, 5)).astype(np.float32)
+    t = dense(labels, logits.shape, options.get("where"))
+    want = reference.cross_entropy(logits, t, reduction="none", cotangent=np.float64(cotangent), **options)
+    loss = lambda z: cross_entropy(z, labels, reduction="none", **options)  # noqa: E731
+    value, pull = jax.vjp(jax.jit(loss), logits)
+    grad = pull(cotangent)[0]
+    assert value.dtype == jnp.float32 and grad.dtype == dtype
+    # What the few have besides the spread is a difference: as large a term again.
+    assert_within(value, want.loss, want.loss_condition, 16, err_msg="loss")
+    assert_within(grad, want.grad, want.grad_condition, 16, dtype, "gradient")
+
+
+@pytest.mark.parametrize("others", [False, True], ids=["few", "spread"])
+def test_gradients_of_probabilities_and_options(rng, others):
+    """Of each entry, of duplicates each; of what is spread; of every option."""
+    logits, labels, options = random_case(rng, (4, 5), 61, 7, others, tuple(ALL))
+    where = options.pop("where")
+    cotangent = rng.normal(size=(4, 5)).astype(np.float32)
+
+    def sparse(probs, rest, options):
+        few = SparseLabels(labels.ids, probs, rest)
+        return jnp.sum(cotangent * cross_entropy(logits, few, where=where, reduction="none", **options))
+
+    def through_dense(t, options):
+        loss = cross_entropy(np.float64(logits), t, where=where, reduction="none", **options)
+        return jnp.sum(np.float64(cotangent) * loss)
+
+    t = np.float32(dense(labels, logits.shape, where))
+    dt, doptions = in_float64(through_dense, t, options)
+    got, *spread, got_options = jax.jit(jax.grad(sparse, (0, 1, 2) if others else (0, 2)))(
+        labels.probs, labels.others, options
+    )
+    meant = labels.probs != 0
+    want = np.take_along_axis(dt, np.clip(labels.ids, 0, 60), -1)
+    np.testing.assert_allclose(np.asarray(got)[meant], want[meant], rtol=2e-5, atol=2e-5)
+    for name, truth in doptions.items():
+        np.testing.assert_allclose(got_options[name], truth, rtol=2e-5, atol=1e-4, err_msg=name)
+    if others:
+        listed = np.zeros(logits.shape, bool)
+        for row in np.ndindex(4, 5):
+            listed[row][labels.ids[row][meant[row]]] = True
+        free = where & ~listed
+        mean = np.sum(np.where(free, dt, 0), -1) / free.sum(-1)
+        np.testing.assert_allclose(spread[0], mean, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_one_hot_target_is_exact_at_every_margin(rng, k):
+    logits, ids = at_margins(rng, MARGINS)
+    few = np.full((len(ids), k), -7, np.int32)
+    few[:, k // 2] = ids
+    labels = SparseLabels(few, np.float32(few >= 0))
+    cotangent = rng.normal(size=len(ids)).astype(np.float32)
+    want = reference.cross_entropy(logits, ids, reduction="none", cotangent=np.float64(cotangent))
+    loss, pull = jax.vjp(jax.jit(lambda z: cross_entropy(z, labels, reduction="none")), logits)
+    assert relative_error(loss, want.loss).max() < PROMISE
+    assert relative_error(pull(cotangent)[0], want.grad).max() < PROMISE
+
+
+@pytest.mark.nan
+def test_an_id_that_no_class_has_makes_its_row_nan(rng):
+    """Loss and gradient of that row alone; of a row of weight 0 neither."""
+    logits, labels, _ = random_case(rng, (5,), 11, 4)
+    for row, bad in [(1, 11), (2, -1), (3, np.iinfo(np.int32).max), (4, -1)]:
+        labels.ids[row, 0] = bad
+    labels.probs[3] = [1, 0, 0, 0]
+    weights = np.array([1, 1, 1, 1, 0], np.float32)
+    loss = lambda z: cross_entropy(z, labels, weights=weights, reduction="none")  # noqa: E731
+    value, grad = loss(logits), jax.grad(lambda z: jnp.sum(loss(z)))(logits)
+    np.testing.assert_array_equal(np.isnan(value), [False, True, True, True, False])
+    np.testing.assert_array_equal(np.isnan(grad).any(-1), [False, True, True, True, False])
+    assert value[4] == 0 and not np.any(grad[4])
+
+
+def test_a_few_of_probability_zero(rng):
+    """-inf logits: of no matter without probability, inf with it; the same with all mass spread and with no class
+    left to spread over."""
+    logits = np.array([[0, 1, -np.inf]] * 3, np.float32)
+    ids = np.array([[0, 2], [0, 2], [0, 1]])
+    labels = SparseLabels(ids, np.array([[1, 0], [0.5, 0.5], [0.5, 0.5]], np.float32))
+    value, grad = jax.value_and_grad(lambda z: jnp.sum(cross_entropy(z, labels, reduction="none")[::2]))(logits)
+    t = np.array([[1, 0, 0], [0, 0, 0], [0.5, 0.5, 0]])
+    want = reference.cross_entropy(logits[::2], t[::2], reduction="sum")
+    np.testing.assert_allclose(value, want.loss, rtol=1e-6)
+    np.testing.assert_allclose(grad[::2], want.grad, rtol=1e-6)
+    assert cross_entropy(logits, labels, reduction="none")[1] == np.inf
+    everything = SparseLabels(np.array([[0, 1]]), np.array([[0.5, 0.5]], np.float32), np.ones(1, np.float32))
+    got = cross_entropy(logits[2:, :2], everything)
+    np.testing.assert_allclose(got, cross_entropy(logits[2:, :2], np.full((1, 2), 0.5, np.float32)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("transpose", [False, True])
+def test_linear_is_plain(rng, reduction, transpose):
+    _, labels, options = random_case(rng, (3, 5), 61, 7, True, tuple(ALL))
+    x, weight = (rng.normal(size=shape).astype(np.float32) for shape in [(3, 5, 24), (24, 61)])
+    weight /= 5
+    where = options.pop("where")
+    cotangent = rng.normal(size=(3, 5) if reduction == "none" else ()).astype(np.float32)
+    t = np.float32(dense(labels, (3, 5, 61), where))
+
+    def plain(x, weight, options):
+        t64 = np.float64(dense(labels, (3, 5, 61), where))
+        return jnp.sum(
+            np.float64(cotangent) * cross_entropy(x @ weight, t64, where=where, reduction=reduction, **options)
+        )
+
+    def linear(x, weight, options):
+        head = weight.T if transpose else weight
+        loss = linear_cross_entropy(
+            x, head, labels, transpose_weight=transpose, where=where, reduction=reduction, chunk_size=4, **options
+        )
+        return jnp.sum(cotangent * loss)
+
+    assert t.dtype == np.float32
+    want = in_float64(plain, x, weight, options)
+    got = jax.jit(jax.grad(linear, (0, 1, 2)))(x, weight, options)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert np.max(abs(a - b)) < 512 * epsilon(jnp.float32) * np.max(abs(b))
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: d.__name__)
+def test_nothing_of_logits_size_is_made_for_them(dtype):
+    """The gradient of the logits is written once, in its own format."""
+    if dtype == jnp.bfloat16 and jax.__version_info__ < (0, 12):
+        pytest.skip("XLA on the CPU scatters bfloat16 as float32")
+    tokens, classes, k = 256, 8192, 16
+    logits, ids = jax.ShapeDtypeStruct((tokens, classes), dtype), jax.ShapeDtypeStruct((tokens, k), jnp.int32)
+    probs = jax.ShapeDtypeStruct((tokens, k), jnp.float32)
+    loss = lambda z, ids, p: cross_entropy(z, SparseLabels(ids, p, 1 - jnp.sum(p, -1)))  # noqa: E731
+    program = jax.jit(jax.value_and_grad(loss)).lower(logits, ids, probs).compile()
+    size = tokens * classes * jnp.dtype(dtype).itemsize
+    assert program.memory_analysis().temp_size_in_bytes < 0.05 * size
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("how", ["automatic", "explicit", "axis_name"])
+@pytest.mark.parametrize("linear", [False, True], ids=["logits", "linear"])
+def test_over_8_devices(rng, how, linear):
+    """Tokens over two, classes over four: the loss and the gradients of the whole."""
+    logits, labels, options = random_case(rng, (8, 6), 64, 7, True, tuple(ALL))
+    x, weight = (rng.normal(size=shape).astype(np.float32) for shape in [(8, 6, 24), (24, 64)])
+    weight /= 5
+    where, c = options.pop("where"), options.pop("class_weights")
+    operands = ((x, weight) if linear else (logits,), labels.probs, labels.others, c)
+    cotangent = rng.normal(size=(8, 6)).astype(np.float32)
+
+    def losses(arrays, probs, others, c, ids, where, **more):
+        labels = SparseLabels(ids, probs, others)
+        door = linear_cross_entropy if linear else cross_entropy
+        return door(*arrays, labels, class_weights=c, where=where, reduction="none", **options, **more)
+
+    def total(*operands):
+        return jnp.sum(cotangent.astype(operands[1].dtype) * losses(*operands, labels.ids, where))
+
+    want = in_float64(total, *operands)
+    mesh = mesh_of("explicit" if how == "explicit" else "automatic")
+    of_logits, tokens = P("data", None, "model"), P("data")
+    arrays = (tokens, P(None, "model")) if linear else (of_logits,)
+    specs = (arrays, tokens, tokens, P("model"), tokens, of_logits)
+    more = {"chunk_size": 7} if linear else {}
+    run = lambda *operands: losses(*operands, **more)  # noqa: E731
+    if how == "axis_name":
+        local = lambda *operands: losses(*operands, axis_name="model", **more)  # noqa: E731
+        run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=tokens)
+    put = lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec))  # noqa: E731
+    with jax.set_mesh(mesh):
+        every = (*operands, labels.ids, where)
+        placed = jax.tree.map(put, every, specs, is_leaf=lambda a: isinstance(a, np.ndarray))
+        weighted = lambda *o: jnp.sum(put_like(cotangent, mesh) * run(*o, *placed[4:]))  # noqa: E731
+        program = jax.jit(jax.grad(weighted, (0, 1, 2, 3))).lower(*placed[:4]).compile()
+        got = program(*placed[:4])
+    assert {found.op for found in collectives(program)} <= {"all-reduce"}
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert np.max(abs(np.asarray(a) - b)) < 64 * epsilon(jnp.float32) * np.max(abs(b))
+
+
+def put_like(a, mesh):
+    return jax.device_put(a, NamedSharding(mesh, P("data")))
+
+
+def test_vmap_and_second_derivatives(rng):
+    logits, labels, _ = random_case(rng, (4,), 6, 5, True)
+    both = lambda z, labels: cross_entropy(z, labels, reduction="none")  # noqa: E731
+    np.testing.assert_array_equal(jax.vmap(cross_entropy)(logits, labels), both(logits, labels))
+    row = jax.tree.map(lambda a: a[0], labels)
+    got = jax.jit(jax.hessian(lambda z: cross_entropy(z, row)))(logits[0])
+    total = dense(labels, logits.shape)[0].sum()
+    np.testing.assert_allclose(got, total * reference.hessian(logits[0]), rtol=2e-5, atol=1e-6)
+
+
+def test_forward_mode(rng):
+    logits, labels, options = random_case(rng, (4,), 11, 5, True, tuple(ALL))
+    tangent = rng.normal(size=(4, 11)).astype(np.float32)
+    _, forward = jax.jvp(lambda z: cross_entropy(z, labels, forward_mode=True, **options), (logits,), (tangent,))
+    reverse = jax.grad(lambda z: cross_entropy(z, labels, **options))(logits)
+    np.testing.assert_allclose(forward, np.sum(reverse * tangent), rtol=1e-5)
+
+
+@pytest.mark.usefixtures("untyped")
+def test_refuses():
+    logits, ids, probs = jnp.zeros((2, 3)), jnp.zeros((2, 4), int), jnp.zeros((2, 4))
+    for labels, error, message in [
+        (SparseLabels(ids, ids), TypeError, "must have integer ids and floating probabilities; got"),
+        (SparseLabels(ids, probs[:1]), ValueError, "must have ids and probs of shape (*batch, k) and others"),
+        (SparseLabels(ids[0], probs[0]), ValueError, "of the batch shape, (2,) here; got [(4,), (4,)]"),
+        (SparseLabels(ids, probs, probs), ValueError, "got [(2, 4), (2, 4), (2, 4)] for ids, probs, others."),
+    ]:
+        with pytest.raises(error, match=re.escape(message)):
+            cross_entropy(logits, labels)
+    with pytest.raises(
+        ValueError, match="`ignore_index` goes with integer labels; got ignore_index=0 and SparseLabels"
+    ):
+        cross_entropy(logits, SparseLabels(ids, probs), ignore_index=0)
