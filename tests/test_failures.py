@@ -90,7 +90,7 @@ def test_gradient_rows_of_16_bit_logits_sum_to_zero(rng):
     assert np.all(abs(grad.sum(-1)) <= epsilon(jnp.bfloat16) / 2 * abs(grad).sum(-1) * 1.01)
 
 
-@pytest.mark.parametrize("label", [-1, 7, -100])
+@pytest.mark.parametrize("label", [-1, 7, 12, -100, 2**31 - 1])
 @pytest.mark.nan
 def test_label_out_of_range_is_never_clamped_wrapped_or_half_nan(rng, label):
     logits, labels, _ = random_case(rng, (4, 7))

@@ -101,6 +101,52 @@ def test_a_smoothed_class_of_probability_zero_is_infinite(rng, dense):
     check_against_reference(jax.jit, rng, logits, labels, options | zero_class)
 
 
+def test_a_cotangent_of_zero_beside_an_infinite_loss(rng):
+    """Nothing comes of it: 0 · inf is 0, in the gradients of dense labels and of class weights too."""
+    logits, labels, _ = random_case(rng, (3, 7), dense=True)
+    logits[1, 2], c = -INF, np.float32([1, 2, 0, 1, 1, 1, 1])
+    cotangent = np.float32([1.3, 0, -0.4])
+
+    def weighted(logits, labels, c, smoothing):
+        losses = cross_entropy(logits, labels, class_weights=c, label_smoothing=smoothing, reduction="none")
+        return jnp.sum(jnp.where(cotangent == 0, 0, cotangent * losses))
+
+    every = jax.jit(jax.grad(weighted, (0, 1, 2, 3)))
+    for c_of_it in (0, 1):
+        c[2] = c_of_it
+        got = every(logits, labels, c, np.float32(0.1))
+        want = every(logits[[0, 2, 2]], labels[[0, 2, 2]], c, np.float32(0.1))  # the cotangent of the middle one is 0
+        for a, b in zip(got, want, strict=True):
+            a, b = (np.asarray(x)[[0, 2]] if x.ndim == 2 else x for x in (a, b))
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+        assert not np.any(got[0][1]) and not np.any(got[1][1])
+
+
+def test_a_class_of_weight_zero_at_minus_infinity_has_a_finite_gradient(rng):
+    """0 · -inf is 0 in the loss, and so is the slope of its smoothed part."""
+    logits, labels, _ = random_case(rng, (3, 7))
+    logits[:, 2], labels[labels == 2] = -INF, 3
+    c = np.float32([1, 2, 0, 1, 1, 1, 1])
+    of_weights = jax.grad(
+        lambda c: cross_entropy(logits, labels, class_weights=c, label_smoothing=0.1, reduction="sum")
+    )
+    got, z = np.asarray(of_weights(c)), np.float64(logits)
+    spread = np.log(np.exp(z).sum(-1))
+    want = np.where(np.isfinite(z), spread[:, None] - np.where(np.isfinite(z), z, 0), 0)
+    want[:, 2] = spread - logits.max(-1)  # what is left of log_normalizer - z_v where z_v - m counts as 0
+    want = 0.1 / 7 * want + 0.9 * want * (np.arange(7) == labels[:, None])
+    np.testing.assert_allclose(got, want.sum(0), rtol=1e-5)
+
+
+def test_smoothing_has_a_gradient_beside_a_row_without_classes(rng):
+    logits, labels, _ = random_case(rng, (3, 7))
+    where = np.ones((3, 7), bool)
+    where[1] = False
+    of_smoothing = jax.grad(lambda e, z, y, w: cross_entropy(z, y, where=w, label_smoothing=e, reduction="sum"))
+    got, kept = of_smoothing(0.1, logits, labels, where), [0, 2]
+    np.testing.assert_allclose(got, of_smoothing(0.1, logits[kept], labels[kept], where[kept]), rtol=1e-5)
+
+
 def test_a_class_weight_of_zero_wins_over_an_infinite_loss(rng):
     logits, labels, _ = random_case(rng, (5, 7))
     labels[1], logits[1, 2] = 2, -INF
