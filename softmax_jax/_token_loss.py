@@ -4,7 +4,7 @@ Everything here is plain JAX on per-token numbers, but for the two logarithms, w
 compute by a subtraction that cancels.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +109,7 @@ def _in_one_form(labels: Labels, classes: int, dtype: DTypeLike, axis: int) -> L
     return class_ids(labels, classes) if are_ids(labels) else labels
 
 
-def label_specs(labels: Labels, batch: tuple[Names, ...], classes: Names, axis: int) -> Labels:
+def label_specs(labels: Labels, batch: tuple[Names, ...], classes: Names, axis: int) -> Any:
     """How `labels` lie over devices, for logits of that layout."""
     if isinstance(labels, SparseLabels):
         return SparseLabels(fit(labels.ids, (*batch, ())), fit(labels.probs, (*batch, ())), fit(labels.others, batch))

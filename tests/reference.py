@@ -192,11 +192,12 @@ def label_statistics(logits, labels, cotangents, where=None, logit_scale=1.0, so
     size = _size(z)
     tail = np.sum(p * missing * size, -1)
     flushed = np.where((p > 0) & (p < 1.2e-38), 1e-31, 0)  # as a float32 it may be 0: the smallest number / eps
-    of_terms = np.sum(terms * size + p * missing * size + flushed * nll, -1) + tail * entropy
+    lost = np.where(flushed > 0, flushed * nll, 0)
+    of_terms = np.sum(terms * size + p * missing * size + lost, -1) + tail * entropy
     conditions = np.sum(at_label * size, -1) + tail, np.abs(log_normalizer) + size.max(-1) + tail, of_terms
     each = abs(of_log_prob) * (at_label * missing + p) + abs(of_normalizer) * p
-    lost = (flushed * nll).sum(-1, keepdims=True)
-    each = each + abs(of_entropy) * (terms + flushed * nll + p * (entropy[..., None] + lost + missing))
+    of_entropies = terms + lost + p * (entropy[..., None] + lost.sum(-1, keepdims=True) + missing)
+    each = each + abs(of_entropy) * of_entropies
     each = each + (abs(of_log_prob) + abs(of_normalizer)) * flushed
     condition = each * (size + tail[..., None]) * abs(logit_scale)
     return Statistics(values, np.where(exists, dz * slope, 0), conditions, np.where(exists, condition, 0))

@@ -1,6 +1,7 @@
 """What the linear door promises beside the numbers: memory, work, errors, and freedom from failures known elsewhere."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -226,3 +227,26 @@ def test_bad_input_is_refused_with_the_way_out(change, error, message):
     }
     with pytest.raises(error, match=message):
         linear_cross_entropy(**(arguments | change))
+
+
+@pytest.mark.compiled
+def test_the_next_token_by_weights_and_rolled_labels_is_that_of_slices_without_a_copy_of_x(rng):
+    """As the README has it: the last position of each row has weight 0."""
+    x, head = rng.normal(size=(4, 9, 16)).astype(np.float32), rng.normal(size=(16, 50)).astype(np.float32)
+    tokens = rng.integers(0, 50, (4, 9))
+
+    def rolled(x, head, tokens, size=None):
+        counts = jnp.arange(tokens.shape[1]) < tokens.shape[1] - 1
+        return linear_cross_entropy(x, head, jnp.roll(tokens, -1, 1), weights=counts, chunk_size=size)
+
+    def sliced(x, head, tokens, size=None):
+        return linear_cross_entropy(x[:, :-1], head, tokens[:, 1:], chunk_size=size)
+
+    got, want = (jax.jit(jax.value_and_grad(f, (0, 1)))(x, head, tokens) for f in (rolled, sliced))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+    shapes = (((256, 128, 512), jnp.float32), ((512, 100), jnp.float32), ((256, 128), jnp.int32))
+    of_chunks = lambda f: compiled(partial(f, size=2048), *shapes).memory_analysis()  # noqa: E731
+    saved = of_chunks(sliced).temp_size_in_bytes - of_chunks(rolled).temp_size_in_bytes
+    assert saved > 0.9 * 4 * 256 * 127 * 512
