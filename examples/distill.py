@@ -1,21 +1,18 @@
-"""A student learns handwritten digits from the few most probable classes of a teacher: `SparseLabels`.
+"""Students learn handwritten digits from the few most probable classes of a teacher: `SparseLabels`.
 
-    python examples/distill.py --epochs 60 --out out/distill.png
+    python examples/distill.py --students 5 --out out/distill.png
 
-The teacher, a convolutional network, has seen a label for every training digit. The students, small networks, have 40
-labels, or what the teacher says of all training digits: its first class alone, or its three first probabilities with
-what is left spread over the other seven. Nobody holds the teacher's other probabilities; of a vocabulary of 128256
-that would be the memory.
+The teacher, a convolutional network, has seen 1347 digits; the students, small networks, see 100 of them, with their
+labels, or with what the teacher says of them: its three largest probabilities, these and what is left spread over the
+other seven, or all ten. Of a vocabulary of 128256 the three are what one can store.
 """
 
 import argparse
-import math
 from pathlib import Path
 from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
@@ -28,8 +25,9 @@ from tqdm import tqdm
 from softmax_jax import SparseLabels, cross_entropy
 
 plt.switch_backend("Agg")
-BATCH, LABELLED, TEMPERATURE = 128, 40, 2.0
-COLOURS = {"teacher": "#111111", "40 labels": "#999999", "teacher's first": "#d98c21", "teacher's first 3": "#1f6fb4"}
+BATCH, STEPS, SEEN, TEMPERATURE = 128, 600, 100, 4.0
+COLOURS = {"labels": "#999999", "3 probabilities": "#d98c21", "3 and what is left": "#1f6fb4", "all 10": "#2d8a4e"}
+OPTIMIZER = optax.adamw(optax.cosine_decay_schedule(5e-3, STEPS), weight_decay=1e-2)
 
 
 class Teacher(eqx.Module):
@@ -65,9 +63,9 @@ def loss(net: eqx.Module, images: Array, targets: Any, scale: float) -> Float[Ar
 
 
 @eqx.filter_jit
-def step(net, state, optimizer, images, targets, scale):
+def step(net, state, images, targets, scale):
     gradient = eqx.filter_grad(loss)(net, images, targets, scale)
-    updates, state = optimizer.update(gradient, state, eqx.filter(net, eqx.is_array))
+    updates, state = OPTIMIZER.update(gradient, state, eqx.filter(net, eqx.is_array))
     return eqx.apply_updates(net, updates), state
 
 
@@ -76,41 +74,42 @@ def logits_of(net, images):
     return jax.vmap(net)(images)
 
 
-def trained(net, images, targets, held_out, steps, seed, bar, scale=1.0):
-    """The network after so many steps, and its accuracy on held-out digits on the way."""
-    optimizer = optax.adamw(optax.cosine_decay_schedule(5e-3, steps), weight_decay=1e-2)
-    state, rng, accuracy = optimizer.init(eqx.filter(net, eqx.is_array)), np.random.default_rng(seed), []
-    for done in range(steps):
-        if done % 10 == 0:
-            accuracy.append(float(jnp.mean(logits_of(net, held_out[0]).argmax(-1) == held_out[1])))
+def trained(net, images, targets, test, seed, bar, scale=1.0):
+    """The network after all steps, and its accuracy on held-out digits every 20 of them."""
+    state, rng, accuracy = OPTIMIZER.init(eqx.filter(net, eqx.is_array)), np.random.default_rng(seed), []
+    for done in range(STEPS + 1):
+        if done % 20 == 0:
+            accuracy.append(np.mean(np.asarray(logits_of(net, test[0])).argmax(-1) == test[1]))
         rows = rng.choice(len(images), BATCH)
-        net, state = step(net, state, optimizer, images[rows], jax.tree.map(lambda a: a[rows], targets), scale)  # noqa: B023
+        net, state = step(
+            net, state, images[rows], jax.tree.map(lambda a, rows=rows: a[rows], targets), np.float32(scale)
+        )
         bar.update()
-    return net, [*accuracy, float(jnp.mean(logits_of(net, held_out[0]).argmax(-1) == held_out[1]))]
+    return net, np.array(accuracy)
 
 
 def top_of(teacher, images, k: int) -> SparseLabels:
-    """The k most probable classes of every image, at a higher temperature, and what is left."""
+    """The k largest probabilities of every image, at the temperature, and what is left."""
     probs, ids = jax.lax.top_k(jax.nn.softmax(logits_of(teacher, images) / TEMPERATURE), k)
     return SparseLabels(np.asarray(ids), np.asarray(probs), np.asarray(1 - probs.sum(-1)))
 
 
-def draw(curves: dict[str, list[float]], top: SparseLabels, images: np.ndarray, path: Path) -> None:
-    """Accuracy by step; the digits of which the teacher is least sure, and what it says of them."""
-    figure = plt.figure(figsize=(11, 6.4), layout="constrained")
-    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[2.2, 1])[:, 0]
-    axes = above.subplots()
+def draw(curves: dict[str, np.ndarray], best: float, top: SparseLabels, images: np.ndarray, path: Path) -> None:
+    """Accuracy by step, mean and range of the students; what the teacher says of the digits it is least sure of."""
+    figure = plt.figure(figsize=(11, 6.6), layout="constrained")
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[2, 1])[:, 0]
+    axes, steps = above.subplots(), 20 * np.arange(STEPS // 20 + 1)
+    axes.axhline(100 * best, color="#111111", ls="--", label=f"the teacher: {100 * best:.1f} %")
     for name, accuracy in curves.items():
-        style = {"ls": "--"} if name == "teacher" else {}
-        label = f"{name}: {100 * accuracy[-1]:.1f} %"
-        axes.plot(
-            10 * np.arange(len(accuracy)), 100 * np.array(accuracy), color=COLOURS[name], lw=2, label=label, **style
-        )
-    axes.set(title="Held-out digits read right", xlabel="step", ylabel="%", ylim=(60, 100))
-    axes.legend(frameon=False, loc="lower right")
+        mean = 100 * accuracy.mean(0)
+        axes.plot(steps, mean, color=COLOURS[name], lw=2, label=f"{name}: {mean[-1]:.1f} %")
+        axes.fill_between(steps, *(100 * f(accuracy, 0) for f in (np.min, np.max)), color=COLOURS[name], alpha=0.12)
+    title = f"Held-out digits read right by students that saw {SEEN} (mean and range of {len(accuracy)})"
+    axes.set(title=title, xlabel="step", ylabel="%", ylim=(70, 100))
+    axes.legend(frameon=False, loc="lower right", title="learnt from")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    below.suptitle("The training digits of which the teacher is least sure: its three probabilities are the labels")
+    below.suptitle(f"Three probabilities of the teacher, at temperature {TEMPERATURE:g}, where it is least sure")
     for place, row in enumerate(np.argsort(top.probs[:, 0])[:8], start=1):
         axes = below.add_subplot(1, 8, place, xticks=[], yticks=[])
         axes.imshow(images[row], cmap="gray_r")
@@ -122,30 +121,32 @@ def draw(curves: dict[str, list[float]], top: SparseLabels, images: np.ndarray, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=60)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--students", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("out/distill.png"))
     options = parser.parse_args()
 
     pixels, digits = load_digits(return_X_y=True)
     images, digits = np.reshape(pixels, (-1, 8, 8)).astype(np.float32) / 16, np.asarray(digits, np.int32)
     training, held_out = train_test_split(np.arange(len(digits)), test_size=0.25, stratify=digits, random_state=0)
-    seen, test = images[training], (images[held_out], digits[held_out])
-    steps, seed = options.epochs * math.ceil(len(seen) / BATCH), options.seed
-    keys = jax.random.split(jax.random.key(seed))
+    test, seen = (images[held_out], digits[held_out]), training[:SEEN]
 
-    with tqdm(total=4 * steps, unit="step") as bar:
-        teacher, curve = trained(Teacher(keys[0]), seen, digits[training], test, steps, seed, bar)
-        curves, three = {"teacher": curve}, top_of(teacher, seen, 3)
-        for name, inputs, targets, scale in [
-            ("40 labels", seen[:LABELLED], digits[training][:LABELLED], 1.0),
-            ("teacher's first", seen, three.ids[:, 0], 1.0),
-            ("teacher's first 3", seen, three, 1 / TEMPERATURE),
-        ]:
-            _, curves[name] = trained(Student(keys[1]), inputs, targets, test, steps, seed, bar, scale)
-    draw(curves, three, seen, options.out)
+    with tqdm(total=(1 + 4 * options.students) * (STEPS + 1), unit="step") as bar:
+        teacher, curve = trained(Teacher(jax.random.key(0)), images[training], digits[training], test, 0, bar)
+        three, everything = (top_of(teacher, images[seen], k) for k in (3, 10))
+        targets = {
+            "labels": (digits[seen], 1.0),
+            "3 probabilities": (three._replace(others=None), 1 / TEMPERATURE),
+            "3 and what is left": (three, 1 / TEMPERATURE),
+            "all 10": (everything._replace(others=None), 1 / TEMPERATURE),
+        }
+        curves = {}
+        for name, (what, scale) in targets.items():
+            each = [(Student(jax.random.key(seed)), images[seen], what, test, seed) for seed in range(options.students)]
+            curves[name] = np.array([trained(*arguments, bar, scale)[1] for arguments in each])
+    draw(curves, curve[-1], three, images[seen], options.out)
+    print(f"teacher: {curve[-1]:.2%} of {len(test[1])} held-out digits")
     for name, accuracy in curves.items():
-        print(f"{name}: {accuracy[-1]:.2%} of {len(test[1])} held-out digits")
+        print(f"{name}: {accuracy[:, -1].mean():.2%}")
     print(f"picture: {options.out}")
 
 
