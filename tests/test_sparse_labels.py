@@ -64,6 +64,24 @@ def test_they_are_the_dense_labels_that_they_mean(rng, others, names, dtype):
     assert_within(grad, want.grad, want.grad_condition, 16, dtype, "gradient")
 
 
+def test_classes_on_another_axis(rng):
+    """The k entries stay last."""
+    logits, labels, options = random_case(rng, (4, 5), 61, 7, True, ("where", "class_weights", "label_smoothing"))
+    where = options.pop("where")
+
+    def loss(z, probs, axis):
+        few, exists = labels._replace(probs=probs), np.moveaxis(where, -1, axis)
+        return jnp.sum(jnp.sin(cross_entropy(z, few, axis=axis, where=exists, reduction="none", **options)))
+
+    both = jax.jit(jax.value_and_grad(loss, (0, 1)), static_argnums=2)
+    want, (dlogits, dprobs) = both(logits, labels.probs, -1)
+    for axis in (0, 1):
+        got, (moved, same) = both(np.moveaxis(logits, -1, axis), labels.probs, axis)
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+        np.testing.assert_allclose(np.moveaxis(moved, axis, -1), dlogits, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(same, dprobs, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("others", [False, True], ids=["few", "spread"])
 def test_gradients_of_probabilities_and_options(rng, others):
     """Of each entry, of duplicates each; of what is spread; of every option."""
