@@ -10,19 +10,15 @@ from jaxtyping import Bool, Num
 
 from softmax_jax import _checks
 from softmax_jax._adjustment import Adjustment, adjust, row_shift, shifted
-from softmax_jax._dtypes import accumulator, floating, upcast
+from softmax_jax._dtypes import floating, upcast
 from softmax_jax._passes import (
     alone,
     apart,
     classes_last,
-    distance,
     from_classes_last,
     is_at,
     sum_of_others,
-    sum_over_classes,
-    times,
     top_class,
-    z_of,
 )
 from softmax_jax._token_loss import negative_log_likelihood
 
@@ -137,21 +133,19 @@ _softmax_rule.defvjp(_softmax_fwd, _softmax_bwd)
 _jitted_softmax = jax.jit(_softmax_rule, static_argnums=2)
 
 
-# The sums of the loss around the largest entry a, rest = Σ_{v≠a} exp(x_v - m) and own = x_a - m, give
+# The sums of the loss around the largest entry a, rest = Σ_{v≠a} exp(x_v - m) and own = x_a - m = 0 give
 #
-#     log p_a = -nll(rest, own)   log p_v = (x_v - x_a) + log p_a   dx_v = g_v (1 - p_v) - p_v (Σ_u g_u - g_v)
+#     log p_a = -nll(rest, own)   log p_v = (x_v - x_a) - nll   dx_v = g_v (1 - p_v) - p_v (Σ_u g_u - g_v)
 #
-# where 1 - p_a = -expm1(-nll) does not cancel. Kept: x, a and nll. Several axes are made one.
+# where 1 - p_a = -expm1(-nll) does not cancel. Kept: x, and of each row a and nll. Several axes are made one.
 
 
 def _log_softmax_value(x, where, axis):
-    masked = Adjustment(where=where)
-    (m,) = apart(row_shift(adjust(x, masked), axis))
+    masked, m = Adjustment(where=where), _row_maximum(x, where, axis)
     top = top_class(x, m, masked, axis)
     rest = sum_of_others(x, m, top, masked, axis)
-    highest = _at_top(x, where, top, axis)
-    own = jnp.where(top < x.shape[axis], highest - m, -jnp.inf)
-    nll = negative_log_likelihood(rest, own)
+    highest = _highest(x, m, top, axis)
+    nll = negative_log_likelihood(rest, jnp.where(top < x.shape[axis], highest - m, -jnp.inf))
     nll = nll if where is None else jnp.where(jnp.any(where, axis), nll, 0)
     kept = apart(top, nll)
     at_top, nll, log_p = _around_top(x, where, highest, kept, axis)
@@ -159,14 +153,20 @@ def _log_softmax_value(x, where, axis):
     return (y if where is None else jnp.where(where, y, -jnp.inf)).astype(x.dtype), kept
 
 
-def _at_top(x, where, top, axis):
-    """x_a, as a sum, which any sharding of the classes admits; 0 where there is none."""
+def _row_maximum(x, where, axis):
+    return apart(row_shift(adjust(x, Adjustment(where=where)), axis))[0]
 
-    def at_pivot(arrays, m, pivot, axis):
-        z = z_of(arrays, Adjustment(), m, axis)
-        return times(1 - jnp.minimum(distance(pivot, z, axis), 1), z)
 
-    return sum_over_classes(at_pivot, (x, where), jnp.zeros(top.shape, accumulator(x.dtype)), top, axis)
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _highest(x, m, top, axis):
+    """x_a: m, with the slope of x_a, for second derivatives."""
+    return m
+
+
+@_highest.defjvp
+def _highest_jvp(axis, primals, tangents):
+    x, m, top = primals
+    return m, jnp.sum(jnp.where(is_at(top, x, axis), upcast(tangents[0]), 0), axis)
 
 
 def _around_top(x, where, highest, kept, axis):
@@ -190,7 +190,8 @@ def _log_softmax_bwd(axis, residuals, g):
     x, where, kept = residuals
     of_existing = lambda g: upcast(g) if where is None else jnp.where(where, upcast(g), 0)  # noqa: E731
     total = alone(lambda g: jnp.sum(of_existing(g), axis, keepdims=True), g)
-    at_top, nll, log_p = _around_top(x, where, _at_top(x, where, kept[0], axis), kept, axis)
+    highest = _highest(x, _row_maximum(x, where, axis), kept[0], axis)
+    at_top, nll, log_p = _around_top(x, where, highest, kept, axis)
     top_p, top_miss = apart(jnp.exp(-nll), -jnp.expm1(-nll))
     g, p = of_existing(g), jnp.exp(log_p)
     p, miss = jnp.where(at_top, top_p, p), jnp.where(at_top, top_miss, 1 - p)
