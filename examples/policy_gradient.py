@@ -103,7 +103,8 @@ def megabytes(policy: Policy, statistics) -> float:
     tokens = jnp.zeros((SEQUENCES, LENGTH + 1), jnp.int32)
     numbers = jnp.zeros((SEQUENCES, LENGTH))
     arguments = policy, OPTIMIZER.init(policy), tokens, numbers, numbers
-    return step.lower(*arguments, statistics=statistics).compile().memory_analysis().temp_size_in_bytes / 2**20
+    memory = step.lower(*arguments, statistics=statistics).compile().memory_analysis()
+    return memory.temp_size_in_bytes / 2**20 if memory else float("nan")
 
 
 def draw(history: np.ndarray, memory: dict[str, float], tokens: np.ndarray, path: Path) -> None:

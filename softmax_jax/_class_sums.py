@@ -103,8 +103,6 @@ def _sums(logits, labels, class_weights, adjustment, unused, axis, asked, class_
 
     # An id that no class has makes its row NaN, if it is used.
     in_range, exists = jnp.clip(here, 0, size - 1), (pivot >= 0) & (pivot < count(size, class_axes))
-    if isinstance(labels, SparseLabels):
-        exists &= ~jnp.any(jnp.isnan(labels.probs), axis)
     exists = exists if unused is None else exists | unused
     own = jnp.where(in_range == here, pick_logit(logits, in_range, adjustment, axis) - m, 0)
 
@@ -113,6 +111,7 @@ def _sums(logits, labels, class_weights, adjustment, unused, axis, asked, class_
         at = few(logits, labels, class_weights, where, first, axis)
         z = shifted(at.logits, adjustment._replace(where=at.where), m, axis)
         mass, rest_mass, label_sum = sparse_sums(z, labels.probs, at.class_weights, at, here, axis)
+        mass = nan_unless(~jnp.any(jnp.isnan(labels.probs), axis), mass)
     else:
         mass = own_mass(labels, class_weights, where, here, size, axis, m.dtype)
     if are_dense(labels):
@@ -142,7 +141,7 @@ def _emptied(unused, logits, labels, axis):
         return logits, labels
     rows = jnp.expand_dims(unused, axis)
     empty = lambda a: jnp.where(rows, 0, a) if jnp.issubdtype(a.dtype, jnp.floating) else a  # noqa: E731
-    return jax.tree.map(empty, (logits, labels))
+    return empty(logits), jax.tree.map(empty, labels)
 
 
 def _class_sums_fwd(logits, labels, class_weights, adjustment, unused, axis, asked, class_axes):
@@ -188,7 +187,7 @@ def _pull_few(logits, labels, class_weights, adjustment, shift, pivot, first, ax
     of_operands = lambda x, scale, softcap: shifted(x, Adjustment(at.where, scale, softcap), shift, axis)  # noqa: E731
     z, pull_adjusted = jax.vjp(of_operands, at.logits, *adjustment[1:])
 
-    sums = lambda *operands: sparse_sums(*operands, at, pivot, axis)  # noqa: E731
+    sums = lambda z, probs, c: sparse_sums(z, probs, c, at, pivot, axis)  # noqa: E731
     _, pull = jax.vjp(sums, finite(z, across.label_sum == 0), labels.probs, at.class_weights)
     of_labels, dprobs, dweights = pull((cotangents.own_mass, cotangents.rest_mass, cotangents.label_sum))
     _, pull_weights = jax.vjp(lambda c: few_of(c, at.ids, logits.shape[axis], axis), class_weights)

@@ -1,7 +1,7 @@
 """What else one pass over the vocabulary tells of a token: for reinforcement learning, evaluation, calibration."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,7 @@ def label_statistics(
     *,
     axis: int = -1,
     where: Bool[ArrayLike, "..."] | None = None,
+    ignore_index: int | None = None,
     logit_scale: Scalar = 1.0,
     softcap: Scalar | None = None,
     axis_name: str | tuple[str, ...] | None = None,
@@ -63,13 +64,14 @@ def label_statistics(
     Args:
       logits: floating, `[*batch, classes]` for `axis=-1`. A row that holds +inf or NaN, or whose every logit is
         -inf, gives NaN; -inf is a class of probability zero, which adds 0 to the entropy.
-      labels: integer class ids of the batch shape. An id outside `[0, classes)` gives a log_prob of NaN.
+      labels: integer class ids of the batch shape. An id outside `[0, classes)` has log_prob NaN.
+      ignore_index: rows with this label are left out: all their numbers are 0, and their gradients.
       axis, where, logit_scale, softcap, axis_name: as in `cross_entropy`. A label that `where` hides has log_prob -inf;
         in a row without any class all numbers are 0.
 
     Returns:
-      `LabelStatistics`. Where log_prob or the row is NaN, `correct` is False and `rank` -1. In float32 two logits
-      that are closer than 1e-38 count as equal.
+      `LabelStatistics`. Where log_prob is NaN, `correct` is False and `rank` -1. Two logits that differ by less than
+      the smallest normal number count as equal.
 
     Raises:
       TypeError, ValueError: while tracing, for shapes, dtypes and numbers that do not fit; the message says which.
@@ -88,11 +90,11 @@ def label_statistics(
     logits, labels = jnp.asarray(logits), jnp.asarray(labels)
     _checks.floating("logits", logits)
     axis = _checks.class_axis("logits", logits.shape, axis)
-    labels = _one_each(labels, logits.shape, axis, logits.dtype)
-    options = _options(logits.shape, logits.dtype, axis, labels, where, logit_scale, softcap)
+    options = _options(logits.shape, logits.dtype, axis, labels, where, ignore_index, logit_scale, softcap)
+    one_each = _one_each(labels, logits.dtype)
     class_axes = _checks.mesh_axes(axis_name)
     _checks.sharded("logits", logits, class_axes)
-    return _of_logits(logits, labels, options, axis, class_axes)
+    return _of_logits(logits, one_each, options, axis, class_axes)
 
 
 def linear_label_statistics(
@@ -103,6 +105,7 @@ def linear_label_statistics(
     bias: Float[ArrayLike, " classes"] | None = None,
     transpose_weight: bool = False,
     where: Bool[ArrayLike, "..."] | None = None,
+    ignore_index: int | None = None,
     logit_scale: Scalar = 1.0,
     softcap: Scalar | None = None,
     axis_name: str | tuple[str, ...] | None = None,
@@ -110,7 +113,8 @@ def linear_label_statistics(
 ) -> LabelStatistics:
     """`label_statistics(x @ weight + bias, labels, ...)` without ever holding the logits, as `linear_cross_entropy`.
 
-    Its backward pass makes each chunk's logits again. The arguments are those of the two.
+    Its backward pass makes each chunk's logits again. The arguments are those of the two. Forward mode (`jax.jvp`) is
+    refused by JAX for both.
 
     >>> import jax.numpy as jnp
     >>> from softmax_jax import linear_label_statistics
@@ -121,31 +125,33 @@ def linear_label_statistics(
     x, weight, labels = jnp.asarray(x), jnp.asarray(weight), jnp.asarray(labels)
     classes = _checks.head(x, weight, bias, transpose_weight)
     shape, axis, dtype = (*x.shape[:-1], classes), x.ndim - 1, product_dtype(x.dtype, weight.dtype)
-    labels = _one_each(labels, shape, axis, dtype)
-    options = _options(shape, dtype, axis, labels, where, logit_scale, softcap)
+    options = _options(shape, dtype, axis, labels, where, ignore_index, logit_scale, softcap)
+    one_each = _one_each(labels, dtype)
     class_axes = _checks.mesh_axes(axis_name)
     _checks.sharded("weight", weight, class_axes)
     bias = None if bias is None else jnp.asarray(bias)
     how = _How(bool(transpose_weight), _checks.chunk_size_of(chunk_size), class_axes)
-    return _of_head(x, weight, bias, labels, options, how)
+    return _of_head(x, weight, bias, one_each, options, how)
 
 
-def _one_each(labels: Array, shape: tuple[int, ...], axis: int, dtype: DTypeLike) -> SparseLabels:
+def _one_each(labels: Array, dtype: DTypeLike) -> SparseLabels:
     """Labels of one class a token, of probability 1."""
+    return SparseLabels(labels[..., None], jnp.ones((*labels.shape, 1), accumulator(dtype)))
+
+
+def _options(shape, dtype, axis, labels, where, ignore_index, logit_scale, softcap) -> Options:
+    """Those of a loss, the rows to ignore as weights of 0."""
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"`labels` must be integers; got dtype {labels.dtype}. Pass class ids.")
     _checks.labels_of(labels, shape, axis)
-    return SparseLabels(labels[..., None], jnp.ones_like(labels[..., None], accumulator(dtype)))
-
-
-def _options(shape, dtype, axis, labels, where, logit_scale, softcap) -> Options:
+    ignored = _checks.ignored_id(ignore_index, labels)
     return _checks.options_for(
         shape,
         dtype,
         axis,
         labels,
         where=where,
-        weights=None,
+        weights=None if ignored is None else labels != ignored,
         ignore_index=None,
         class_weights=None,
         label_smoothing=0.0,
@@ -164,7 +170,7 @@ def _of_logits(logits: Array, labels: SparseLabels, options: Options, axis: int,
     every = entries_of(logits)
     batch, classes = every[:axis] + every[axis + 1 :], every[axis]
     specs = exactly(every), label_specs(labels, batch, classes, axis), option_specs(options, batch, classes, axis)
-    f = lambda *operands: _of_device(*operands, axis, class_axes + classes)  # noqa: E731
+    f = partial(_of_device, axis=axis, class_axes=class_axes + classes)
     return over_devices(f, mesh, operands, specs, exactly(batch))
 
 
@@ -215,16 +221,16 @@ def _of_chunk(how: _How, dtype: DTypeLike, shared: Shared, chunk: Each) -> Label
 
 
 def _statistics(
-    logits: Array, labels: SparseLabels, weights: Array | None, options: Options, axis: int, class_axes: Names
+    logits: Array, labels: Any, weights: Array | None, options: Options, axis: int, class_axes: Names
 ) -> LabelStatistics:
     adjustment = Adjustment(options.where, options.logit_scale, options.softcap)
     unused = None if weights is None else weights == 0
     operands = logits, labels, None, adjustment, unused
-    sums = class_sums(*operands, axis=axis, asked=Asked(moment=True), class_axes=class_axes, forward_mode=False)
+    sums: Any = class_sums(*operands, axis=axis, asked=Asked(moment=True), class_axes=class_axes, forward_mode=False)
     used = lambda value: value if unused is None else jnp.where(unused, jnp.zeros_like(value), value)  # noqa: E731
     sums = without(unused, sums)
     nll, spread = negative_log_likelihood(sums.rest, sums.own), log_spread(sums.rest, sums.own)
-    hidden = (sums.own_mass == 0) & (sums.rest_mass == 0) & ~jnp.isnan(sums.own)
+    hidden = (sums.own_mass == 0) & (sums.rest_mass == 0)
     log_prob = jnp.where(hidden, -jnp.inf, sums.label_sum - sums.own_mass * nll - sums.rest_mass * spread)
     t = sums.rest + jnp.exp(sums.own)
     entropy = (jnp.exp(sums.own) * nll + sums.rest * spread + sums.moment) / t
@@ -260,7 +266,8 @@ def _place(logits: Array, labels: Array, adjustment: Adjustment, axis: int, clas
         gap = z_of((logits, where), adjustment, -minus_own, axis)
         return jnp.clip(until(here, gap, axis), zero, one) * (one - jnp.minimum(jnp.abs(gap) * huge, one))
 
-    numbers = tuple(jnp.full((1,) * logits.ndim, number, own.dtype) for number in (0, 1, 1e38))
+    huge = jnp.finfo(own.dtype).max / 4
+    numbers = tuple(jnp.full((1,) * logits.ndim, number, own.dtype) for number in (0, 1, huge))
     arrays = logits, adjustment.where, numbers
     rank = psum(sum_over_classes(larger, arrays, own, here, axis), class_axes)
     ties = psum(sum_over_classes(equal_and_before, arrays, -own, here, axis), class_axes)

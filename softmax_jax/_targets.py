@@ -16,8 +16,6 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.typing import ArrayLike
-from jaxtyping import Float, Integer
 
 from softmax_jax._dtypes import nan_unless
 from softmax_jax._passes import at_ids, distance, pick, sum_over_classes, times, z_of
@@ -28,13 +26,16 @@ class SparseLabels(NamedTuple):
     """Probabilities of k classes a token: `labels` without an array of the logits' size.
 
     `probs` are those of the classes `ids`, of any sum; duplicates add up, and an entry of probability 0 is padding,
-    whatever its id. `others` is what all other existing classes have together, spread evenly over them (None: 0); say
-    `1 - probs.sum(-1)`. An id out of range with a probability makes its row NaN.
+    whatever its id, and has no gradient. `others` is what all other existing classes have together, spread evenly over
+    them (None: 0), say `jnp.maximum(1 - probs.sum(-1), 0)`; classes of a padded vocabulary are taken out by `where`,
+    since a share of a -inf logit is an infinite loss (NaN, where a class at -inf has less than that share). The
+    gradient of a class that has less than its share of `others` is right to a rounding of that share. An id out of
+    range with a probability makes its row NaN.
     """
 
-    ids: Integer[ArrayLike, "*batch k"]
-    probs: Float[ArrayLike, "*batch k"]
-    others: Float[ArrayLike, "*batch"] | None = None
+    ids: Any  # integers [*batch, k]
+    probs: Any  # floats [*batch, k]
+    others: Any = None  # floats [*batch]
 
 
 Labels = Array | SparseLabels
@@ -132,7 +133,8 @@ class Few(NamedTuple):
 def few(logits, labels, class_weights, where, first, axis) -> Few:
     size = logits.shape[axis]
     ids, exists = _ids_here(labels, where, size, first, axis)
-    return Few(ids, few_of(logits, ids, size, axis), exists, few_of(class_weights, ids, size, axis))
+    few_logits = jnp.broadcast_to(at_ids(logits, jnp.minimum(ids, size - 1), axis), ids.shape)
+    return Few(ids, few_logits, exists, few_of(class_weights, ids, size, axis))
 
 
 def few_of(array, ids, size, axis):
@@ -160,6 +162,6 @@ def sparse_sums(z, probs, class_weights, at: Few, pivot, axis):
     """(own_mass, rest_mass, label_sum), of z at the ids."""
     t = target(probs, class_weights, at.where, z.dtype)
     is_pivot = at.ids == jnp.expand_dims(pivot, axis)
-    others = jnp.where(is_pivot, 0, t)
-    sums = jnp.where(is_pivot, t, 0), others, times(others, z)
+    rest = jnp.where(is_pivot, 0, t)
+    sums = jnp.where(is_pivot, t, 0), rest, times(rest, z)
     return tuple(jnp.sum(terms, axis) for terms in sums)

@@ -151,8 +151,8 @@ def _evenly(
 ) -> tuple[Labels, _Evenly | None]:
     """(labels without `others`, what is spread); None for nothing."""
     where, class_weights = options.where, options.class_weights
-    others = isinstance(labels, SparseLabels) and labels.others is not None
-    if options.label_smoothing is None and not others:
+    sparse = labels if isinstance(labels, SparseLabels) and labels.others is not None else None
+    if options.label_smoothing is None and sparse is None:
         return labels, None
     existing = mass = jnp.asarray(count(classes, class_axes), dtype)
     width = lambda array: classes if array.shape[axis] == 1 else 1  # noqa: E731
@@ -161,9 +161,9 @@ def _evenly(
     if class_weights is not None:
         present = class_weights if where is None else jnp.where(where, class_weights, 0)
         mass = psum(jnp.sum(present, axis) * width(present), class_axes)
-    if not others:
+    if sparse is None:
         return labels, _Evenly(existing, mass)
-    labels, each = spread_evenly(labels, where, existing, classes, axis, class_axes)
+    labels, each = spread_evenly(sparse, where, existing, classes, axis, class_axes)
     return labels, _Evenly(existing, mass, each)
 
 
@@ -195,12 +195,14 @@ def weighted_losses(
     forward_mode: bool = False,
 ) -> Array:
     """weights · ℓ of every token."""
+    unused = None if weights is None else weights == 0
+    if isinstance(labels, SparseLabels) and labels.others is not None and unused is not None:
+        labels = labels._replace(others=jnp.where(unused, 0, labels.others))
     labels, evenly = _evenly(labels, options, logits.shape[axis], axis, class_axes, accumulator(logits.dtype))
     adjustment = Adjustment(options.where, options.logit_scale, options.softcap)
-    unused = None if weights is None else weights == 0
     operands, asked = (logits, labels, options.class_weights, adjustment, unused), Asked(prior=evenly is not None)
     sums = class_sums(*operands, axis=axis, asked=asked, class_axes=class_axes, forward_mode=forward_mode)
-    if weights is None:
+    if weights is None or unused is None:
         return _loss(sums, evenly, options)
     return jnp.where(unused, 0, weights * _loss(without(unused, sums), evenly, options))
 
@@ -226,7 +228,7 @@ def mean_divisor(
     """
     if normalizer is not None:
         return jnp.asarray(normalizer)
-    if options.class_weights is not None and are_ids(labels):
+    if options.class_weights is not None and isinstance(labels, Array) and are_ids(labels):
         c = options.class_weights.ravel()
         ids = labels - offset(c.size, class_axes)
         in_range = jnp.clip(ids, 0, c.size - 1)

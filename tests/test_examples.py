@@ -67,15 +67,6 @@ def _distill(printed: str) -> None:
     assert float(read_right["3 and what is left"]) > float(read_right["labels"]) + 1.5
 
 
-def _tail(printed: str) -> None:
-    """Where the losses are below 1e-7: ours as in float64, while Optax's labels have lost their gradients."""
-    found = re.findall(r"loss (\S+), (\S+)% of the labels", printed)
-    (truth, _), (ours, kept), (_, lost) = ((float(a), float(b)) for a, b in found)
-    assert truth < 1e-6
-    assert abs(ours / truth - 1) < 0.1
-    assert kept == 0 and lost > 20
-
-
 def _policy_gradient(printed: str) -> None:
     before, after = (float(number) for number in re.findall(r"reward: (\S+)% -> (\S+)%", printed)[0])
     assert 40 < before < 60 and after > before + 5
@@ -95,8 +86,7 @@ def _percentages(printed: str) -> list[float]:
         pytest.param("char_lm", "--steps 40 --batch 8 --length 64 --files 40", _char_lm, id="char_lm"),
         pytest.param("vocab_parallel", "--steps 25 --files 40", _vocab_parallel, id="vocab_parallel"),
         pytest.param("distill", "--students 2", _distill, id="distill"),
-        pytest.param("tail", "--steps 4000", _tail, id="tail"),
-        pytest.param("policy_gradient", "--updates 25", _policy_gradient, id="policy_gradient"),
+        pytest.param("policy_gradient", "--updates 15", _policy_gradient, id="policy_gradient"),
         pytest.param(
             "vocab_parallel",
             "--steps 25 --files 40 --processes 2 --model 8 --seconds 200",

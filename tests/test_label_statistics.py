@@ -131,6 +131,9 @@ def test_edges(rng):
     )
     bad = [False, False, False, True, True, True, True]
     np.testing.assert_array_equal(np.isnan(found.log_prob), bad)
+    row = [False, False, False, True, True, False, True]  # an id that no class has is of no matter to its row
+    np.testing.assert_array_equal(np.isnan(found.log_normalizer), row)
+    np.testing.assert_array_equal(np.isnan(found.entropy), row)
     np.testing.assert_array_equal(np.asarray(found.log_prob)[:3], [-inf, -inf, 0])
     log2, pair = np.log(2), np.log1p(np.exp(-1.0))
     np.testing.assert_allclose(np.asarray(found.log_normalizer)[:3], [log2, 2 + pair, 0], rtol=1e-6)
@@ -145,7 +148,7 @@ def test_edges(rng):
 
 def of_head(x, weight, bias, labels, cotangents, options):
     """What the statistics of x @ weight + bias are, and their gradients, in float64."""
-    x, weight = np.float64(x), np.float64(weight)
+    x, weight = np.asarray(x, np.float64), np.asarray(weight, np.float64)
     want = reference.label_statistics(x @ weight + bias, labels, cotangents, **options)
     flat = want.grad.reshape(-1, weight.shape[1])
     return want, (want.grad @ weight.T, x.reshape(-1, x.shape[-1]).T @ flat, flat.sum(0))
@@ -204,7 +207,8 @@ def test_nothing_of_logits_size_is_kept_and_only_what_is_used_is_computed():
 
     every = program(lambda z: label_statistics(z, labels))
     one = program(lambda z: label_statistics(z, labels).log_prob)
-    assert one.cost_analysis()["flops"] < 0.6 * every.cost_analysis()["flops"]
+    flops = lambda program: program.cost_analysis()["flops"]  # noqa: E731
+    assert flops(one) < 0.6 * flops(every)
     assert every.memory_analysis().temp_size_in_bytes < 0.05 * logits.nbytes
 
     grad = program(jax.grad(lambda z: jnp.sum(label_statistics(z, labels).entropy)))
@@ -263,6 +267,33 @@ def test_vmap_and_second_derivatives(rng):
         want = jax.hessian(entropy)(np.float64(logits[0]))
     got = jax.jit(jax.hessian(lambda z: label_statistics(z, labels[0]).entropy))(logits[0])
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("linear", [False, True], ids=["logits", "linear"])
+def test_ignored_rows_are_0_with_their_gradients(rng, linear):
+    """Whatever they hold; the others are as they are."""
+    x, weight = rng.normal(size=(5, 8)).astype(np.float32), rng.normal(size=(8, 11)).astype(np.float32)
+    labels, kept = np.array([3, -100, 0, -100, 10]), [0, 2, 4]
+    cotangents = random_cotangents(rng, (5,))
+    door = partial(linear_label_statistics, ignore_index=-100, chunk_size=2)
+    plain = lambda x, w, y: label_statistics(x @ w, y, ignore_index=-100)  # noqa: E731
+    statistics = door if linear else plain
+    found, (dx, dweight) = with_gradient(lambda x, w: statistics(x, w, labels), cotangents, x, weight)
+    few = [c[kept] for c in cotangents]
+    want, (dfew, dtruth) = with_gradient(lambda x, w: statistics(x, w, labels[kept]), few, x[kept], weight)
+    for a, b in zip(found, want, strict=True):
+        np.testing.assert_allclose(np.asarray(a)[kept], b, rtol=1e-6)
+        assert not np.any(np.asarray(a)[[1, 3]])
+    np.testing.assert_allclose(dx[jnp.array(kept)], dfew, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(dweight, dtruth, rtol=1e-5, atol=1e-5)
+    assert not np.any(dx[jnp.array([1, 3])])
+
+
+def test_float64_ranks_tell_what_float32_cannot():
+    with jax.enable_x64(True):
+        logits = np.array([[0, 1e-40, 1e-38, 1e-37]])
+        ranks = [int(label_statistics(logits, np.array([label])).rank[0]) for label in range(4)]
+    assert ranks == [3, 2, 1, 0]
 
 
 def test_log_prob_is_minus_the_loss(rng):

@@ -276,3 +276,45 @@ def test_refuses():
         ValueError, match="`ignore_index` goes with integer labels; got ignore_index=0 and SparseLabels"
     ):
         cross_entropy(logits, SparseLabels(ids, probs), ignore_index=0)
+
+
+def test_one_class_here_and_over_devices(rng):
+    """The only class of a device is that of each of its k entries."""
+    labels = SparseLabels(np.array([[0, 0], [0, -1], [1, 0]]), np.float32([[0.5, 0.5], [1, 0], [0, 1]]))
+    value, grad = jax.value_and_grad(lambda z: cross_entropy(z, labels))(jnp.ones((3, 1)))
+    assert value == 0 and not np.any(grad)
+
+    logits, labels, _ = random_case(rng, (4,), 4, 5, True)
+    labels.ids[:, 3] = 0
+    want = reference.cross_entropy(logits, dense(labels, logits.shape), reduction="sum")
+    sharded = jax.shard_map(
+        lambda z, *few: cross_entropy(z, SparseLabels(*few), reduction="sum", axis_name="model"),
+        mesh=mesh_of("automatic"),
+        in_specs=(P(None, "model"), P(), P(), P()),
+        out_specs=P(),
+    )
+    value, grad = jax.jit(jax.value_and_grad(sharded))(logits, *labels)
+    np.testing.assert_allclose(value, want.loss, rtol=1e-6)
+    np.testing.assert_allclose(grad, want.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.nan
+@pytest.mark.parametrize("held", [np.nan, np.inf])
+def test_a_row_of_weight_zero_may_hold_anything_in_others(rng, held):
+    """Every gradient is that of the batch without the row, but for the weight's own part in the divisor."""
+    logits, labels, _ = random_case(rng, (3,), 5, 4, True)
+    labels.ids[:, 3], labels.others[1] = 0, held
+    weights, c, kept = np.float32([1, 0, 2]), rng.uniform(0.5, 2, 5).astype(np.float32), [0, 2]
+
+    def loss(z, probs, others, ids, weights, c, smoothing):
+        few = SparseLabels(ids, probs, others)
+        return cross_entropy(z, few, weights=weights, class_weights=c, label_smoothing=smoothing)
+
+    every = jax.jit(jax.grad(loss, (0, 1, 2, 4, 5, 6)))
+    got = every(logits, labels.probs, labels.others, labels.ids, weights, c, np.float32(0.1))
+    few = [a[kept] for a in (logits, labels.probs, labels.others, labels.ids, weights)]
+    want = every(*few, c, np.float32(0.1))
+    for a, b in zip(got, want, strict=True):
+        a = np.asarray(a)
+        np.testing.assert_allclose(a[kept] if len(a.shape) and len(a) == 3 else a, b, rtol=1e-5, atol=1e-6)
+    assert np.all(np.isfinite(got[3])) and not any(np.any(a[1]) for a in got[:3])
