@@ -1,6 +1,6 @@
 """A clipped policy-gradient step with an entropy bonus, on sequences sampled from a small language model.
 
-    python examples/policy_gradient.py --updates 150 --out out/policy_gradient.png
+    python examples/policy_gradient.py --updates 60 --out out/policy_gradient.png
 
 The model is rewarded for every token that is larger than the one before it: a guess is right half of the time, and a
 good policy climbs slowly. Its loss needs the log-probability of each sampled token and the entropy of each prediction:
@@ -24,9 +24,9 @@ from tqdm import tqdm
 from softmax_jax import LabelStatistics, label_statistics, linear_label_statistics
 
 plt.switch_backend("Agg")
-TOKENS, EMBED, LENGTH, SEQUENCES = 4096, 64, 16, 256
+TOKENS, EMBED, LENGTH, SEQUENCES = 4096, 64, 16, 128
 CLIP, BONUS, EPOCHS = 0.2, 3e-3, 4
-OPTIMIZER = optax.adam(3e-3)
+OPTIMIZER = optax.adam(1e-2)
 
 
 class Policy(NamedTuple):
@@ -67,7 +67,7 @@ def sampled(policy: Policy, key: Array) -> Int[Array, "sequences length_and_1"]:
 
 
 def linear(policy: Policy, tokens: Array) -> LabelStatistics:
-    return linear_label_statistics(states(policy, tokens[:, :-1]), policy.head, tokens[:, 1:], chunk_size=512)
+    return linear_label_statistics(states(policy, tokens[:, :-1]), policy.head, tokens[:, 1:], chunk_size=256)
 
 
 def plain(policy: Policy, tokens: Array) -> LabelStatistics:
@@ -117,7 +117,7 @@ def draw(history: np.ndarray, memory: dict[str, float], tokens: np.ndarray, path
     axes[2].plot(tokens[:12].T, color="#1f6fb4", alpha=0.6)
     axes[2].set(title="Twelve sequences at the end", xlabel="place", ylabel="token")
     axes[3].bar(list(memory), list(memory.values()), color=["#999999", "#1f6fb4"], width=0.6)
-    axes[3].set(title="Temporary memory of a step (MiB)")
+    axes[3].set(title="A step's memory (MiB)")
     for a in axes:
         a.grid(alpha=0.3)
         a.spines[["top", "right"]].set_visible(False)
@@ -127,7 +127,7 @@ def draw(history: np.ndarray, memory: dict[str, float], tokens: np.ndarray, path
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--updates", type=int, default=150)
+    parser.add_argument("--updates", type=int, default=60)
     parser.add_argument("--out", type=Path, default=Path("out/policy_gradient.png"))
     options = parser.parse_args()
 

@@ -86,7 +86,7 @@ def _percentages(printed: str) -> list[float]:
         pytest.param("char_lm", "--steps 40 --batch 8 --length 64 --files 40", _char_lm, id="char_lm"),
         pytest.param("vocab_parallel", "--steps 25 --files 40", _vocab_parallel, id="vocab_parallel"),
         pytest.param("distill", "--students 2", _distill, id="distill"),
-        pytest.param("policy_gradient", "--updates 15", _policy_gradient, id="policy_gradient"),
+        pytest.param("policy_gradient", "--updates 20", _policy_gradient, id="policy_gradient"),
         pytest.param(
             "vocab_parallel",
             "--steps 25 --files 40 --processes 2 --model 8 --seconds 200",

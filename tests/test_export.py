@@ -31,6 +31,21 @@ def doors(rng, dtype, dense):
     for name in ("softmax", "log_softmax"):
         door = getattr(softmax_jax, name)
         yield name, lambda z, door=door: jnp.sum(door(z, where=options["where"])[:, 0]).astype(jnp.float32), (logits,)
+    if not dense:
+        adjusted = {name: options[name] for name in ("where", "logit_scale", "softcap")}
+
+        def told(found):
+            return jnp.sum(found.log_prob + found.log_normalizer + found.entropy * found.rank.astype(jnp.float32))
+
+        statistics = lambda z: told(softmax_jax.label_statistics(z, labels, **adjusted))  # noqa: E731
+        yield "label_statistics", statistics, (logits,)
+        linear = lambda x, w: told(softmax_jax.linear_label_statistics(x, w, labels, chunk_size=4, **adjusted))  # noqa: E731
+        yield "linear_label_statistics", linear, (x, weight)
+        few = softmax_jax.SparseLabels(
+            labels[:, None] + jnp.arange(3)[None], jnp.full((TOKENS, 3), 0.3), jnp.full(TOKENS, 0.1)
+        )
+        del options["ignore_index"]
+        yield "SparseLabels", lambda z: softmax_jax.cross_entropy(z, few, **options), (logits,)
     names = ("softmax_cross_entropy", "safe_softmax_cross_entropy", "poly_loss_cross_entropy")
     for name in names if dense else ("softmax_cross_entropy_with_integer_labels",):
         door = getattr(softmax_jax, name)
