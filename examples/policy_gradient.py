@@ -108,7 +108,7 @@ def megabytes(policy: Policy, statistics) -> float:
 
 
 def draw(history: np.ndarray, memory: dict[str, float], tokens: np.ndarray, path: Path) -> None:
-    figure, axes = plt.subplots(1, 4, figsize=(14, 4.4), layout="constrained", width_ratios=[3, 3, 3, 2])
+    figure, axes = plt.subplots(1, 4, figsize=(14, 5.6), layout="constrained", width_ratios=[3, 3, 3, 2])
     rewards, entropies = history.T
     axes[0].plot(100 * rewards, color="#1f6fb4", lw=2)
     axes[0].set(title="Tokens larger than the one before (%)", xlabel="update", ylim=(0, 102))
