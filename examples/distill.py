@@ -96,8 +96,8 @@ def top_of(teacher, images, k: int) -> SparseLabels:
 
 def draw(curves: dict[str, np.ndarray], best: float, top: SparseLabels, images: np.ndarray, path: Path) -> None:
     """Accuracy by step, mean and range of the students; what the teacher says of the digits it is least sure of."""
-    figure = plt.figure(figsize=(11, 6.6), layout="constrained")
-    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[2, 1])[:, 0]
+    figure = plt.figure(figsize=(11, 7.4), layout="constrained")
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[1.6, 1])[:, 0]
     axes, steps = above.subplots(), 20 * np.arange(STEPS // 20 + 1)
     axes.axhline(100 * best, color="#111111", ls="--", label=f"the teacher: {100 * best:.1f} %")
     for name, accuracy in curves.items():

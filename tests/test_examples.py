@@ -61,7 +61,7 @@ def _vocab_parallel(printed: str, processes: int = 1, parts: int = 4) -> None:
 
 
 def _distill(printed: str) -> None:
-    """Two students each: in ten runs of other seeds the three with what is left were 3 to 6 points above the labels."""
+    """Two students each; of three, the three probabilities with what is left were 3 points above the labels."""
     read_right = dict(re.findall(r"^([\w ]+): ([\d.]+)%", printed, re.MULTILINE))
     assert float(read_right["teacher"]) > 96
     assert float(read_right["3 and what is left"]) > float(read_right["labels"]) + 1.5
