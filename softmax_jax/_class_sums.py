@@ -54,7 +54,7 @@ from softmax_jax._targets import (
     are_ids,
     dense_sums,
     few,
-    few_of,
+    few_weights,
     own_mass,
     sparse_sums,
     target,
@@ -190,7 +190,7 @@ def _pull_few(logits, labels, class_weights, adjustment, shift, pivot, first, ax
     sums = lambda z, probs, c: sparse_sums(z, probs, c, at, pivot, axis)  # noqa: E731
     _, pull = jax.vjp(sums, finite(z, across.label_sum == 0), labels.probs, at.class_weights)
     of_labels, dprobs, dweights = pull((cotangents.own_mass, cotangents.rest_mass, cotangents.label_sum))
-    _, pull_weights = jax.vjp(lambda c: few_of(c, at.ids, logits.shape[axis], axis), class_weights)
+    _, pull_weights = jax.vjp(lambda c: few_weights(c, at.ids, axis), class_weights)
 
     at_pivot = at.ids == jnp.expand_dims(pivot, axis)
     dlogits, *_ = pull_adjusted(_dz(z, at_pivot, at.class_weights, at.where, of_labels, across))

@@ -23,6 +23,7 @@ from softmax_jax._targets import SparseLabels
 from softmax_jax._token_loss import (
     label_specs,
     log_spread,
+    loss_of,
     negative_log_likelihood,
     option_specs,
     prepare,
@@ -231,7 +232,7 @@ def _statistics(
     sums = without(unused, sums)
     nll, spread = negative_log_likelihood(sums.rest, sums.own), log_spread(sums.rest, sums.own)
     hidden = (sums.own_mass == 0) & (sums.rest_mass == 0)
-    log_prob = jnp.where(hidden, -jnp.inf, sums.label_sum - sums.own_mass * nll - sums.rest_mass * spread)
+    log_prob = jnp.where(hidden, -jnp.inf, -loss_of(sums, None, options))
     t = sums.rest + jnp.exp(sums.own)
     entropy = (jnp.exp(sums.own) * nll + sums.rest * spread + sums.moment) / t
     correct, rank = _place(logits, jnp.squeeze(labels.ids, axis), adjustment, axis, class_axes)

@@ -193,11 +193,9 @@ def is_at(pivot: Array, like: Array, axis: int) -> Array:
 
 
 def at_ids(array: Array, ids: Array, axis: int) -> Array:
-    """The entries at several classes of each token, which must lie in range: `ids` has them on `axis`. An array that
-    is the same for all classes stays as it is; in any other axis it may have size 1."""
-    if array.shape[axis] == 1:
-        return array
-    return jnp.take_along_axis(array, ids, axis, mode="promise_in_bounds")
+    """The entries at several classes of each token: `ids`, from 0, has them on `axis`. Beyond the last class stands
+    that one's, so an array of size 1 there is the same for all classes; in any other axis it may have size 1."""
+    return jnp.take_along_axis(array, jnp.minimum(ids, array.shape[axis] - 1), axis, mode="promise_in_bounds")
 
 
 def with_at_ids(array: Array, ids: Array, values: Array, axis: int) -> Array:

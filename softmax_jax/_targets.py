@@ -121,8 +121,8 @@ def dense_sums(logits, labels, class_weights, m, pivot, adjustment, axis):
 
 
 class Few(NamedTuple):
-    """What stands at the ids of SparseLabels: [*batch] with k on the classes' axis, or 1 where it is the same for
-    all. Of sharded classes, of those here."""
+    """What stands at the ids of SparseLabels: [*batch] with k on the classes' axis. Of sharded classes, of those
+    here."""
 
     ids: Array  # of the classes here, beyond them where none is meant
     logits: Array
@@ -133,19 +133,18 @@ class Few(NamedTuple):
 def few(logits, labels, class_weights, where, first, axis) -> Few:
     size = logits.shape[axis]
     ids, exists = _ids_here(labels, where, size, first, axis)
-    few_logits = jnp.broadcast_to(at_ids(logits, jnp.minimum(ids, size - 1), axis), ids.shape)
-    return Few(ids, few_logits, exists, few_of(class_weights, ids, size, axis))
+    return Few(ids, at_ids(logits, ids, axis), exists, few_weights(class_weights, ids, axis))
 
 
-def few_of(array, ids, size, axis):
-    return None if array is None else at_ids(array, jnp.minimum(ids, size - 1), axis)
+def few_weights(class_weights, ids, axis):
+    return None if class_weights is None else at_ids(class_weights, ids, axis)
 
 
 def _ids_here(labels, where, size, first, axis):
     """(the ids as those of the classes here, `size` for others; whether there is such a class)."""
     ids = labels.ids - first
     ids = jnp.where((labels.ids >= 0) & (ids >= 0) & (ids < size), ids, size)
-    return ids, ids < size if where is None else (ids < size) & few_of(where, ids, size, axis)
+    return ids, ids < size if where is None else (ids < size) & at_ids(where, ids, axis)
 
 
 def spread_evenly(

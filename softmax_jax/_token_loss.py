@@ -167,7 +167,7 @@ def _evenly(
     return labels, _Evenly(existing, mass, each)
 
 
-def _loss(sums: ClassSums, evenly: _Evenly | None, options: Options) -> Array:
+def loss_of(sums: ClassSums, evenly: _Evenly | None, options: Options) -> Array:
     """ℓ of every token, before its weight."""
     nll = negative_log_likelihood(sums.rest, sums.own)
     spread = log_spread(sums.rest, sums.own)
@@ -203,8 +203,8 @@ def weighted_losses(
     operands, asked = (logits, labels, options.class_weights, adjustment, unused), Asked(prior=evenly is not None)
     sums = class_sums(*operands, axis=axis, asked=asked, class_axes=class_axes, forward_mode=forward_mode)
     if weights is None or unused is None:
-        return _loss(sums, evenly, options)
-    return jnp.where(unused, 0, weights * _loss(without(unused, sums), evenly, options))
+        return loss_of(sums, evenly, options)
+    return jnp.where(unused, 0, weights * loss_of(without(unused, sums), evenly, options))
 
 
 def without(unused: Array | None, sums: ClassSums) -> ClassSums:
