@@ -153,10 +153,13 @@ def cross_entropy(
 
 @quiet
 def dense_labels(ids, probs, others, exists):
-    """What SparseLabels mean, `[*batch, classes]`, for the classes that exist."""
+    """What SparseLabels mean, `[*batch, classes]`, for the classes that exist; NaN where an id is of no class."""
     dense = np.zeros(exists.shape)
     for row in np.ndindex(dense.shape[:-1]):
         used = probs[row] != 0
+        if np.any((ids[row][used] < 0) | (ids[row][used] >= dense.shape[-1])):
+            dense[row] = np.nan
+            continue
         np.add.at(dense[row], ids[row][used], np.float64(probs[row][used]))
         free = exists[row] & ~np.isin(np.arange(dense.shape[-1]), ids[row][used])
         dense[row][free] = 0 if others is None else np.float64(others[row]) / max(free.sum(), 1)
