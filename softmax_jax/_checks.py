@@ -119,6 +119,52 @@ def _sparse_labels(labels: SparseLabels, batch: tuple[int, ...]) -> SparseLabels
     return SparseLabels(ids, probs, others)
 
 
+def one_teacher(
+    shape: tuple[int, ...],
+    axis: int,
+    teacher: Any,
+    teacher_logits: Any,
+    head: tuple[Any, Any, Any, bool] = (None, None, None, False),
+) -> tuple[Literal["logits", "probabilities", "states"], tuple]:
+    """What the one teacher given is, and its (array or SparseLabels, weight, bias), for logits of `shape`."""
+    teacher_x, weight, bias, transpose_weight = head
+    given = {"teacher": teacher, "teacher_logits": teacher_logits, "teacher_x": teacher_x}
+    given = [name for name, value in given.items() if value is not None]
+    if len(given) != 1 or (teacher_x is None) != (weight is None) or (bias is not None and weight is None):
+        given += [name for name, value in [("teacher_weight", weight), ("teacher_bias", bias)] if value is not None]
+        raise ValueError(
+            f"there must be one teacher; got {given or 'none'}. Pass `teacher` (probabilities), or `teacher_logits`, "
+            "or to the linear form `teacher_x` with `teacher_weight`."
+        )
+    if teacher_x is not None:
+        x, weight = jnp.asarray(teacher_x), jnp.asarray(weight)
+        classes = head_size(x, weight, bias, transpose_weight, "teacher_")
+        if (*x.shape[:-1], classes) != shape:
+            raise ValueError(
+                f"the teacher's logits must have the student's shape {shape}; got {(*x.shape[:-1], classes)} from "
+                f"teacher_x.shape={x.shape}, teacher_weight.shape={weight.shape}. Give both the same tokens, classes."
+            )
+        return "states", (x, weight, None if bias is None else jnp.asarray(bias))
+    if isinstance(teacher, SparseLabels):
+        return "probabilities", (labels_of(teacher, shape, axis), None, None)
+    array = jnp.asarray(teacher if teacher_logits is None else teacher_logits)
+    floating(given[0], array)
+    if array.shape != shape:
+        raise ValueError(
+            f"`{given[0]}` must have the shape of the student's logits, {shape}; got {given[0]}.shape={array.shape}. "
+            "Reshape it, or pass `SparseLabels` for a few classes a token."
+        )
+    return "probabilities" if teacher_logits is None else "logits", (array, None, None)
+
+
+def mixture(name: str, value: Any, dtype: Any) -> tuple[bool, Array | np.ndarray | None]:
+    """(whether it is 1, the number between 0 and 1). Of traced numbers the ends are NaN."""
+    number = scalar(name, value, dtype, 0.0, 1.0)
+    if isinstance(number, np.ndarray):
+        return bool(number == 1), None if number in (0, 1) else number
+    return False, nan_unless((number > 0) & (number < 1), number)
+
+
 def broadcastable(name: str, shape: tuple[int, ...], target: tuple[int, ...], what: str) -> None:
     fits = len(shape) <= len(target) and all(
         s in (1, t) for s, t in zip(reversed(shape), reversed(target), strict=False)
@@ -182,14 +228,14 @@ def options_for(
     axis: int,
     labels: Labels,
     *,
-    where: ArrayLike | None,
-    weights: ArrayLike | None,
-    ignore_index: Any,
-    class_weights: ArrayLike | None,
-    label_smoothing: Any,
-    z_loss: Any,
-    logit_scale: Any,
-    softcap: Any,
+    where: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    ignore_index: Any = None,
+    class_weights: ArrayLike | None = None,
+    label_smoothing: Any = 0.0,
+    z_loss: Any = 0.0,
+    logit_scale: Any = 1.0,
+    softcap: Any = None,
 ) -> Options:
     """The options of logits of `shape` and `dtype`, checked; the neutral ones None."""
     batch = shape[:axis] + shape[axis + 1 :]
@@ -264,33 +310,36 @@ def sharded(name: str, array: Array, class_axes: Names) -> None:
         )
 
 
-def head(x: Array, weight: Array, bias: ArrayLike | None, transpose_weight: bool) -> int:
-    """The number of classes of `weight`, once `x`, `weight` and `bias` agree."""
-    floating("x", x)
-    floating("weight", weight)
+def head_size(x: Array, weight: Array, bias: ArrayLike | None, transpose_weight: bool, prefix: str = "") -> int:
+    """The number of classes of `weight`, once `x`, `weight` and `bias` agree. Their names begin with `prefix`."""
+    x_name, weight_name, bias_name = (f"{prefix}{name}" for name in ("x", "weight", "bias"))
+    floating(x_name, x)
+    floating(weight_name, weight)
     layout, other = (
         ("(classes, embed)", "(embed, classes)") if transpose_weight else ("(embed, classes)", "(classes, embed)")
     )
+    shapes = f"{x_name}.shape={x.shape}, {weight_name}.shape={weight.shape}"
     if weight.ndim != 2 or x.ndim == 0:
         raise ValueError(
-            f"`x` must be (*batch, embed) and `weight` {layout}; got x.shape={x.shape}, weight.shape={weight.shape}. "
-            "Reshape them to that."
+            f"`{x_name}` must be (*batch, embed) and `{weight_name}` {layout}; got {shapes}. Reshape them to that."
         )
     classes, embed = weight.shape if transpose_weight else weight.shape[::-1]
     if x.shape[-1] != embed:
         raise ValueError(
-            f"`x` and `weight` must share the embed axis; got x.shape={x.shape}, weight.shape={weight.shape}. "
-            f"`weight` is {layout}: pass `transpose_weight={not transpose_weight}` if yours is {other}."
+            f"`{x_name}` and `{weight_name}` must share the embed axis; got {shapes}. `{weight_name}` is {layout}: "
+            f"pass `{prefix}transpose_weight={not transpose_weight}` if yours is {other}."
         )
     if classes == 0:
-        raise ValueError(f"there are no classes: weight.shape={weight.shape}, {layout}. Pass at least one class.")
+        raise ValueError(
+            f"there are no classes: {weight_name}.shape={weight.shape}, {layout}. Pass at least one class."
+        )
     if bias is not None:
         bias = jnp.asarray(bias)
-        floating("bias", bias)
+        floating(bias_name, bias)
         if bias.shape != (classes,):
             raise ValueError(
-                f"`bias` must hold one number a class, {(classes,)}; got bias.shape={bias.shape}, weight.shape="
-                f"{weight.shape}, {layout}. Reshape it."
+                f"`{bias_name}` must hold one number a class, {(classes,)}; got {bias_name}.shape={bias.shape}, "
+                f"{weight_name}.shape={weight.shape}, {layout}. Reshape it."
             )
     return classes
 

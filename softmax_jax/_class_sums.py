@@ -46,7 +46,7 @@ from softmax_jax._passes import (
     with_at_ids,
     z_of,
 )
-from softmax_jax._sharding import Names, checks_varying, count, offset, psum, vary, vary_alike, varying
+from softmax_jax._sharding import Names, check_gradient, count, offset, psum, vary, vary_alike, varying
 from softmax_jax._targets import (
     Labels,
     SparseLabels,
@@ -145,12 +145,7 @@ def _emptied(unused, logits, labels, axis):
 
 
 def _class_sums_fwd(logits, labels, class_weights, adjustment, unused, axis, asked, class_axes):
-    if not checks_varying(class_axes):
-        raise ValueError(
-            f"the gradient over axis_name={class_axes} needs `jax.shard_map(..., check_vma=True)`, its default: "
-            "without it, as under `jax.vmap` and `jax.pmap`, JAX does not tell a cotangent that every device has from "
-            "one that is spread over them: the gradient would be wrong by the number of devices. Take it under that."
-        )
+    check_gradient(class_axes)
     sums, pivot = _sums(logits, labels, class_weights, adjustment, unused, axis, asked, class_axes)
     return sums, (logits, labels, class_weights, adjustment, unused, sums.shift, pivot)
 

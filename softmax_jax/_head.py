@@ -1,17 +1,19 @@
 """A head's tokens, chunk by chunk: how they are dealt out, and how the logits of one chunk are made."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from softmax_jax._checks import Options
+from softmax_jax._checks import Options, Reduction
+from softmax_jax._chunks import PyTree, map_over_chunks, sum_over_chunks
 from softmax_jax._dtypes import accumulator, product_dtype
 from softmax_jax._projection import project
-from softmax_jax._sharding import Names, entries_of, exactly, fit
+from softmax_jax._sharding import Names, entries_of, exactly, fit, psum
 from softmax_jax._targets import Labels
 from softmax_jax._token_loss import prepare
 
@@ -22,7 +24,7 @@ CHUNK_BYTES = 2**25
 class Shared(NamedTuple):
     """What every chunk sees."""
 
-    weight: Array
+    weight: Array | None  # None: `x` are the logits
     bias: Array | None
     rows: Array | None  # `where` of groups of tokens, [groups, classes]
     options: Options  # with the part of `where` that all tokens share
@@ -32,7 +34,7 @@ class Each(NamedTuple):
     """One entry a token."""
 
     x: Array
-    labels: Labels
+    labels: Any  # `Labels`, or what else a token is compared with
     weights: Array | None
     where: Array | None  # [tokens, classes], or the token's group in `rows`
 
@@ -53,17 +55,17 @@ def specs_of(x: Array, weight: Array, bias: Array | None, transpose_weight: bool
 
 def dealt(
     x: Array,
-    weight: Array,
+    weight: Array | None,
     bias: Array | None,
-    labels: Labels,
+    labels: Any,
     weights: Array | None,
     options: Options,
     dtype: DTypeLike,
-    transpose_weight: bool,
+    classes: int,
     chunk_size: int | None,
 ) -> tuple[Shared, Each]:
     """The operands of all chunks."""
-    batch, tokens, classes = x.shape[:-1], math.prod(x.shape[:-1]), weight.shape[0 if transpose_weight else 1]
+    batch, tokens = x.shape[:-1], math.prod(x.shape[:-1])
     chunks = chunk_count(batch, classes, dtype, chunk_size)
     if weights is None and tokens % chunks:
         weights = jnp.ones(batch, accumulator(dtype))
@@ -78,16 +80,34 @@ def undealt(of_chunks: Array, batch: tuple[int, ...]) -> Array:
     return of_chunks.reshape(-1)[: math.prod(batch)].reshape(batch)
 
 
-def logits_of(shared: Shared, chunk: Each, dtype: DTypeLike, transpose_weight: bool) -> tuple[Array, Options]:
+def logits_of(shared: Shared, chunk: Each, dtype: Any, transpose_weight: bool) -> tuple[Array, Options]:
     """The logits of a chunk, [size, classes], and its options. A row of weight 0 is that of x = 0."""
-    x = chunk.x if chunk.weights is None else jnp.where(chunk.weights[:, None] == 0, 0, chunk.x)
-    logits = project(x, shared.weight, dtype, transpose_weight)
-    if shared.bias is not None:
-        logits = logits + shared.bias[None, :].astype(logits.dtype)
+    x = emptied(chunk.x, chunk.weights)
+    logits = x if shared.weight is None else affine(x, shared.weight, shared.bias, dtype, transpose_weight)
     if chunk.where is None:
         return logits, shared.options
     where = chunk.where if shared.rows is None else shared.rows[chunk.where]
     return logits, shared.options._replace(where=where)
+
+
+def emptied(array: Array, weights: Array | None) -> Array:
+    """Rows of weight 0 hold 0."""
+    return array if weights is None else jnp.where(weights.reshape(-1, *(1,) * (array.ndim - 1)) == 0, 0, array)
+
+
+def affine(x: Array, weight: Array, bias: Array | None, dtype: DTypeLike, transpose_weight: bool) -> Array:
+    """x @ weight + bias."""
+    logits = project(x, weight, dtype, transpose_weight)
+    return logits if bias is None else logits + bias[None, :].astype(logits.dtype)
+
+
+def reduced(
+    of_chunk: Callable, shared: PyTree, each: PyTree, batch: tuple[int, ...], reduction: Reduction, token_axes: Names
+) -> Array:
+    """The losses that `of_chunk` gives, [*batch] for the reduction "none", else their sum over all devices' tokens."""
+    if reduction == "none":
+        return undealt(map_over_chunks(of_chunk, shared, each), batch)
+    return psum(sum_over_chunks(lambda shared, chunk: jnp.sum(of_chunk(shared, chunk)), shared, each), token_axes)
 
 
 def chunk_count(batch: tuple[int, ...], classes: int, dtype: DTypeLike, chunk_size: int | None) -> int:

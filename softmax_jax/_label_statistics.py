@@ -17,7 +17,7 @@ from softmax_jax._class_sums import Asked, class_sums
 from softmax_jax._cross_entropy import Scalar
 from softmax_jax._dtypes import accumulator, product_dtype
 from softmax_jax._head import Each, Shared, dealt, logits_of, prepared, specs_of, undealt
-from softmax_jax._passes import distance, pick_logit, sum_over_classes, until, z_of
+from softmax_jax._passes import as_operands, distance, pick_of_all, sum_over_classes, until, z_of
 from softmax_jax._sharding import Names, entries_of, exactly, explicit_mesh, offset, over_devices, psum
 from softmax_jax._targets import SparseLabels
 from softmax_jax._token_loss import (
@@ -124,7 +124,7 @@ def linear_label_statistics(
     [4, 0, 2]
     """
     x, weight, labels = jnp.asarray(x), jnp.asarray(weight), jnp.asarray(labels)
-    classes = _checks.head(x, weight, bias, transpose_weight)
+    classes = _checks.head_size(x, weight, bias, transpose_weight)
     shape, axis, dtype = (*x.shape[:-1], classes), x.ndim - 1, product_dtype(x.dtype, weight.dtype)
     options = _options(shape, dtype, axis, labels, where, ignore_index, logit_scale, softcap)
     one_each = _one_each(labels, dtype)
@@ -205,7 +205,8 @@ def _of_head(
 
 def _of_head_on_device(x, weight, bias, labels, options, how):
     labels, weights, options, dtype = prepared(x, weight, labels, options, how.transpose_weight, how.class_axes)
-    shared, each = dealt(x, weight, bias, labels, weights, options, dtype, how.transpose_weight, how.chunk_size)
+    classes = weight.shape[0 if how.transpose_weight else 1]
+    shared, each = dealt(x, weight, bias, labels, weights, options, dtype, classes, how.chunk_size)
     statistics = map_over_chunks(partial(_of_chunk, how, dtype), shared, each)
     return jax.tree.map(lambda a: undealt(a, x.shape[:-1]), statistics)
 
@@ -250,11 +251,8 @@ def _place(logits: Array, labels: Array, adjustment: Adjustment, axis: int, clas
     """(correct, rank). In floating-point arithmetic alone, as are all sums over classes: a difference times a large
     number, at most 1, is whether there is one. (The numbers are operands, and -own one, for the sake of `alone`.)"""
     logits, adjustment = lax.stop_gradient((logits, adjustment))
-    size = logits.shape[axis]
-    here = labels - offset(size, class_axes)
-    in_range = jnp.clip(here, 0, size - 1)
-    own = pick_logit(logits, in_range, adjustment, axis)
-    own = psum(jnp.where(in_range == here, own, 0), class_axes)
+    here = labels - offset(logits.shape[axis], class_axes)
+    own = pick_of_all(logits, labels, adjustment, axis, class_axes)
     own = jnp.maximum(own, jnp.finfo(own.dtype).min)  # -inf - -inf is NaN
 
     def larger(arrays, own, here, axis):
@@ -267,9 +265,7 @@ def _place(logits: Array, labels: Array, adjustment: Adjustment, axis: int, clas
         gap = z_of((logits, where), adjustment, -minus_own, axis)
         return jnp.clip(until(here, gap, axis), zero, one) * (one - jnp.minimum(jnp.abs(gap) * huge, one))
 
-    huge = jnp.finfo(own.dtype).max / 4
-    numbers = tuple(jnp.full((1,) * logits.ndim, number, own.dtype) for number in (0, 1, huge))
-    arrays = logits, adjustment.where, numbers
+    arrays = logits, adjustment.where, as_operands(logits, own.dtype, 0, 1, float(jnp.finfo(own.dtype).max) / 4)
     rank = psum(sum_over_classes(larger, arrays, own, here, axis), class_axes)
     ties = psum(sum_over_classes(equal_and_before, arrays, -own, here, axis), class_axes)
     return (rank == 0) & (ties == 0), rank.astype(jnp.int32)

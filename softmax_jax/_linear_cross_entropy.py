@@ -12,11 +12,10 @@ from jaxtyping import Bool, Float, Num
 
 from softmax_jax import _checks
 from softmax_jax._checks import Options, Reduction
-from softmax_jax._chunks import map_over_chunks, sum_over_chunks
 from softmax_jax._cross_entropy import Scalar
 from softmax_jax._dtypes import product_dtype
-from softmax_jax._head import Each, Shared, dealt, logits_of, prepared, specs_of, undealt
-from softmax_jax._sharding import Names, exactly, explicit_mesh, fit, over_devices, psum
+from softmax_jax._head import Each, Shared, dealt, logits_of, prepared, reduced, specs_of
+from softmax_jax._sharding import Names, exactly, explicit_mesh, fit, over_devices
 from softmax_jax._targets import Labels, SparseLabels
 from softmax_jax._token_loss import divide, label_specs, mean_divisor, option_specs, weighted_losses
 
@@ -84,7 +83,7 @@ def linear_cross_entropy(
     Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", ICLR 2025; Hsu et al., "Liger Kernel", 2024.
     """
     x, weight = jnp.asarray(x), jnp.asarray(weight)
-    classes = _checks.head(x, weight, bias, transpose_weight)
+    classes = _checks.head_size(x, weight, bias, transpose_weight)
     shape, axis = (*x.shape[:-1], classes), x.ndim - 1
     dtype = product_dtype(x.dtype, weight.dtype)
     labels = _checks.labels_of(labels, shape, axis)
@@ -145,19 +144,15 @@ def _of_device(
     """The loss of one device's part."""
     batch, tokens, class_axes, token_axes = x.shape[:-1], math.prod(x.shape[:-1]), how.class_axes, how.token_axes
     labels, weights, options, dtype = prepared(x, weight, labels, options, how.transpose_weight, class_axes)
-    shared, each = dealt(x, weight, bias, labels, weights, options, dtype, how.transpose_weight, how.chunk_size)
-    if how.reduction == "none":
-        return undealt(map_over_chunks(partial(_chunk_losses, how, dtype), shared, each), batch)
-    divisor = mean_divisor(labels, weights, options, tokens, normalizer, class_axes, token_axes)
-    loss = psum(sum_over_chunks(partial(_chunk_sum, how, dtype), shared, each), token_axes)
-    return loss if how.reduction == "sum" else divide(loss, divisor)
+    classes = weight.shape[0 if how.transpose_weight else 1]
+    shared, each = dealt(x, weight, bias, labels, weights, options, dtype, classes, how.chunk_size)
+    loss = reduced(partial(_chunk_losses, how, dtype), shared, each, batch, how.reduction, token_axes)
+    if how.reduction != "mean":
+        return loss
+    return divide(loss, mean_divisor(labels, weights, options, tokens, normalizer, class_axes, token_axes))
 
 
 def _chunk_losses(how: _How, dtype: DTypeLike, shared: Shared, chunk: Each) -> Array:
     """weights · ℓ of one chunk of tokens, [size]."""
     logits, options = logits_of(shared, chunk, dtype, how.transpose_weight)
     return weighted_losses(logits, chunk.labels, chunk.weights, options, 1, how.class_axes)
-
-
-def _chunk_sum(how: _How, dtype: DTypeLike, shared: Shared, chunk: Each) -> Array:
-    return jnp.sum(_chunk_losses(how, dtype, shared, chunk))

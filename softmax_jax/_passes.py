@@ -6,7 +6,7 @@ then not 0. So nothing here or above asks whether it is.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -16,12 +16,12 @@ from jax import Array, lax
 
 from softmax_jax._adjustment import Adjustment, adjust, shifted
 from softmax_jax._dtypes import upcast
-from softmax_jax._sharding import Names, count, offset, pmin
+from softmax_jax._sharding import Names, count, offset, pmin, psum
 
 PyTree = Any
 
 
-def apart(*arrays: Array) -> tuple[Array, ...]:
+def apart(*arrays: PyTree) -> tuple:
     """The same arrays, fenced off from what made them.
 
     XLA on the CPU would otherwise share one float32 copy of 16-bit logits between the maximum, the sum and the
@@ -92,6 +92,12 @@ def sum_over_classes(f: Callable, arrays: PyTree, m: Array, pivot: Array, axis: 
     return jnp.sum(in_blocks(jnp.sum, f, arrays, m, pivot, axis), axis)
 
 
+def as_operands(like: Array, dtype: Any, *numbers: float | int) -> tuple[Array, ...]:
+    """Numbers for one pass by itself, of the rank of `like`: as constants, XLA on the CPU would share them between the
+    passes of two losses in one program, and write each out at the size of the logits."""
+    return tuple(jnp.full((1,) * like.ndim, number, dtype) for number in numbers)
+
+
 # Between the logits and their sum stands floating-point arithmetic alone: at an integer, a comparison or a select
 # within a row sum, XLA on the CPU writes the whole array out (3-6x slower).
 
@@ -136,10 +142,12 @@ def sum_of_others(logits: Array, m: Array, pivot: Array, adjustment: Adjustment,
     """Σ_{v≠pivot} exp(z_v - m). A term is at most 1, up to rounding; its bound is 0 at the pivot, else at least 4."""
 
     def others(arrays, m, pivot, axis):
+        *arrays, (four,) = arrays
         e = jnp.exp(z_of(arrays, adjustment, m, axis))
-        return jnp.minimum(e, 4 * distance(pivot, e, axis))
+        return jnp.minimum(e, four * distance(pivot, e, axis))
 
-    return sum_over_classes(others, (logits, adjustment.where), m, pivot, axis)
+    arrays = logits, adjustment.where, as_operands(logits, m.dtype, 4)
+    return sum_over_classes(others, arrays, m, pivot, axis)
 
 
 def moment_of_others(logits: Array, m: Array, pivot: Array, adjustment: Adjustment, axis: int) -> Array:
@@ -157,7 +165,7 @@ def beyond_exp(z: Array) -> Array:
     return jnp.maximum(z, -1e4)
 
 
-def z_of(arrays: tuple[Array, Array | None], adjustment: Adjustment, m: Array, axis: int) -> Array:
+def z_of(arrays: Sequence[Any], adjustment: Adjustment, m: Array, axis: int) -> Array:
     """z - m of the logits and the `where` that a pass is given."""
     logits, where = arrays
     return shifted(logits, adjustment._replace(where=where), m, axis)
@@ -171,16 +179,17 @@ def top_class(logits: Array, m: Array, adjustment: Adjustment, axis: int, class_
     roundings = jnp.expand_dims(few * jnp.maximum(jnp.abs(m), 1), axis)
 
     def ranks(arrays, m, _, axis):
-        """v for a maximum, v + size for what is near one, v + 2 size for the rest."""
-        logits, where, roundings = arrays
-        gap = -z_of((logits, where), adjustment, m, axis)
-        ids, size = _ids(gap, axis, ranks=3), gap.shape[axis]
-        beyond = lambda margin: jnp.minimum(jnp.maximum(gap - margin, 0) * 1e38, size)  # 0 or size  # noqa: E731
+        """v for a maximum, v + width for what is near one, v + 2 width for the rest."""
+        *arrays, roundings, (few, zero, huge, width) = arrays
+        gap = -z_of(arrays, adjustment, m, axis)
+        ids = _ids(gap, axis, ranks=3)
+        beyond = lambda margin: jnp.minimum(jnp.maximum(gap - margin, zero) * huge, width)  # 0 or width  # noqa: E731
         return ids + (beyond(few) + beyond(roundings)).astype(ids.dtype)
 
-    first = in_blocks(jnp.min, ranks, (logits, adjustment.where, roundings), m, jnp.zeros_like(m, jnp.int32), axis)
-    blocks = first.shape[axis]
+    blocks = _blocks(size)
     width = size // blocks
+    arrays = logits, adjustment.where, roundings, as_operands(logits, m.dtype, few, 0, 1e38, width)
+    first = in_blocks(jnp.min, ranks, arrays, m, jnp.zeros_like(m, jnp.int32), axis)
     rank, first = jnp.divmod(jnp.where(first < 2 * width, first, 2 * width).astype(jnp.int32), width)  # of NaN too
     first = first + first_of_blocks(size, blocks, m, axis) + offset(size, class_axes)
     first = pmin(jnp.min(rank * classes + first, axis), class_axes)
@@ -220,6 +229,13 @@ def pick_logit(logits: Array, ids: Array, adjustment: Adjustment, axis: int) -> 
     """Each token's z at class `ids`: the logit is read raw and adjusted by itself."""
     where = None if adjustment.where is None else pick(adjustment.where, ids, axis)
     return upcast(adjust(pick(logits, ids, axis), adjustment._replace(where=where)))
+
+
+def pick_of_all(logits: Array, ids: Array, adjustment: Adjustment, axis: int, class_axes: Names) -> Array:
+    """`pick_logit` at ids of all devices' classes; 0 for what is none of them."""
+    here = ids - offset(logits.shape[axis], class_axes)
+    in_range = jnp.clip(here, 0, logits.shape[axis] - 1)
+    return psum(jnp.where(in_range == here, pick_logit(logits, in_range, adjustment, axis), 0), class_axes)
 
 
 def classes_last(x: Array, axes: tuple[int, ...]) -> Array:

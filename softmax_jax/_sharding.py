@@ -65,6 +65,16 @@ def checks_varying(axes: Names) -> bool:
     return not axes or set(axes) <= set(varying(lax.axis_index(axes)))
 
 
+def check_gradient(class_axes: Names) -> None:
+    """That JAX can tell a gradient that all devices share."""
+    if not checks_varying(class_axes):
+        raise ValueError(
+            f"the gradient over axis_name={class_axes} needs `jax.shard_map(..., check_vma=True)`, its default: "
+            "without it, as under `jax.vmap` and `jax.pmap`, JAX does not tell a cotangent that every device has from "
+            "one that is spread over them: the gradient would be wrong by the number of devices. Take it under that."
+        )
+
+
 def vary(tree: PyTree, over: Names) -> PyTree:
     """The same arrays, marked as varying over those axes too. Where one did not, its gradient is summed over them."""
 

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 from softmax_jax._dtypes import nan_unless
-from softmax_jax._passes import at_ids, distance, pick, sum_over_classes, times, z_of
-from softmax_jax._sharding import Names, offset, psum
+from softmax_jax._passes import at_ids, distance, pick, sum_over_classes, times, with_at_ids, z_of
+from softmax_jax._sharding import Names, count, offset, psum
 
 
 class SparseLabels(NamedTuple):
@@ -147,14 +148,40 @@ def _ids_here(labels, where, size, first, axis):
     return ids, ids < size if where is None else (ids < size) & at_ids(where, ids, axis)
 
 
+def existing_classes(where: Array | None, classes: int, axis: int, class_axes: Names, dtype: DTypeLike) -> Array:
+    """K, how many classes of a token exist, on all devices."""
+    if where is None:
+        return jnp.asarray(count(classes, class_axes), dtype)
+    width = classes if where.shape[axis] == 1 else 1
+    return psum(jnp.sum(where, axis, dtype=dtype) * width, class_axes)
+
+
+def _each_of_others(labels, where, existing, size, axis, class_axes):
+    """The part of `others` of each class that exists and has no entry."""
+    _, exists = _ids_here(labels, where, size, offset(size, class_axes), axis)
+    left = existing - psum(jnp.sum(exists, axis, dtype=existing.dtype), class_axes)
+    return jnp.where(left > 0, labels.others, 0) / jnp.maximum(left, 1)
+
+
 def spread_evenly(
     labels: SparseLabels, where: Array | None, existing: Array, size: int, axis: int, class_axes: Names
 ) -> tuple[SparseLabels, Array]:
     """(labels without `others`, u): u of every class that exists, and the difference to it of the few."""
-    _, exists = _ids_here(labels, where, size, offset(size, class_axes), axis)
-    left = existing - psum(jnp.sum(exists, axis, dtype=existing.dtype), class_axes)
-    u = jnp.where(left > 0, labels.others, 0) / jnp.maximum(left, 1)
+    u = _each_of_others(labels, where, existing, size, axis, class_axes)
     return SparseLabels(labels.ids, labels.probs - jnp.expand_dims(u, axis)), u
+
+
+def probabilities_of(labels: SparseLabels, where: Array | None, size: int, axis: int, class_axes: Names) -> Array:
+    """Those of all `size` classes here: an array of the logits' size, for a chunk of tokens."""
+    ids, _ = _ids_here(labels, where, size, offset(size, class_axes), axis)
+    valid, dtype = ~jnp.any(jnp.isnan(labels.probs), axis), labels.probs.dtype
+    each = jnp.zeros(valid.shape, dtype)
+    if labels.others is not None:
+        existing = existing_classes(where, size, axis, class_axes, dtype)
+        each = _each_of_others(labels, where, existing, size, axis, class_axes)
+    every = jnp.expand_dims(nan_unless(valid, each), axis)
+    every = jnp.broadcast_to(every, [size if a == axis else n for a, n in enumerate(ids.shape)])
+    return _existing(with_at_ids(every, ids, labels.probs, axis), where)
 
 
 def sparse_sums(z, probs, class_weights, at: Few, pivot, axis):

@@ -17,7 +17,7 @@ from softmax_jax._class_sums import Asked, ClassSums, class_sums
 from softmax_jax._dtypes import accumulator
 from softmax_jax._passes import finite
 from softmax_jax._sharding import Names, count, fit, offset, pmax, psum, vary, varying
-from softmax_jax._targets import Labels, SparseLabels, are_ids, merged, spread_evenly
+from softmax_jax._targets import Labels, SparseLabels, are_ids, existing_classes, merged, spread_evenly
 
 # With t = rest + exp(own):
 #
@@ -154,13 +154,10 @@ def _evenly(
     sparse = labels if isinstance(labels, SparseLabels) and labels.others is not None else None
     if options.label_smoothing is None and sparse is None:
         return labels, None
-    existing = mass = jnp.asarray(count(classes, class_axes), dtype)
-    width = lambda array: classes if array.shape[axis] == 1 else 1  # noqa: E731
-    if where is not None:
-        existing = mass = psum(jnp.sum(where, axis, dtype=dtype) * width(where), class_axes)
+    existing = mass = existing_classes(where, classes, axis, class_axes, dtype)
     if class_weights is not None:
         present = class_weights if where is None else jnp.where(where, class_weights, 0)
-        mass = psum(jnp.sum(present, axis) * width(present), class_axes)
+        mass = psum(jnp.sum(present, axis), class_axes)
     if sparse is None:
         return labels, _Evenly(existing, mass)
     labels, each = spread_evenly(sparse, where, existing, classes, axis, class_axes)

@@ -119,6 +119,22 @@ def test_a_part_replaces_its_own_records_only(folder, quick, tmp_path):
     assert merged["parts"]["logits"] == quick["parts"]["logits"]
 
 
+def test_a_part_of_a_part_replaces_its_own_cells_only(quick, tmp_path):
+    path = tmp_path / "kept.json"
+    old = copy.deepcopy(quick)
+    old["parts"]["linear"]["date"] = "2001-01-01"
+    results.merge(old, path)
+    first, *others = quick["parts"]["linear"]["records"]
+    again = {**first, "ratios": {OPTAX: [1, 1, 1]}}
+    fresh = {**quick, "parts": {"linear": {**quick["parts"]["linear"], "records": [again]}}}
+    for _ in range(2):
+        found = results.merge(fresh, path, whole=False)["parts"]["linear"]
+        assert found["records"] == [again, *({"date": "2001-01-01", **record} for record in others)]
+        assert found["date"] == quick["parts"]["linear"]["date"]
+    if others:
+        assert f"{len(others)} cells are from 2001-01-01" in show.source(results.load(path), "linear")
+
+
 def test_quick_results_are_never_written_over_kept_ones(quick, tmp_path):
     path = tmp_path / "kept.json"
     results.merge({**quick, "quick": False}, path)

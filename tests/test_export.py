@@ -45,6 +45,15 @@ def doors(rng, dtype, dense):
             labels[:, None] + jnp.arange(3)[None], jnp.full((TOKENS, 3), 0.3), jnp.full(TOKENS, 0.1)
         )
         del options["ignore_index"]
+        teacher = {"weights": options["weights"], "where": options["where"], "temperature": 2.0, "beta": 0.5}
+        divergence = lambda a, b: softmax_jax.kl_divergence(a, teacher_logits=b, **teacher)  # noqa: E731
+        yield "kl_divergence", divergence, (logits, logits)
+        of_states = lambda x, w: softmax_jax.linear_kl_divergence(  # noqa: E731
+            x, w, teacher_x=x[:, ::-1], teacher_weight=w, chunk_size=4, **teacher
+        )
+        yield "linear_kl_divergence", of_states, (x, weight)
+        few_too = lambda x, w: softmax_jax.linear_kl_divergence(x, w, few, chunk_size=4, beta=1.0)  # noqa: E731
+        yield "linear_kl_divergence, SparseLabels", few_too, (x, weight)
         yield "SparseLabels", lambda z: softmax_jax.cross_entropy(z, few, **options), (logits,)
     names = ("softmax_cross_entropy", "safe_softmax_cross_entropy", "poly_loss_cross_entropy")
     for name in names if dense else ("softmax_cross_entropy_with_integer_labels",):

@@ -1,8 +1,9 @@
-"""SparseLabels and label_statistics against float64 on the inputs of test_properties.py, as often as there, under the
-same budgets."""
+"""SparseLabels, label_statistics and kl_divergence against float64 on the inputs of test_properties.py, as often as
+there, under the same budgets."""
+
+from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from test_properties import (
+    TINY,
     assert_gradient,
     cases,
     flags,
@@ -24,7 +26,7 @@ from test_properties import (
     without_infinite_terms,
 )
 
-from softmax_jax import SparseLabels, label_statistics
+from softmax_jax import SparseLabels, kl_divergence, label_statistics
 
 pytestmark = pytest.mark.nan  # hypothesis draws it
 
@@ -47,7 +49,7 @@ def test_sparse_labels_are_the_dense_ones_that_they_mean(case, data):
     want = reference.cross_entropy(logits, meant, reduction="none", cotangent=np.float64(cotangents), **options)
     losses, gradient = losses_and_gradient(logits, labels, options, cotangents)
     assert_within(losses, in_range(want.loss), want.loss_condition, 16, err_msg="loss")
-    assert_gradient(np.asarray(gradient, np.float32), want, meant, cotangents, logits.dtype)
+    assert_gradient(np.asarray(gradient, np.float32), want, np.nan_to_num(meant), cotangents, logits.dtype)
 
 
 @jax.jit
@@ -64,6 +66,7 @@ def statistics_and_gradient(logits, labels, options, cotangents):
 def test_label_statistics_are_the_float64_ones(data):
     shape, dtype = data.draw(shapes), data.draw(formats)
     logits = rounded(data.draw, shape, dtype)
+    logits = np.where(np.abs(np.float32(logits)) < 2e-38, 0, logits).astype(dtype)  # where ranks are ties
     labels = data.draw(hnp.arrays(np.int32, shape[:-1], elements=st.integers(-1, shape[-1])))
     options = {}
     if data.draw(flags):
@@ -89,3 +92,53 @@ def test_label_statistics_are_the_float64_ones(data):
     dead = (bad | empty)[..., None]
     truth, condition = (np.where(dead, 0, a) for a in (in_range(want.grad), want.grad_condition))
     assert_within(np.where(dead, 0, np.float32(gradient)), truth, condition, 16, dtype, "gradient")
+
+
+def bounded(logits):
+    """Those of less than 1e4, and infinities: beyond, a divergence is infinite or 0."""
+    return np.where(np.isinf(np.float32(logits)), logits, np.clip(np.float32(logits), -1e4, 1e4)).astype(logits.dtype)
+
+
+@partial(jax.jit, static_argnums=0)
+def divergence_and_gradients(beta, teacher, student, options, cotangents):
+    f = lambda b, a: kl_divergence(a, teacher_logits=b, beta=beta, reduction="none", **options)  # noqa: E731
+    value, pull = jax.vjp(f, teacher, student)
+    return value, pull(cotangents)
+
+
+@given(st.data(), st.sampled_from([0.0, 0.25, 1.0]))
+def test_divergences_are_the_float64_ones(data, beta):
+    shape, dtype = data.draw(shapes), data.draw(formats)
+    teacher, student = (bounded(rounded(data.draw, shape, dtype)) for _ in range(2))
+    # A probability that float32 flushes to 0 and the other's at -inf: 0 or inf, by rounding.
+    for a, b in ((teacher, student), (student, teacher)):
+        with np.errstate(over="ignore"):
+            b[(b == -np.inf) & (np.float32(a) < np.nanmax(np.float32(a), -1, keepdims=True) - 80)] = -60
+    options = {}
+    if data.draw(flags):
+        options = {
+            "where": data.draw(hnp.arrays(bool, shape)),
+            "temperature": np.float32(data.draw(st.sampled_from([0.5, 1, 3]))),
+        }
+        options["weights"] = data.draw(floats(shape[:-1], st.sampled_from([0.0, 1.0, 0.5])))
+    cotangents = data.draw(floats(shape[:-1], nonzero))
+    value, gradients = divergence_and_gradients(beta, teacher, student, options, cotangents)
+
+    exists = np.broadcast_to(options.get("where", True), shape)
+    weights = np.where(exists.any(-1), options.get("weights", 1.0), 0)
+    scale = 1 / np.float64(options.get("temperature", 1))
+    zs = [reference._adjust(np.float64(z), exists, scale, None)[0] for z in (teacher, student)]
+    want = reference.divergence(*zs, beta, exists)
+    unused, broken = weights == 0, np.isnan(want.loss)
+    truth = np.where(unused, 0, weights * want.loss)
+    # A p or t below the smallest number is 0, beside a logarithm of this size.
+    size = np.max([np.ptp(np.where(np.isfinite(z), z, 0), -1) for z in zs], 0) + 90
+    lost = TINY * size * shape[-1]
+    assert_within(value, truth, np.where(unused | ~np.isfinite(truth), 0, weights * (want.loss_condition + lost)), 16)
+    infinite = unused | broken | np.isinf(truth)
+    for got, grad, condition in zip(gradients, want.grads, want.grad_conditions, strict=True):
+        got, factor = np.asarray(got, np.float32), (weights * cotangents)[..., None]
+        assert np.all(got[unused] == 0) and np.all(np.isnan(got[broken & ~unused]).any(-1))
+        grad, condition = (np.where(infinite[..., None] | ~exists, 0, a) for a in (grad * scale, condition * scale))
+        got = np.where(infinite[..., None], 0, got)
+        assert_within(got, grad * factor, np.abs(factor) * (condition + lost[..., None] * scale), 16, dtype, "gradient")

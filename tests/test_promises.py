@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from helpers import ALONE, FLOATS, compilations, random_case
 
-from softmax_jax import cross_entropy, linear_cross_entropy
+from softmax_jax import cross_entropy, kl_divergence, linear_cross_entropy, log_softmax
 
 
 def kept(pull):
@@ -147,3 +147,19 @@ def test_bitwise_the_same_whatever_the_other_rows_hold(rng, names):
     ):
         for a, b in zip(got, want, strict=True):
             np.testing.assert_array_equal(a[places], b[rows])
+
+
+@pytest.mark.compiled
+def test_two_losses_in_one_program_share_nothing_of_logits_size():
+    """XLA on the CPU writes out at the logits' size what two row sums share, be it a constant."""
+    logits, labels = jax.ShapeDtypeStruct((64, 4096), jnp.float32), jax.ShapeDtypeStruct((64,), jnp.int32)
+
+    def temporary(f, *operands):
+        program = jax.jit(jax.grad(lambda a, b, *o: jnp.sum(f(a, *o) + f(b, *o)), (0, 1)))
+        return program.lower(logits, logits, *operands).compile().memory_analysis().temp_size_in_bytes
+
+    teacher = lambda a, t: kl_divergence(a, teacher_logits=t)  # noqa: E731
+    for f, operands in [(cross_entropy, [labels]), (cross_entropy, [logits]), (teacher, [logits])]:
+        assert temporary(f, *operands) < 0.05 * 4 * 64 * 4096, f
+    both = jax.jit(lambda a, b: (log_softmax(a), log_softmax(b))).lower(logits, logits).compile()
+    assert both.memory_analysis().temp_size_in_bytes < 0.05 * 4 * 64 * 4096
