@@ -10,8 +10,8 @@
     tables    tables and pictures of kept results once more
 
 Every time is a ratio, taken in one process in turns (A B A B ...), after a warm-up, as the median over the turns with
-the quartiles. A part replaces its own records in benchmarks/results, then tables and pictures are made anew. Peers that
-are not installed are left out, with the reason.
+the quartiles. A part replaces its own records in benchmarks/results (with --only those it makes), then tables and
+pictures are made anew. Peers that are not installed are left out, with the reason.
 """
 
 import argparse
@@ -34,11 +34,20 @@ PARTS = {
 PAGE = "# Benchmarks\n\nSmaller is better. Made by `python -m benchmarks`; the numbers are in `benchmarks/results`.\n\n"
 
 
-def run(part: str, quick: bool, pace: Pace) -> dict:
-    """A part's records; no progress bar where nobody looks."""
-    bar = tqdm(PARTS[part].cells(quick), desc=part, disable=None)
-    records = [PARTS[part].record(cell, pace) for cell in bar]
-    return results.part_of(records)
+def run(part: str, args: argparse.Namespace, pace: Pace, folder: Path) -> dict:
+    """A part's results, each cell written as soon as it is there; no progress bar where nobody looks."""
+    cells = [cell for cell in PARTS[part].cells(args.quick) if args.only in " ".join(map(str, cell))]
+    if not cells:
+        raise SystemExit(
+            f"no cell of {part} holds --only {args.only!r}; the cells are {PARTS[part].cells(args.quick)}."
+        )
+    done = []
+    for cell in tqdm(cells, desc=part, disable=None):
+        done.append(PARTS[part].record(cell, pace))
+        fresh = results.empty(args.quick)
+        fresh["parts"][part] = results.part_of(done)
+        merged = results.merge(fresh, folder / results.file_name(fresh), whole=not args.only)
+    return {**merged, "parts": fresh["parts"]}
 
 
 def publish(folder: Path, docs: Path) -> str:
@@ -62,6 +71,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--seconds", type=float, default=Pace().seconds, help=f"of a cell, from turn {Pace().fewest} on"
     )
     parser.add_argument("--quick", action="store_true", help="tiny sizes, two turns: a smoke test")
+    parser.add_argument("--only", default="", help="of a part, the cells that hold this text; the others stay as kept")
     parser.add_argument("--out", type=Path, help="a folder for JSON, tables and pictures, instead of the kept ones")
     args = parser.parse_args(arguments)
     if args.turns < 2:
@@ -78,10 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
     out = args.out or (results.ROOT / "out" / "quick" if args.quick else None)
     folder = out or results.KEPT
     for part in [] if args.part == "tables" else [args.part] if args.part else PARTS:
-        fresh = results.empty(args.quick)
-        fresh["parts"][part] = run(part, args.quick, pace)
-        merged = results.merge(fresh, folder / results.file_name(fresh))
-        print(show.page({**merged, "parts": fresh["parts"]}, []))
+        print(show.page(run(part, args, pace, folder), []))
     summaries = publish(folder, out or results.ROOT / "docs")
     if out is None:
         show.include(results.ROOT / "README.md", "benchmarks", summaries)

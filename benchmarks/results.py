@@ -76,15 +76,25 @@ def load(path: Path) -> Results:
     return json.loads(path.read_text())
 
 
-def merge(fresh: Results, path: Path) -> Results:
-    """`fresh`, with the parts of the file at `path` that it lacks; written there."""
+def merge(fresh: Results, path: Path, whole: bool = True) -> Results:
+    """`fresh`, with the parts of the file at `path` that it lacks; written there. Unless a part is `whole`, with its
+    other records too, each of which says from when it is."""
     kept = load(path) if path.exists() else fresh
     if kept["quick"] != fresh["quick"]:
         raise ValueError(f"{path} has quick={kept['quick']}, and this run quick={fresh['quick']}. Use another --out.")
-    merged = {**fresh, "parts": {**kept["parts"], **fresh["parts"]}}
+    parts = {name: part if whole else _beside(part, kept["parts"].get(name)) for name, part in fresh["parts"].items()}
+    merged = {**fresh, "parts": {**kept["parts"], **parts}}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(merged, indent=1) + "\n")
     return merged
+
+
+def _beside(fresh: dict[str, Any], kept: dict[str, Any] | None) -> dict[str, Any]:
+    """A part with the kept records in their order, those that `fresh` has replaced by its own."""
+    of_cell = lambda record: (record["what"], record["passes"], record["cell"])  # noqa: E731
+    anew = {of_cell(record): record for record in fresh["records"]}
+    old = [{"date": kept["date"], **record} for record in kept["records"]] if kept else []
+    return {**fresh, "records": [anew.pop(of_cell(record), record) for record in old] + list(anew.values())}
 
 
 def records(results: Results, part: str) -> list[dict[str, Any]]:

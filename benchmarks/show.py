@@ -2,6 +2,7 @@
 
 import re
 import statistics
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,8 @@ def source(results: Results, part: str) -> str:
     run = results["parts"][part]
     found = ", ".join(f"{name} {number}" for name, number in run["versions"].items())
     missing = "".join(f" {name} was absent: {why}." for name, why in run["absent"].items())
+    older = Counter(record["date"] for record in run["records"] if record.get("date", run["date"]) != run["date"])
+    missing += "".join(f" {number} cells are from {date}." for date, number in older.items())
     return f"(`python -m benchmarks {part}`, {run['date']}, load {run['load']}, {found}.{missing})"
 
 
