@@ -74,6 +74,15 @@ def _policy_gradient(printed: str) -> None:
     assert linear < 0.5 * logits
 
 
+def _tail(printed: str) -> None:
+    """1000 steps: a loss near 3e-10 in float64 and float32 alike, and a third or more of Optax's labels without a
+    gradient."""
+    rows = re.findall(r"^(.+): loss (\S+), ([\d.]+)%", printed, re.MULTILINE)
+    (truth, _), (ours, lost), (_, of_optax) = ((float(loss), float(share)) for _, loss, share in rows)
+    assert truth < 1e-8 and abs(ours / truth - 1) < 0.02
+    assert lost == 0 and of_optax > 30
+
+
 def _percentages(printed: str) -> list[float]:
     return [float(number) for number in re.findall(r"([\d.]+)%", printed)]
 
@@ -86,6 +95,7 @@ def _percentages(printed: str) -> list[float]:
         pytest.param("char_lm", "--steps 40 --batch 8 --length 64 --files 40", _char_lm, id="char_lm"),
         pytest.param("vocab_parallel", "--steps 25 --files 40", _vocab_parallel, id="vocab_parallel"),
         pytest.param("distill", "--students 2", _distill, id="distill"),
+        pytest.param("tail", "--steps 1000", _tail, id="tail"),
         pytest.param("policy_gradient", "--updates 20", _policy_gradient, id="policy_gradient"),
         pytest.param(
             "vocab_parallel",

@@ -188,8 +188,8 @@ def of_heads(operands, beta, cotangent, where, **numbers):
     want = truth(logits[1], logits[0], beta, cotangent, where, **numbers)
     grads = []
     for (x, weight, _), grad in zip(sides, want.grads[::-1], strict=True):
-        flat = grad.reshape(-1, weight.shape[1])
-        grads.append((grad @ weight.T, x.reshape(-1, x.shape[-1]).T @ flat, flat.sum(0)))
+        flat = grad.reshape(-1, np.size(weight, 1))
+        grads.append((grad @ weight.T, x.reshape(-1, np.size(x, -1)).T @ flat, flat.sum(0)))
     return want, grads
 
 

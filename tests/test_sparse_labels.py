@@ -168,7 +168,6 @@ def test_linear_is_plain(rng, reduction, transpose):
     weight /= 5
     where = options.pop("where")
     cotangent = rng.normal(size=(3, 5) if reduction == "none" else ()).astype(np.float32)
-    t = np.float32(dense(labels, (3, 5, 61), where))
 
     def plain(x, weight, options):
         t64 = np.float64(dense(labels, (3, 5, 61), where))
