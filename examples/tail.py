@@ -80,8 +80,8 @@ def some_steps(loss: Callable, parameters: Parameters, state: optax.OptState, pa
 
     logits = logits_of(parameters, pairs)
     slope = jnp.take_along_axis(jax.grad(loss)(logits, labels), labels[:, None], 1)
-    (parameters, state), _ = jax.lax.scan(step, (parameters, state), None, EVERY)
-    return parameters, state, (loss(logits, labels), jnp.mean(slope == 0))
+    (trained, state), _ = jax.lax.scan(step, (parameters, state), None, EVERY)
+    return trained, state, (loss(logits, labels), jnp.mean(slope == 0))
 
 
 def trained(run: Run, pairs: np.ndarray, labels: np.ndarray, steps: int, bar: tqdm) -> np.ndarray:

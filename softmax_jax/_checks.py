@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from softmax_jax._dtypes import accumulator, nan_unless
@@ -130,8 +131,10 @@ def one_teacher(
     teacher_x, weight, bias, transpose_weight = head
     given = {"teacher": teacher, "teacher_logits": teacher_logits, "teacher_x": teacher_x}
     given = [name for name, value in given.items() if value is not None]
-    if len(given) != 1 or (teacher_x is None) != (weight is None) or (bias is not None and weight is None):
-        given += [name for name, value in [("teacher_weight", weight), ("teacher_bias", bias)] if value is not None]
+    of_head = {"teacher_weight": weight, "teacher_bias": bias, "teacher_transpose_weight": transpose_weight or None}
+    of_head = [name for name, value in of_head.items() if value is not None]
+    if len(given) != 1 or (teacher_x is None) != (weight is None) or (of_head and weight is None):
+        given += of_head
         raise ValueError(
             f"there must be one teacher; got {given or 'none'}. Pass `teacher` (probabilities), or `teacher_logits`, "
             "or to the linear form `teacher_x` with `teacher_weight`."
@@ -147,6 +150,8 @@ def one_teacher(
         return "states", (x, weight, None if bias is None else jnp.asarray(bias))
     if isinstance(teacher, SparseLabels):
         return "probabilities", (labels_of(teacher, shape, axis), None, None)
+    if isinstance(teacher_logits, SparseLabels):
+        raise TypeError("`teacher_logits` must be an array; got SparseLabels, which are probabilities: pass `teacher`.")
     array = jnp.asarray(teacher if teacher_logits is None else teacher_logits)
     floating(given[0], array)
     if array.shape != shape:
@@ -159,7 +164,8 @@ def one_teacher(
 
 def mixture(name: str, value: Any, dtype: Any) -> tuple[bool, Array | np.ndarray | None]:
     """(whether it is 1, the number between 0 and 1). Of traced numbers the ends are NaN."""
-    number = scalar(name, value, dtype, 0.0, 1.0)
+    concrete = isinstance(value, np.ndarray | Array) and not isinstance(value, Tracer) and value.shape == ()
+    number = scalar(name, value.item() if concrete else value, dtype, 0.0, 1.0)
     if isinstance(number, np.ndarray):
         return bool(number == 1), None if number in (0, 1) else number
     return False, nan_unless((number > 0) & (number < 1), number)

@@ -18,7 +18,7 @@ from softmax_jax._divergence import Logits, divergence
 from softmax_jax._dtypes import accumulator, product_dtype, upcast
 from softmax_jax._head import Each, Shared, affine, dealt, emptied, logits_of, reduced, specs_of
 from softmax_jax._sharding import Names, entries_of, exactly, explicit_mesh, fit, over_devices, psum
-from softmax_jax._targets import SparseLabels, probabilities_of
+from softmax_jax._targets import SparseLabels, existing, probabilities_of
 from softmax_jax._token_loss import divide, label_specs, mean_divisor, option_specs, prepare
 
 
@@ -45,25 +45,27 @@ def kl_divergence(
         beta = 1        KL(p ‖ t)                                               reverse: the student seeks its modes
         else            β KL(t ‖ m) + (1 - β) KL(p ‖ m),  m = β t + (1 - β) p   generalized Jensen-Shannon
 
-    Exact in value and gradient, however confident both are and however close: the sum has no negative terms, and the
-    gradient p - t of the first does not cancel. In nats, float32 (float64 for float64 logits).
+    Exact in value and gradient, however confident both are and however close: the sum has no negative terms, and no
+    gradient is a difference of what rounds to 1. In nats, float32 (float64 for float64 logits).
 
     Args:
       logits: floating, `[*batch, classes]` for `axis=-1`; infinities and NaN as in `cross_entropy`.
       teacher: probabilities of the logits' shape, or `SparseLabels`, of any positive sum: they are divided by it. An
-        entry of 0 has no gradient. Tokens go through in chunks, so that nothing else of the logits' size is made.
+        entry of 0 has no gradient. Tokens go through in chunks, so that nothing else of the logits' size is made (but
+        for another axis than the last, both are first copied).
       teacher_logits: instead, of the logits' shape: t = softmax of them.
       where: bool, broadcastable to the logits; False: the class exists for neither.
       weights: as in `cross_entropy`, with the reductions of dense labels; a token without any class counts as 0.
-      beta: in [0, 1]. A Python number, or a traced one, which is NaN unless it lies between 0 and 1.
-      temperature: > 0, of all logits, z / temperature; probabilities stay as they are. Gradients fall as its square:
-        multiply the loss by temperature² to keep their size (Hinton et al.).
+      beta: in [0, 1]. A traced one chooses no formula: at 0 and at 1 it gives NaN.
+      temperature: > 0, of all logits, z / temperature; probabilities stay as they are. With `teacher_logits` gradients
+        fall as its square: multiply the loss by temperature² to keep their size (Hinton et al.).
       softcap, teacher_softcap: softcap · tanh(z / softcap), before the temperature; each of its own logits.
       reduction, normalizer, axis_name: as in `cross_entropy`.
       chunk_size: of probabilities, as in `linear_cross_entropy`.
 
     Gradients flow to the teacher too: `jax.lax.stop_gradient` it, unless you mean that. inf where one has probability
-    0 and the other, which weights it, has not. Under `jit`, a gradient that nobody asks for is not computed.
+    0 and the other, which weights it, has not; the gradient of the logits that weight is NaN there. Under `jit`, a
+    gradient that nobody asks for is not computed. Forward mode (`jax.jvp`): use `optax.losses.kl_divergence`.
 
     Returns:
       A scalar, or the batch shape for `reduction="none"`.
@@ -87,12 +89,14 @@ def kl_divergence(
     axis = _checks.class_axis("logits", logits.shape, axis)
     kind, (target, *_) = _checks.one_teacher(logits.shape, axis, teacher=teacher, teacher_logits=teacher_logits)
     where = None if where is None else _checks.mask("where", where, logits.shape)
+    class_axes = _checks.mesh_axes(axis_name)
+    _checks.sharded("logits", logits, class_axes)
+    if kind == "logits":
+        _checks.sharded("teacher_logits", target, class_axes)
     if kind == "probabilities":  # a chunk of tokens has its classes last
         last = lambda a: jnp.moveaxis(a, axis, -1)  # noqa: E731
         target = target if isinstance(target, SparseLabels) else last(target)
         logits, where, axis = last(logits), None if where is None else last(where), logits.ndim - 1
-    class_axes = _checks.mesh_axes(axis_name)
-    _checks.sharded("logits", logits, class_axes)
     how = _How(kind, axis, reduction, _checks.chunk_size_of(chunk_size), class_axes)
     numbers = beta, temperature, softcap, teacher_softcap
     return _checked(_Side(logits), _Side(target), logits.shape, where, weights, numbers, normalizer, how)
@@ -146,6 +150,9 @@ def linear_kl_divergence(
     kind, target = _checks.one_teacher(shape, axis, teacher=teacher, teacher_logits=teacher_logits, head=head)
     class_axes = _checks.mesh_axes(axis_name)
     _checks.sharded("weight", weight, class_axes)
+    if not isinstance(target[0], SparseLabels):
+        name, own = ("teacher_weight", target[1]) if kind == "states" else ("the teacher", target[0])
+        _checks.sharded(name, own, class_axes)
     transposed = bool(transpose_weight), bool(teacher_transpose_weight)
     how = _How(kind, axis, reduction, _checks.chunk_size_of(chunk_size), class_axes, transposed=transposed)
     student = _Side(x, weight, None if bias is None else jnp.asarray(bias))
@@ -194,7 +201,11 @@ def _checked(student: _Side, teacher: _Side, shape, where, weights, numbers, nor
     caps = [cap if cap is None else jnp.asarray(cap if scale is None else cap * scale) for cap in caps]
     options = _checks.options_for(shape, dtype, how.axis, teacher.x, where=where, weights=weights)
     options = options._replace(logit_scale=scale, softcap=caps[0])
-    of_teacher = Adjustment() if how.kind == "probabilities" else Adjustment(None, scale, caps[1])
+    of_teacher = Adjustment(None, scale, caps[1])
+    if how.kind == "probabilities":
+        if caps[1] is not None:
+            raise ValueError(f"`teacher_softcap` is of logits; got {softcaps[1]!r} and probabilities. Leave it out.")
+        of_teacher = Adjustment()
     reverse, beta = _checks.mixture("beta", beta, dtype)
     divisor = _checks.reduction_of(how.reduction, normalizer, dtype)
     return _kl_divergence(
@@ -279,7 +290,7 @@ def _chunk_losses(how: _How, dtypes: tuple, shared: tuple[Shared, _OfTeacher], c
     elif how.kind == "probabilities":
         if isinstance(target, SparseLabels):
             target = probabilities_of(target, options.where, logits.shape[1], 1, how.class_axes)
-        target = _log(upcast(target))
+        target = _log(existing(upcast(target), options.where))
     return _losses(logits, Logits(target, teacher.adjustment), chunk.weights, options, teacher.beta, 1, how)
 
 

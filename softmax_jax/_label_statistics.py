@@ -233,7 +233,8 @@ def _statistics(
     sums = without(unused, sums)
     nll, spread = negative_log_likelihood(sums.rest, sums.own), log_spread(sums.rest, sums.own)
     hidden = (sums.own_mass == 0) & (sums.rest_mass == 0)
-    log_prob = jnp.where(hidden, -jnp.inf, -loss_of(sums, None, options))
+    slope = spread - lax.stop_gradient(spread)  # 0: an infinite log_prob has the gradient of any label's, -p
+    log_prob = jnp.where(hidden, -jnp.inf - slope, -loss_of(sums, None, options))
     t = sums.rest + jnp.exp(sums.own)
     entropy = (jnp.exp(sums.own) * nll + sums.rest * spread + sums.moment) / t
     correct, rank = _place(logits, jnp.squeeze(labels.ids, axis), adjustment, axis, class_axes)

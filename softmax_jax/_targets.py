@@ -78,20 +78,21 @@ def _run(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array, 
     return starts | starts_anew, jnp.where(starts_anew, b, a + b)
 
 
-def _existing(array: Any, where: Array | None) -> Any:
+def existing(array: Any, where: Array | None) -> Any:
+    """0 for a class that `where` hides, which may hold NaN."""
     return array if array is None or where is None else jnp.where(where, array, 0)
 
 
 def target(labels, class_weights, where, dtype):
     """t_v of dense labels. What `where` hides may be NaN."""
-    labels, class_weights = _existing(labels.astype(dtype), where), _existing(class_weights, where)
+    labels, class_weights = existing(labels.astype(dtype), where), existing(class_weights, where)
     return labels if class_weights is None else class_weights * labels
 
 
 def uniform(class_weights, where, z):
     """c_v of every class that exists."""
     each = jnp.ones_like(z) if class_weights is None else jnp.broadcast_to(class_weights, z.shape)
-    return _existing(each, where)
+    return existing(each, where)
 
 
 def own_mass(labels, class_weights, where, pivot, size, axis, dtype):
@@ -177,11 +178,11 @@ def probabilities_of(labels: SparseLabels, where: Array | None, size: int, axis:
     valid, dtype = ~jnp.any(jnp.isnan(labels.probs), axis), labels.probs.dtype
     each = jnp.zeros(valid.shape, dtype)
     if labels.others is not None:
-        existing = existing_classes(where, size, axis, class_axes, dtype)
-        each = _each_of_others(labels, where, existing, size, axis, class_axes)
+        left = existing_classes(where, size, axis, class_axes, dtype)
+        each = _each_of_others(labels, where, left, size, axis, class_axes)
     every = jnp.expand_dims(nan_unless(valid, each), axis)
     every = jnp.broadcast_to(every, [size if a == axis else n for a, n in enumerate(ids.shape)])
-    return _existing(with_at_ids(every, ids, labels.probs, axis), where)
+    return existing(with_at_ids(every, ids, labels.probs, axis), where)
 
 
 def sparse_sums(z, probs, class_weights, at: Few, pivot, axis):

@@ -259,6 +259,29 @@ def divergence(teacher, student, beta, where=None) -> Divergence:
 
 
 @quiet
+def divergence_in_long_double(teacher, student, beta):
+    """The two gradients by the formulas of `divergence`, with minus the sum of the others at each row's top."""
+
+    def log(z):
+        z = np.longdouble(z) - np.max(z, -1, keepdims=True)
+        return z - np.log(np.sum(np.exp(z), -1, keepdims=True))
+
+    log_t, log_p = log(teacher), log(student)
+    t, p, beta = np.exp(log_t), np.exp(log_p), np.longdouble(beta)
+    log_m = np.logaddexp(log_t + np.log(beta), log_p + np.log(1 - beta)) if 0 < beta < 1 else None
+    of = lambda q, log_q, log_other: q * (log_q - log_other - np.sum(q * (log_q - log_other), -1, keepdims=True))  # noqa: E731
+    if log_m is None:
+        db, da = (of(t, log_t, log_p), p - t) if beta == 0 else (t - p, of(p, log_p, log_t))
+    else:
+        db, da = beta * of(t, log_t, log_m), (1 - beta) * of(p, log_p, log_m)
+    for g, q in ((db, t), (da, p)):
+        top = np.argmax(q, -1)[..., None]
+        np.put_along_axis(g, top, 0, -1)
+        np.put_along_axis(g, top, -np.sum(g, -1, keepdims=True), -1)
+    return db, da
+
+
+@quiet
 def _off(z, q, miss):
     """What an error of eps · size of every logit makes of log q_v at most, in eps."""
     size = np.where(q > 0, _size(z), 0)

@@ -100,6 +100,40 @@ def test_every_pair_of_margins(rng, beta, product):
         assert_within(got, grad * scale, condition * scale + lost, 32 if product else 16)
 
 
+@pytest.mark.parametrize("beta", [*BETAS, 1e-6])
+def test_what_the_top_class_learns_does_not_cancel(rng, beta):
+    """Relative errors of both gradients: the top's are the sum of all others', however confident either is."""
+    margins = np.linspace(-5, 60, 27)
+    of_teacher, of_student = (m.ravel() for m in np.meshgrid(margins, margins))
+    (teacher, _), (student, _) = (at_margins(rng, m) for m in (of_teacher, of_student))
+    cotangent = rng.normal(size=len(teacher)).astype(np.float32)
+    loss = lambda b, a: kl_divergence(a, teacher_logits=b, beta=beta, reduction="none")  # noqa: E731
+    _, grads = both_gradients(loss, cotangent, teacher, student)
+    exact = reference.divergence_in_long_double(teacher, student, beta)
+    for got, grad in zip(grads, exact, strict=True):
+        grad = grad * cotangent[:, None]
+        # Where the sum of the others has both signs, of the sum of their sizes.
+        size = np.where(np.abs(grad) == np.abs(grad).max(-1, keepdims=True), np.abs(grad).sum(-1, keepdims=True), 0)
+        size = np.where(size > 0, size, np.inf)
+        assert np.max(np.abs(np.asarray(got) - grad) / size) < PROMISE
+
+
+@pytest.mark.parametrize("offset", [0, 30, -1e4, 1e6])
+@pytest.mark.parametrize("beta", BETAS)
+def test_offsets_between_the_two_are_of_no_matter(rng, beta, offset):
+    """Of near and of far students, as rounded."""
+    teacher = np.float32(2 * rng.normal(size=(64, 33)))
+    for step in (1, 0.01):
+        student = np.float32(teacher + step * rng.normal(size=teacher.shape) + offset)
+        want = truth(teacher, student, beta, np.ones(64))
+        loss = lambda b, a: kl_divergence(a, teacher_logits=b, beta=beta, reduction="none")  # noqa: E731
+        value, grads = both_gradients(loss, np.ones(64, np.float32), teacher, student)
+        assert relative_error(value, want.loss).max() < PROMISE
+        for got, grad in zip(grads, want.grads, strict=True):
+            # and the error that all classes share, as below, once
+            assert np.max(np.abs(got - grad)) < PROMISE * np.abs(grad).max() + 6 * epsilon(jnp.float32)
+
+
 @pytest.mark.parametrize("beta", BETAS)
 def test_students_that_nearly_agree(rng, beta):
     """At differences from 1 down to 1e-6 of logits, as exact as far from each other; never negative. What remains is
@@ -144,6 +178,12 @@ def test_probabilities(rng, beta, axis):
     t = np.where(there, probs, 1)
     of_t, condition = (np.where(there, a / t, 0) for a in (want.grads[0] * c, want.grad_conditions[0] * abs(c)))
     assert_within(np.moveaxis(dprobs, axis, -1), of_t, condition, 16, err_msg="probabilities")
+
+
+def test_a_hidden_probability_may_be_nan():
+    where, probs = np.array([True, True, False]), np.float32([[0.5, 0.5, np.nan]])
+    grad = jax.grad(lambda t: kl_divergence(np.float32([[1, 2, np.nan]]), t, where=where))(probs)
+    assert np.all(np.isfinite(grad)) and grad[0, 2] == 0
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -324,6 +364,11 @@ def test_edges(rng, beta):
         assert np.isnan(got[6:]).any(-1).all()
     if beta == 0:  # the student's gradient p - t does not need the infinite value
         np.testing.assert_allclose(grads[1][0], want.grads[1][0], rtol=1e-5)
+    if beta != 0.25:  # the one that weights does, unless nobody asks
+        weighs, row = (0, 0) if beta == 0 else (1, 1)
+        assert np.isnan(grads[weighs][row]).all()
+        asked = jax.grad(lambda b, a: jnp.sum(jnp.where(np.arange(8) == 2, loss(b, a), 0)), (0, 1))(teacher, student)
+        assert not np.any(asked[weighs][row])
 
 
 @pytest.mark.nan
@@ -354,8 +399,10 @@ def test_nothing_of_logits_size_is_kept():
     shape = jax.ShapeDtypeStruct((64, 4096), jnp.float32)
     for beta in BETAS:
         loss = lambda a, b, beta=beta: kl_divergence(a, teacher_logits=b, beta=beta)  # noqa: E731
-        program = jax.jit(jax.grad(loss)).lower(shape, shape).compile()
-        assert program.memory_analysis().temp_size_in_bytes < 0.05 * 4 * 64 * 4096, beta
+        program = jax.jit(jax.value_and_grad(loss)).lower(shape, shape).compile()
+        arrays = program.memory_analysis().temp_size_in_bytes / (4 * 64 * 4096)
+        # XLA on the CPU fuses a row sum of so many steps and no more: a mixture's has some left.
+        assert arrays < (0.05 if beta in (0, 1) else 4.05), beta
 
 
 @pytest.mark.compiled
@@ -484,6 +531,11 @@ def test_a_traced_beta_is_nan_at_its_ends_and_the_number_between(rng):
     loss = jax.jit(lambda beta: kl_divergence(student, teacher_logits=teacher, beta=beta))
     np.testing.assert_array_equal(np.isnan([loss(b) for b in (0.0, 0.5, 1.0, 1.5)]), [True, False, True, True])
     np.testing.assert_allclose(loss(0.5), kl_divergence(student, teacher_logits=teacher, beta=0.5), rtol=1e-6)
+    for beta in (0.0, 0.5, 1.0):
+        want = kl_divergence(student, teacher_logits=teacher, beta=beta)
+        for same in (jnp.float32(beta), np.array(beta), np.float32(beta)):
+            np.testing.assert_array_equal(kl_divergence(student, teacher_logits=teacher, beta=same), want)
+    assert kl_divergence(jnp.array([[30.0, 0]]), teacher_logits=jnp.array([[0, 30.0]]), beta=1e-8) < 3e-7
 
 
 @pytest.mark.usefixtures("untyped")
@@ -508,5 +560,12 @@ def test_refuses():
     ]:
         with pytest.raises(ValueError, match=re.escape(message)):
             call()
+    sparse = SparseLabels(jnp.zeros((2, 1), int), jnp.ones((2, 1)))
+    with pytest.raises(TypeError, match="got SparseLabels, which are probabilities: pass `teacher`"):
+        kl_divergence(z, teacher_logits=sparse)
+    with pytest.raises(ValueError, match="`teacher_softcap` is of logits"):
+        kl_divergence(z, z, teacher_softcap=2.0)
+    with pytest.raises(ValueError, match="got .'teacher', 'teacher_transpose_weight'."):
+        linear_kl_divergence(x, w, z, teacher_transpose_weight=True)
     with pytest.raises(TypeError, match="`teacher` must be floating; got dtype int32"):
         kl_divergence(z, jnp.zeros((2, 3), int))

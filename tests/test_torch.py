@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from softmax_jax import cross_entropy
+from softmax_jax import cross_entropy, kl_divergence
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install torch")
 functional = torch.nn.functional
@@ -61,6 +61,22 @@ def test_values_and_gradients_are_pytorchs(rng, reduction, labelled):
         for name, a, b in zip(("loss", "dlogits", "dlabels"), got, want, strict=True):
             if b is not None:
                 np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-13, err_msg=f"{name}, {weight}, {smoothing}")
+
+
+def test_forward_and_reverse_divergences_are_pytorchs(rng):
+    """`kl_div` of log-probabilities, both gradients."""
+    student, teacher = (3 * rng.normal(size=(4, CLASSES)) for _ in range(2))
+    a, b = (torch.tensor(z, requires_grad=True) for z in (student, teacher))
+    for beta, (of, to) in [(0.0, (b, a)), (1.0, (a, b))]:
+        log_of, log_to = (functional.log_softmax(z / 1.5, -1) for z in (of, to))
+        want = functional.kl_div(log_to, log_of, log_target=True, reduction="batchmean")
+        grads = torch.autograd.grad(want, (a, b))
+        with jax.enable_x64(True):
+            loss = lambda a, b, beta=beta: kl_divergence(a, teacher_logits=b, beta=beta, temperature=1.5)  # noqa: E731
+            value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1)))(student, teacher)
+        np.testing.assert_allclose(value, want.item(), rtol=1e-12)
+        for got, right in zip(gradients, grads, strict=True):
+            np.testing.assert_allclose(got, right.numpy(), rtol=1e-11, atol=1e-14)
 
 
 def test_what_differs_all_ignored(rng):
