@@ -1,258 +1,32 @@
-"""The divergence of two softmaxes over the classes of one token, from the logits of both.
-
-Write t = softmax(b) and p = softmax(a), m = β t + γ p with γ = 1 - β, r_v = log(p_v / t_v). Asked for are
-
-    KL(t ‖ p)      and the mixture      β KL(t ‖ m) + γ KL(p ‖ m)
-
-Each is a difference of entropies, which are large where the divergence is not. But since Σ_v t_v = Σ_v p_v = 1,
-
-    KL(t ‖ p) = Σ_v t_v ψ(r_v)        ψ(r) = exp(r) - 1 - r ≥ 0
-
-has no negative term, and an error of r that all classes share comes in squared. ψ is a series near 0; beyond it
-t ψ(r) = p - t - t r. A mixture has, without a cancellation,
-
-    log(m/p) = log1p(β expm1(-r))    log(m/t) = log(m/p) + r        if β ≤ γ
-    log(m/t) = log1p(γ expm1(r))     log(m/p) = log(m/t) - r        else
-
-r itself is (a_v - b_v) - (max a - max b) - (nll_a - nll_b), where nll = -log of the top's probability does not cancel:
-where the two nearly agree the first difference is exact, once the larger is rid of the offset between them by a number
-of its own grid. At the top class c of b, the pivot, all this is done by itself from numbers of the token: if c is also
-the top of a, then r_c = nll_b - nll_a, however close both are to 0.
-"""
+"""The divergence of two softmaxes as one function of their logits, with its gradient by a rule."""
 
 import math
-from functools import cache, partial, reduce
-from typing import Any, NamedTuple
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
-from softmax_jax._adjustment import Adjustment, adjust, row_shift
-from softmax_jax._dtypes import nan_unless, upcast
-from softmax_jax._passes import (
-    apart,
-    as_operands,
-    distance,
-    is_at,
-    pick_of_all,
-    sum_of_others,
-    sum_over_classes,
-    top_class,
+from softmax_jax._divergence_sums import (
+    At,
+    Half,
+    Logits,
+    Numbers,
+    Rows,
+    exchanged,
+    log_ratio,
+    mixed,
+    numbers_of,
+    rows_of,
+    shares_of,
+    z_of,
 )
-from softmax_jax._sharding import Names, check_gradient, count, offset, psum, vary, varying
-from softmax_jax._token_loss import negative_log_likelihood
+from softmax_jax._dtypes import nan_unless
+from softmax_jax._passes import apart, as_operands, is_at
+from softmax_jax._sharding import Names, check_gradient, offset, vary, varying
 
 
-class Logits(NamedTuple):
-    """One of the two."""
-
-    raw: Array
-    adjustment: Adjustment  # without `where`, which both share
-
-
-class _Shared(NamedTuple):
-    """What the classes of a token share: the maxima of b and a, their probabilities, and the offset between the two."""
-
-    b_m: Array
-    a_m: Array
-    b_top: Array
-    a_top: Array
-    b_shift: Array
-    a_shift: Array
-    gap: Array
-
-    def exchanged(self) -> "_Shared":
-        return _Shared(self.a_m, self.b_m, self.a_top, self.b_top, self.a_shift, self.b_shift, -self.gap)
-
-
-class _Shares(NamedTuple):
-    """β and γ of a mixture; the smaller; the sign of r that belongs to it, and whether r is added."""
-
-    beta: Array
-    gamma: Array
-    smaller: Array
-    sign: Array
-    added: Array
-
-    def exchanged(self) -> "_Shares":
-        return _Shares(self.gamma, self.beta, self.smaller, -self.sign, 1 - self.added)
-
-
-class _At(NamedTuple):
-    """Of a class: t, p and r = log(p/t)."""
-
-    t: Array
-    p: Array
-    r: Array
-
-
-def _z(logits: Logits, where) -> Array:
-    return upcast(adjust(logits.raw, logits.adjustment._replace(where=where)))
-
-
-class _Top(NamedTuple):
-    """The largest z of a token, -log of its probability, its class, of all devices'."""
-
-    m: Array
-    nll: Array
-    place: Array
-
-
-def _top(logits: Logits, where, axis, class_axes) -> _Top:
-    raw, adjustment = logits.raw, logits.adjustment._replace(where=where)
-    (m,) = apart(row_shift(adjust(raw, adjustment), axis, class_axes))
-    top = top_class(raw, m, adjustment, axis, class_axes)
-    rest = sum_of_others(raw, m, top - offset(raw.shape[axis], class_axes), adjustment, axis)
-    highest = pick_of_all(raw, top, adjustment, axis, class_axes)
-    exists = top < count(raw.shape[axis], class_axes)
-    own = jnp.where(exists, highest - lax.stop_gradient(highest), 0)  # 0, with the slope that second derivatives need
-    nll = negative_log_likelihood(psum(rest, class_axes), jnp.where(exists, own, -jnp.inf))
-    return _Top(m + own, nll, top)
-
-
-def _shared(b: _Top, a: _Top) -> _Shared:
-    size = jnp.maximum(jnp.abs(a.m), jnp.abs(b.m))
-    (rounded,) = apart((a.m - b.m) + size)
-    shift, of_a = rounded - size, jnp.abs(a.m) >= jnp.abs(b.m)  # on the grid of the larger, which loses nothing by it
-    b_shift, a_shift = jnp.where(of_a, 0, -shift), jnp.where(of_a, shift, 0)
-    gap = ((a.m - a_shift) - (b.m - b_shift)) + (a.nll - b.nll)
-    return _Shared(b.m, a.m, jnp.exp(-b.nll), jnp.exp(-a.nll), b_shift, a_shift, gap)
-
-
-def _at_pivot(b: _Top, a: _Top, logits: Logits, where, axis, class_axes) -> _At:
-    there = pick_of_all(logits.raw, b.place, logits.adjustment._replace(where=where), axis, class_axes)
-    nll = a.nll + jnp.where(b.place == a.place, 0, a.m - there)
-    return _At(jnp.exp(-b.nll), jnp.exp(-nll), b.nll - nll)
-
-
-def _shares(beta) -> _Shares:
-    of_beta = lax.stop_gradient(beta) <= 0.5
-    added = of_beta.astype(beta.dtype)
-    return _Shares(beta, 1 - beta, jnp.where(of_beta, beta, 1 - beta), 1 - 2 * added, added)
-
-
-class _Numbers(NamedTuple):
-    """The constants of a term: floats, or operands of one pass (see `as_operands`). A clamp by constants XLA on the CPU
-    does not fuse with a row sum either."""
-
-    zero: Any
-    near: Any
-    minus_near: Any
-    highest: Any
-    lowest: Any
-    log_highest: Any
-    e_log_highest: Any
-    series: tuple  # of ψ(r)/r² within `near`
-
-
-@cache
-def _numbers(dtype) -> _Numbers:
-    """1/2!, 1/3!, ... as far as the format tells; of the first power that is left out, r³/5!, what r has of it on
-    average is added, which leaves 2e-6 of ψ."""
-    highest, near, terms = float(jnp.finfo(dtype).max), 0.08, 8 if dtype == jnp.float64 else 3
-    series = [1 / math.factorial(k) for k in range(2, 2 + terms)]
-    if terms == 3:
-        series[1] += 0.75 * near**2 / math.factorial(5)
-    log = math.floor(math.log(highest))
-    return _Numbers(0, near, -near, highest, -highest, log, math.exp(log), tuple(series))
-
-
-def _log_ratio(b, a, shared: _Shared, n: _Numbers):
-    """r of the z of every class but the pivot: -inf where p = 0, bounded where t = 0."""
-    apart = (a - shared.a_shift) - (jnp.maximum(b, n.lowest) - shared.b_shift)
-    return jnp.minimum(apart - shared.gap, n.log_highest)
-
-
-def _mixed(at: _At, shares: _Shares, n: _Numbers) -> _At:
-    """t, m and log(m/t)."""
-    r = jnp.maximum(at.r, -n.log_highest)
-    log = jnp.log1p(shares.smaller * jnp.expm1(shares.sign * r)) + shares.added * r
-    return _At(at.t, shares.beta * at.t + shares.gamma * at.p, log)
-
-
-def _exchanged(at: _At, n: _Numbers) -> _At:
-    return _At(at.p, at.t, jnp.minimum(-at.r, n.log_highest))
-
-
-def _term(at: _At, n: _Numbers, bounded: bool):
-    """t ψ(r), where p = t exp(r), and p where t = 0; unless r is bounded, inf where p = 0 < t. Within a row sum:
-    floating-point arithmetic alone, and few enough steps for XLA on the CPU to fuse them."""
-    t, p, r = at
-    near = jnp.minimum(jnp.maximum(r, n.minus_near), n.near)
-    series = reduce(lambda series, factor: factor + near * series, n.series[-2::-1], n.series[-1])
-    linear = near - r
-    if not bounded:
-        normal = lax.stop_gradient(t) * n.highest
-        linear = jnp.minimum(linear, n.highest * jnp.minimum(normal, n.highest))  # by 0 where t is, else by inf
-    far = (jnp.expm1(r) - jnp.expm1(near)) + linear
-    return t * (near * near * series + far) + jnp.maximum(p - t * n.e_log_highest, n.zero)
-
-
-def _sum(f, b: Logits, a: Logits, where, shared: _Shared, shares: _Shares | None, pivot, axis, class_axes) -> Array:
-    """Σ_{v≠pivot} f(t, p, r; n), of a mixture f(t, m, log(m/t); n)."""
-
-    def others(arrays, _, pivot, axis):
-        b_raw, a_raw, where, shared, shares, n = arrays
-        z_b, z_a = _z(b._replace(raw=b_raw), where), _z(a._replace(raw=a_raw), where)
-        away = distance(pivot, z_b, axis)  # 0 at the pivot, else at least 1
-        t = jnp.exp(z_b - shared.b_m) * jnp.minimum(away, shared.b_top)
-        p = jnp.exp(z_a - shared.a_m) * jnp.minimum(away, shared.a_top)
-        at = _At(t, p, _log_ratio(z_b, z_a, shared, n))
-        return f(at if shares is None else _mixed(at, shares, n), n)
-
-    across = jax.tree.map(lambda row: jnp.expand_dims(row, axis), shared)
-    wide = jax.tree.map(lambda share: jnp.broadcast_to(share, (1,) * b.raw.ndim), shares)
-    n = jax.tree.map(lambda number: as_operands(b.raw, shared.b_m.dtype, number)[0], _numbers(shared.b_m.dtype))
-    arrays, here = (b.raw, a.raw, where, across, wide, n), pivot - offset(b.raw.shape[axis], class_axes)
-    return psum(sum_over_classes(others, arrays, shared.b_m, here, axis), class_axes)
-
-
-def _first_moment(at: _At, n: _Numbers):
-    return at.t * jnp.maximum(at.r, n.lowest)
-
-
-class _Half(NamedTuple):
-    """Of t: its top, 1 - its probability, the divergence from p or m, and Σ t_v log(p_v/t_v) over the other classes, or
-    Σ t_v log(m_v/t_v)."""
-
-    top: Array
-    miss: Array
-    divergence: Array
-    moment: Array
-
-
-class _Rows(NamedTuple):
-    """The numbers of a token."""
-
-    shared: _Shared
-    at_pivot: _At
-    of_t: _Half
-    of_p: _Half | None  # of a mixture
-
-
-def _rows(b: Logits, a: Logits, where, beta, axis, class_axes) -> _Rows:
-    top_b, top_a = _top(b, where, axis, class_axes), _top(a, where, axis, class_axes)
-    shared, at_pivot = _shared(top_b, top_a), _at_pivot(top_b, top_a, a, where, axis, class_axes)
-    n, shares = _numbers(shared.b_m.dtype), None if beta is None else _shares(beta)
-    term = partial(_term, bounded=shares is not None)
-
-    def half(b, a, shared, shares, top, at_pivot):
-        sums = [
-            _sum(f, b, a, where, shared, shares, place, axis, class_axes)
-            for f, place in ((term, top_b.place), (_first_moment, top.place))
-        ]
-        there = term(at_pivot if shares is None else _mixed(at_pivot, shares, n), n)
-        return _Half(top.place, -jnp.expm1(-top.nll), sums[0] + there, sums[1])
-
-    of_t = half(b, a, shared, shares, top_b, at_pivot)
-    if shares is None:
-        return _Rows(shared, at_pivot, of_t, None)
-    exchanged = shared.exchanged(), shares.exchanged(), top_a, _exchanged(at_pivot, n)
-    return _Rows(shared, at_pivot, of_t, half(a, b, *exchanged))
-
-
-def _value(rows: _Rows, beta):
+def _value(rows: Rows, beta):
     if rows.of_p is None:
         return rows.of_t.divergence
     return beta * rows.of_t.divergence + (1 - beta) * rows.of_p.divergence
@@ -268,25 +42,25 @@ def _value(rows: _Rows, beta):
 # came, and a few numbers a token.
 
 
-def _weighing(at: _At, here, half: _Half):
+def _weighing(at: At, here, half: Half):
     """-t (r + K), in which the logarithm is that of `at`, exact at the top."""
     return jnp.where(here, half.moment + half.miss * half.divergence, -at.t * (at.r + half.divergence))
 
 
-def _slopes(at: _At, rows: _Rows, beta, place, n: _Numbers):
+def _slopes(at: At, rows: Rows, beta, place, n: Numbers):
     """(db, da)."""
     at = at._replace(r=jnp.maximum(at.r, n.lowest))  # 0 · inf is NaN
     if rows.of_p is None:
         da = -at.p * jnp.expm1(jnp.minimum(-at.r, 1)) - jnp.maximum(at.t - math.e * at.p, 0)
         return _weighing(at, place(rows.of_t), rows.of_t), da
-    shares = _shares(beta)
-    db = beta * _weighing(_mixed(at, shares, n), place(rows.of_t), rows.of_t)
-    of_p = _mixed(_exchanged(at, n), shares.exchanged(), n)
+    shares = shares_of(beta)
+    db = beta * _weighing(mixed(at, shares, n), place(rows.of_t), rows.of_t)
+    of_p = mixed(exchanged(at, n), shares.exchanged(), n)
     return db, (1 - beta) * _weighing(of_p, place(rows.of_p), rows.of_p)
 
 
 def _forward(b, a, where, beta, unused, axis, class_axes):
-    rows = _rows(b, a, where, beta, axis, class_axes)
+    rows = rows_of(b, a, where, beta, axis, class_axes)
     if unused is not None:
         rows = jax.tree.map(lambda row: jnp.where(unused, jnp.zeros_like(row), row), rows)
     return _value(rows, beta), rows
@@ -301,7 +75,7 @@ def _divergence_fwd(b, a, where, beta, unused, axis, class_axes):
 def _divergence_bwd(axis, class_axes, residuals, cotangent):
     b, a, where, beta, unused, rows = residuals
     dbeta = None if beta is None else jnp.sum(cotangent * (rows.of_t.divergence - rows.of_p.divergence))
-    numbers = jax.tree.map(lambda number: as_operands(b.raw, cotangent.dtype, number)[0], _numbers(cotangent.dtype))
+    numbers = jax.tree.map(lambda number: as_operands(b.raw, cotangent.dtype, number)[0], numbers_of(cotangent.dtype))
     cotangent = vary(cotangent, varying((b, a)))
     rows = rows._replace(of_t=_finite(rows.of_t, cotangent), of_p=_finite(rows.of_p, cotangent))
     b_raw, a_raw, rows, cotangent, numbers = apart(b.raw, a.raw, rows, cotangent, numbers)
@@ -309,24 +83,24 @@ def _divergence_bwd(axis, class_axes, residuals, cotangent):
     if unused is not None:
         b_raw, a_raw = (jnp.where(jnp.expand_dims(unused, axis), 0, raw) for raw in (b_raw, a_raw))
 
-    zs = lambda b, a: (_z(b, where), _z(a, where))  # noqa: E731
+    zs = lambda b, a: (z_of(b, where), z_of(a, where))  # noqa: E731
     (z_b, z_a), pull = jax.vjp(zs, b._replace(raw=b_raw), a._replace(raw=a_raw))
     shared, first = rows.shared, offset(z_b.shape[axis], class_axes)
     place = lambda half: is_at(jnp.squeeze(half.top, axis) - first, z_b, axis)  # noqa: E731
     t, p = jnp.exp(z_b - shared.b_m) * shared.b_top, jnp.exp(z_a - shared.a_m) * shared.a_top
-    everywhere = _At(t, p, _log_ratio(z_b, z_a, shared, numbers))
+    everywhere = At(t, p, log_ratio(z_b, z_a, shared, numbers))
     at = jax.tree.map(partial(jnp.where, place(rows.of_t)), rows.at_pivot, everywhere)
     db, da = pull(tuple(cotangent * slope for slope in _slopes(at, rows, beta, place, numbers)))
     return db, da, None, dbeta, None
 
 
-def _finite(half: _Half | None, cotangent):
+def _finite(half: Half | None, cotangent):
     """What is infinite is 0 beside a cotangent of 0, else NaN: -t (r + K) has no value there."""
     if half is None:
         return None
     instead = nan_unless(cotangent == 0, jnp.zeros_like(cotangent))
     sums = (jnp.where(jnp.isfinite(s), s, instead) for s in (half.divergence, half.moment))
-    return _Half(half.top, half.miss, *sums)
+    return Half(half.top, half.miss, *sums)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))

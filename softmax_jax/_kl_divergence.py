@@ -14,7 +14,8 @@ from softmax_jax import _checks
 from softmax_jax._adjustment import Adjustment
 from softmax_jax._checks import Options, Reduction
 from softmax_jax._cross_entropy import Scalar
-from softmax_jax._divergence import Logits, divergence
+from softmax_jax._divergence import divergence
+from softmax_jax._divergence_sums import Logits
 from softmax_jax._dtypes import accumulator, product_dtype, upcast
 from softmax_jax._head import Each, Shared, affine, dealt, emptied, logits_of, reduced, specs_of
 from softmax_jax._sharding import Names, entries_of, exactly, explicit_mesh, fit, over_devices, psum
@@ -77,7 +78,7 @@ def kl_divergence(
     >>> from softmax_jax import kl_divergence
     >>> student, teacher = jnp.array([[30.0, 0.0, 0.0]]), jnp.array([[31.0, 0.0, 0.0]])
     >>> print(f"{kl_divergence(student, teacher_logits=teacher):.5e}")
-    4.94450e-14
+    4.94534e-14
     >>> print(f"{kl_divergence(student, jnp.array([[0.5, 0.5, 0.0]]), beta=0.5):.5f}")
     0.21576
 
@@ -139,7 +140,7 @@ def linear_kl_divergence(
     >>> teacher_x, teacher_weight = jnp.eye(3), 1.5 * jnp.arange(15.0).reshape(3, 5)
     >>> loss = lambda x, w: linear_kl_divergence(x, w, teacher_x=teacher_x, teacher_weight=teacher_weight)
     >>> print(f"{loss(x, weight):.5f}")
-    0.05922
+    0.05776
     >>> dx, dweight = jax.grad(loss, (0, 1))(x, weight)
 
     Hsu et al., "Liger Kernel", 2024 (the fused linear form).
@@ -147,17 +148,17 @@ def linear_kl_divergence(
     x, weight = jnp.asarray(x), jnp.asarray(weight)
     shape = *x.shape[:-1], _checks.head_size(x, weight, bias, transpose_weight)
     axis, head = x.ndim - 1, (teacher_x, teacher_weight, teacher_bias, teacher_transpose_weight)
-    kind, target = _checks.one_teacher(shape, axis, teacher=teacher, teacher_logits=teacher_logits, head=head)
+    kind, given = _checks.one_teacher(shape, axis, teacher=teacher, teacher_logits=teacher_logits, head=head)
     class_axes = _checks.mesh_axes(axis_name)
     _checks.sharded("weight", weight, class_axes)
-    if not isinstance(target[0], SparseLabels):
-        name, own = ("teacher_weight", target[1]) if kind == "states" else ("the teacher", target[0])
-        _checks.sharded(name, own, class_axes)
+    if not isinstance(given[0], SparseLabels):
+        name, array = ("teacher_weight", given[1]) if kind == "states" else ("the teacher", given[0])
+        _checks.sharded(name, array, class_axes)
     transposed = bool(transpose_weight), bool(teacher_transpose_weight)
     how = _How(kind, axis, reduction, _checks.chunk_size_of(chunk_size), class_axes, transposed=transposed)
     student = _Side(x, weight, None if bias is None else jnp.asarray(bias))
     numbers = beta, temperature, softcap, teacher_softcap
-    return _checked(student, _Side(*target), shape, where, weights, numbers, normalizer, how)
+    return _checked(student, _Side(*given), shape, where, weights, numbers, normalizer, how)
 
 
 class _Side(NamedTuple):
@@ -237,8 +238,9 @@ def _specs(operands: _Operands, how: _How) -> tuple[tuple[Names, ...], Names, tu
         batch, classes, of_student = every[:axis] + every[axis + 1 :], every[axis], (exactly(every), None, None)
     else:
         batch, classes, of_student = specs_of(*student, how.transposed[0])
-    of_teacher = label_specs(teacher.x, batch, classes, axis), None, None
-    if teacher.weight is not None:
+    if teacher.weight is None:
+        of_teacher = label_specs(teacher.x, batch, classes, axis), None, None
+    else:
         of_weight = exactly((classes, ()) if how.transposed[1] else ((), classes))
         of_teacher = exactly((*batch, ())), of_weight, fit(teacher.bias, (classes,))
     scalars = jax.tree.map(lambda a: fit(a, ()), (operands.of_teacher, operands.beta, operands.normalizer))

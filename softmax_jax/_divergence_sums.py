@@ -1,0 +1,251 @@
+"""The divergence of two softmaxes over the classes of one token, from the logits of both.
+
+Write t = softmax(b) and p = softmax(a), m = β t + γ p with γ = 1 - β, r_v = log(p_v / t_v). Asked for are
+
+    KL(t ‖ p)      and the mixture      β KL(t ‖ m) + γ KL(p ‖ m)
+
+Each is a difference of entropies, which are large where the divergence is not. But since Σ_v t_v = Σ_v p_v = 1,
+
+    KL(t ‖ p) = Σ_v t_v ψ(r_v)        ψ(r) = exp(r) - 1 - r ≥ 0
+
+has no negative term, and an error of r that all classes share comes in squared. ψ is a series near 0; beyond it
+t ψ(r) = p - t - t r. A mixture has, without a cancellation,
+
+    log(m/p) = log1p(β expm1(-r))    log(m/t) = log(m/p) + r        if β ≤ γ
+    log(m/t) = log1p(γ expm1(r))     log(m/p) = log(m/t) - r        else
+
+r itself is (a_v - b_v) - (max a - max b) - (nll_a - nll_b), where nll = -log of the top's probability does not cancel:
+where the two nearly agree the first difference is exact, once the larger is rid of the offset between them by a number
+of its own grid. At the top class c of b, the pivot, all this is done by itself from numbers of the token: if c is also
+the top of a, then r_c = nll_b - nll_a, however close both are to 0.
+"""
+
+import math
+from functools import cache, partial, reduce
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from softmax_jax._adjustment import Adjustment, adjust, row_shift
+from softmax_jax._dtypes import upcast
+from softmax_jax._passes import (
+    apart,
+    as_operands,
+    distance,
+    pick_of_all,
+    sum_of_others,
+    sum_over_classes,
+    top_class,
+)
+from softmax_jax._sharding import count, offset, psum
+from softmax_jax._token_loss import negative_log_likelihood
+
+
+class Logits(NamedTuple):
+    """One of the two."""
+
+    raw: Array
+    adjustment: Adjustment  # without `where`, which both share
+
+
+class Shared(NamedTuple):
+    """What the classes of a token share: the maxima of b and a, their probabilities, and the offset between the two."""
+
+    b_m: Array
+    a_m: Array
+    b_top: Array
+    a_top: Array
+    b_shift: Array
+    a_shift: Array
+    gap: Array
+
+    def exchanged(self) -> "Shared":
+        return Shared(self.a_m, self.b_m, self.a_top, self.b_top, self.a_shift, self.b_shift, -self.gap)
+
+
+class Shares(NamedTuple):
+    """β and γ of a mixture; the smaller; the sign of r that belongs to it, and whether r is added."""
+
+    beta: Array
+    gamma: Array
+    smaller: Array
+    sign: Array
+    added: Array
+
+    def exchanged(self) -> "Shares":
+        return Shares(self.gamma, self.beta, self.smaller, -self.sign, 1 - self.added)
+
+
+class At(NamedTuple):
+    """Of a class: t, p and r = log(p/t)."""
+
+    t: Array
+    p: Array
+    r: Array
+
+
+def z_of(logits: Logits, where) -> Array:
+    return upcast(adjust(logits.raw, logits.adjustment._replace(where=where)))
+
+
+class Top(NamedTuple):
+    """The largest z of a token, -log of its probability, its class, of all devices'."""
+
+    m: Array
+    nll: Array
+    place: Array
+
+
+def _top(logits: Logits, where, axis, class_axes) -> Top:
+    raw, adjustment = logits.raw, logits.adjustment._replace(where=where)
+    (m,) = apart(row_shift(adjust(raw, adjustment), axis, class_axes))
+    top = top_class(raw, m, adjustment, axis, class_axes)
+    rest = sum_of_others(raw, m, top - offset(raw.shape[axis], class_axes), adjustment, axis)
+    highest = pick_of_all(raw, top, adjustment, axis, class_axes)
+    exists = top < count(raw.shape[axis], class_axes)
+    own = jnp.where(exists, highest - lax.stop_gradient(highest), 0)  # 0, with the slope that second derivatives need
+    nll = negative_log_likelihood(psum(rest, class_axes), jnp.where(exists, own, -jnp.inf))
+    return Top(m + own, nll, top)
+
+
+def shared_by(b: Top, a: Top) -> Shared:
+    size = jnp.maximum(jnp.abs(a.m), jnp.abs(b.m))
+    (rounded,) = apart((a.m - b.m) + size)
+    shift, of_a = rounded - size, jnp.abs(a.m) >= jnp.abs(b.m)  # on the grid of the larger, which loses nothing by it
+    b_shift, a_shift = jnp.where(of_a, 0, -shift), jnp.where(of_a, shift, 0)
+    gap = ((a.m - a_shift) - (b.m - b_shift)) + (a.nll - b.nll)
+    return Shared(b.m, a.m, jnp.exp(-b.nll), jnp.exp(-a.nll), b_shift, a_shift, gap)
+
+
+def _at_pivot(b: Top, a: Top, logits: Logits, where, axis, class_axes) -> At:
+    there = pick_of_all(logits.raw, b.place, logits.adjustment._replace(where=where), axis, class_axes)
+    nll = a.nll + jnp.where(b.place == a.place, 0, a.m - there)
+    return At(jnp.exp(-b.nll), jnp.exp(-nll), b.nll - nll)
+
+
+def shares_of(beta) -> Shares:
+    of_beta = lax.stop_gradient(beta) <= 0.5
+    added = of_beta.astype(beta.dtype)
+    return Shares(beta, 1 - beta, jnp.where(of_beta, beta, 1 - beta), 1 - 2 * added, added)
+
+
+class Numbers(NamedTuple):
+    """The constants of a term: floats, or operands of one pass (see `as_operands`). A clamp by constants XLA on the CPU
+    does not fuse with a row sum either."""
+
+    zero: Any
+    near: Any
+    minus_near: Any
+    highest: Any
+    lowest: Any
+    log_highest: Any
+    e_log_highest: Any
+    series: tuple  # of ψ(r)/r² within `near`
+
+
+@cache
+def numbers_of(dtype) -> Numbers:
+    """1/2!, 1/3!, ... as far as the format tells; of the first power that is left out, r³/5!, what r has of it on
+    average is added, which leaves 2e-6 of ψ."""
+    highest, near, terms = float(jnp.finfo(dtype).max), 0.08, 8 if dtype == jnp.float64 else 3
+    series = [1 / math.factorial(k) for k in range(2, 2 + terms)]
+    if terms == 3:
+        series[1] += 0.75 * near**2 / math.factorial(5)
+    log = math.floor(math.log(highest))
+    return Numbers(0, near, -near, highest, -highest, log, math.exp(log), tuple(series))
+
+
+def log_ratio(b, a, shared: Shared, n: Numbers):
+    """r of the z of every class but the pivot: -inf where p = 0, bounded where t = 0."""
+    away = (a - shared.a_shift) - (jnp.maximum(b, n.lowest) - shared.b_shift)
+    return jnp.minimum(away - shared.gap, n.log_highest)
+
+
+def mixed(at: At, shares: Shares, n: Numbers) -> At:
+    """t, m and log(m/t)."""
+    r = jnp.maximum(at.r, -n.log_highest)
+    log = jnp.log1p(shares.smaller * jnp.expm1(shares.sign * r)) + shares.added * r
+    return At(at.t, shares.beta * at.t + shares.gamma * at.p, log)
+
+
+def exchanged(at: At, n: Numbers) -> At:
+    return At(at.p, at.t, jnp.minimum(-at.r, n.log_highest))
+
+
+def _term(at: At, n: Numbers, bounded: bool):
+    """t ψ(r), where p = t exp(r), and p where t = 0; unless r is bounded, inf where p = 0 < t. Within a row sum:
+    floating-point arithmetic alone, and few enough steps for XLA on the CPU to fuse them."""
+    t, p, r = at
+    near = jnp.minimum(jnp.maximum(r, n.minus_near), n.near)
+    series = reduce(lambda series, factor: factor + near * series, n.series[-2::-1], n.series[-1])
+    linear = near - r
+    if not bounded:
+        normal = lax.stop_gradient(t) * n.highest
+        linear = jnp.minimum(linear, n.highest * jnp.minimum(normal, n.highest))  # by 0 where t is, else by inf
+    far = (jnp.expm1(r) - jnp.expm1(near)) + linear
+    return t * (near * near * series + far) + jnp.maximum(p - t * n.e_log_highest, n.zero)
+
+
+def _sum(f, b: Logits, a: Logits, where, shared: Shared, shares: Shares | None, pivot, axis, class_axes) -> Array:
+    """Σ_{v≠pivot} f(t, p, r; n), of a mixture f(t, m, log(m/t); n)."""
+
+    def others(arrays, _, pivot, axis):
+        b_raw, a_raw, where, shared, shares, n = arrays
+        z_b, z_a = z_of(b._replace(raw=b_raw), where), z_of(a._replace(raw=a_raw), where)
+        away = distance(pivot, z_b, axis)  # 0 at the pivot, else at least 1
+        t = jnp.exp(z_b - shared.b_m) * jnp.minimum(away, shared.b_top)
+        p = jnp.exp(z_a - shared.a_m) * jnp.minimum(away, shared.a_top)
+        at = At(t, p, log_ratio(z_b, z_a, shared, n))
+        return f(at if shares is None else mixed(at, shares, n), n)
+
+    across = jax.tree.map(lambda row: jnp.expand_dims(row, axis), shared)
+    wide = jax.tree.map(lambda share: jnp.broadcast_to(share, (1,) * b.raw.ndim), shares)
+    n = jax.tree.map(lambda number: as_operands(b.raw, shared.b_m.dtype, number)[0], numbers_of(shared.b_m.dtype))
+    arrays, here = (b.raw, a.raw, where, across, wide, n), pivot - offset(b.raw.shape[axis], class_axes)
+    return psum(sum_over_classes(others, arrays, shared.b_m, here, axis), class_axes)
+
+
+def _first_moment(at: At, n: Numbers):
+    return at.t * jnp.maximum(at.r, n.lowest)
+
+
+class Half(NamedTuple):
+    """Of t: its top, 1 - its probability, the divergence from p or m, and Σ t_v log(p_v/t_v) over the other classes, or
+    Σ t_v log(m_v/t_v)."""
+
+    top: Array
+    miss: Array
+    divergence: Array
+    moment: Array
+
+
+class Rows(NamedTuple):
+    """The numbers of a token."""
+
+    shared: Shared
+    at_pivot: At
+    of_t: Half
+    of_p: Half | None  # of a mixture
+
+
+def rows_of(b: Logits, a: Logits, where, beta, axis, class_axes) -> Rows:
+    top_b, top_a = _top(b, where, axis, class_axes), _top(a, where, axis, class_axes)
+    shared, at_pivot = shared_by(top_b, top_a), _at_pivot(top_b, top_a, a, where, axis, class_axes)
+    n, shares = numbers_of(shared.b_m.dtype), None if beta is None else shares_of(beta)
+    term = partial(_term, bounded=shares is not None)
+
+    def half(b, a, shared, shares, top, at_pivot):
+        sums = [
+            _sum(f, b, a, where, shared, shares, place, axis, class_axes)
+            for f, place in ((term, top_b.place), (_first_moment, top.place))
+        ]
+        there = term(at_pivot if shares is None else mixed(at_pivot, shares, n), n)
+        return Half(top.place, -jnp.expm1(-top.nll), sums[0] + there, sums[1])
+
+    of_t = half(b, a, shared, shares, top_b, at_pivot)
+    if shares is None:
+        return Rows(shared, at_pivot, of_t, None)
+    of_p = half(a, b, shared.exchanged(), shares.exchanged(), top_a, exchanged(at_pivot, n))
+    return Rows(shared, at_pivot, of_t, of_p)
