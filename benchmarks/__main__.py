@@ -41,10 +41,9 @@ def run(part: str, args: argparse.Namespace, pace: Pace, folder: Path) -> dict:
         raise SystemExit(
             f"no cell of {part} holds --only {args.only!r}; the cells are {PARTS[part].cells(args.quick)}."
         )
-    done = []
+    done, fresh = [], results.empty(args.quick)
     for cell in tqdm(cells, desc=part, disable=None):
         done.append(PARTS[part].record(cell, pace))
-        fresh = results.empty(args.quick)
         fresh["parts"][part] = results.part_of(done)
         merged = results.merge(fresh, folder / results.file_name(fresh), whole=not args.only)
     return {**merged, "parts": fresh["parts"]}

@@ -16,13 +16,13 @@ from softmax_jax._divergence_sums import (
     exchanged,
     log_ratio,
     mixed,
-    numbers_of,
+    operands_of,
     rows_of,
     shares_of,
     z_of,
 )
 from softmax_jax._dtypes import nan_unless
-from softmax_jax._passes import apart, as_operands, is_at
+from softmax_jax._passes import apart, is_at
 from softmax_jax._sharding import Names, check_gradient, offset, vary, varying
 
 
@@ -75,7 +75,7 @@ def _divergence_fwd(b, a, where, beta, unused, axis, class_axes):
 def _divergence_bwd(axis, class_axes, residuals, cotangent):
     b, a, where, beta, unused, rows = residuals
     dbeta = None if beta is None else jnp.sum(cotangent * (rows.of_t.divergence - rows.of_p.divergence))
-    numbers = jax.tree.map(lambda number: as_operands(b.raw, cotangent.dtype, number)[0], numbers_of(cotangent.dtype))
+    numbers = operands_of(b.raw, cotangent.dtype)
     cotangent = vary(cotangent, varying((b, a)))
     rows = rows._replace(of_t=_finite(rows.of_t, cotangent), of_p=_finite(rows.of_p, cotangent))
     b_raw, a_raw, rows, cotangent, numbers = apart(b.raw, a.raw, rows, cotangent, numbers)

@@ -157,6 +157,11 @@ def numbers_of(dtype) -> Numbers:
     return Numbers(0, near, -near, highest, -highest, log, math.exp(log), tuple(series))
 
 
+def operands_of(like: Array, dtype) -> Numbers:
+    """The numbers as operands of one pass over `like`."""
+    return jax.tree.map(lambda number: as_operands(like, dtype, number)[0], numbers_of(dtype))
+
+
 def log_ratio(b, a, shared: Shared, n: Numbers):
     """r of the z of every class but the pivot: -inf where p = 0, bounded where t = 0."""
     away = (a - shared.a_shift) - (jnp.maximum(b, n.lowest) - shared.b_shift)
@@ -202,8 +207,8 @@ def _sum(f, b: Logits, a: Logits, where, shared: Shared, shares: Shares | None, 
 
     across = jax.tree.map(lambda row: jnp.expand_dims(row, axis), shared)
     wide = jax.tree.map(lambda share: jnp.broadcast_to(share, (1,) * b.raw.ndim), shares)
-    n = jax.tree.map(lambda number: as_operands(b.raw, shared.b_m.dtype, number)[0], numbers_of(shared.b_m.dtype))
-    arrays, here = (b.raw, a.raw, where, across, wide, n), pivot - offset(b.raw.shape[axis], class_axes)
+    arrays = b.raw, a.raw, where, across, wide, operands_of(b.raw, shared.b_m.dtype)
+    here = pivot - offset(b.raw.shape[axis], class_axes)
     return psum(sum_over_classes(others, arrays, shared.b_m, here, axis), class_axes)
 
 

@@ -39,9 +39,13 @@ class Each(NamedTuple):
     where: Array | None  # [tokens, classes], or the token's group in `rows`
 
 
+def classes_of(weight: Array, transpose_weight: bool) -> int:
+    return weight.shape[0 if transpose_weight else 1]
+
+
 def prepared(x: Array, weight: Array, labels: Labels, options: Options, transpose_weight: bool, class_axes: Names):
     """(labels, weights, options) in their one form, and the dtype of the product."""
-    dtype, classes = product_dtype(x.dtype, weight.dtype), weight.shape[0 if transpose_weight else 1]
+    dtype, classes = product_dtype(x.dtype, weight.dtype), classes_of(weight, transpose_weight)
     return *prepare(labels, options, (*x.shape[:-1], classes), dtype, x.ndim - 1, class_axes), dtype
 
 

@@ -17,7 +17,7 @@ from softmax_jax._cross_entropy import Scalar
 from softmax_jax._divergence import divergence
 from softmax_jax._divergence_sums import Logits
 from softmax_jax._dtypes import accumulator, product_dtype, upcast
-from softmax_jax._head import Each, Shared, affine, dealt, emptied, logits_of, reduced, specs_of
+from softmax_jax._head import Each, Shared, affine, classes_of, dealt, emptied, logits_of, reduced, specs_of
 from softmax_jax._sharding import Names, entries_of, exactly, explicit_mesh, fit, over_devices, psum
 from softmax_jax._targets import SparseLabels, existing, probabilities_of
 from softmax_jax._token_loss import divide, label_specs, mean_divisor, option_specs, prepare
@@ -263,7 +263,7 @@ def _of_device(
     """The loss of one device's part."""
     axis, (of_teacher, beta) = how.axis, jax.tree.map(jnp.asarray, (of_teacher, beta))
     every = student.x.shape
-    classes = every[axis] if student.weight is None else student.weight.shape[0 if how.transposed[0] else 1]
+    classes = every[axis] if student.weight is None else classes_of(student.weight, how.transposed[0])
     batch = every[:axis] + every[axis + 1 :]
     shape, dtype = (*batch[:axis], classes, *batch[axis:]), _dtype(student, teacher)
     labels, weights, options = prepare(teacher.x, options, shape, dtype, axis, how.class_axes)

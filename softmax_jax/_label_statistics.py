@@ -16,7 +16,7 @@ from softmax_jax._chunks import map_over_chunks
 from softmax_jax._class_sums import Asked, class_sums
 from softmax_jax._cross_entropy import Scalar
 from softmax_jax._dtypes import accumulator, product_dtype
-from softmax_jax._head import Each, Shared, dealt, logits_of, prepared, specs_of, undealt
+from softmax_jax._head import Each, Shared, classes_of, dealt, logits_of, prepared, specs_of, undealt
 from softmax_jax._passes import as_operands, distance, pick_of_all, sum_over_classes, until, z_of
 from softmax_jax._sharding import Names, entries_of, exactly, explicit_mesh, offset, over_devices, psum
 from softmax_jax._targets import SparseLabels
@@ -205,7 +205,7 @@ def _of_head(
 
 def _of_head_on_device(x, weight, bias, labels, options, how):
     labels, weights, options, dtype = prepared(x, weight, labels, options, how.transpose_weight, how.class_axes)
-    classes = weight.shape[0 if how.transpose_weight else 1]
+    classes = classes_of(weight, how.transpose_weight)
     shared, each = dealt(x, weight, bias, labels, weights, options, dtype, classes, how.chunk_size)
     statistics = map_over_chunks(partial(_of_chunk, how, dtype), shared, each)
     return jax.tree.map(lambda a: undealt(a, x.shape[:-1]), statistics)

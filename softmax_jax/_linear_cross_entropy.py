@@ -14,7 +14,7 @@ from softmax_jax import _checks
 from softmax_jax._checks import Options, Reduction
 from softmax_jax._cross_entropy import Scalar
 from softmax_jax._dtypes import product_dtype
-from softmax_jax._head import Each, Shared, dealt, logits_of, prepared, reduced, specs_of
+from softmax_jax._head import Each, Shared, classes_of, dealt, logits_of, prepared, reduced, specs_of
 from softmax_jax._sharding import Names, exactly, explicit_mesh, fit, over_devices
 from softmax_jax._targets import Labels, SparseLabels
 from softmax_jax._token_loss import divide, label_specs, mean_divisor, option_specs, weighted_losses
@@ -144,7 +144,7 @@ def _of_device(
     """The loss of one device's part."""
     batch, tokens, class_axes, token_axes = x.shape[:-1], math.prod(x.shape[:-1]), how.class_axes, how.token_axes
     labels, weights, options, dtype = prepared(x, weight, labels, options, how.transpose_weight, class_axes)
-    classes = weight.shape[0 if how.transpose_weight else 1]
+    classes = classes_of(weight, how.transpose_weight)
     shared, each = dealt(x, weight, bias, labels, weights, options, dtype, classes, how.chunk_size)
     loss = reduced(partial(_chunk_losses, how, dtype), shared, each, batch, how.reduction, token_axes)
     if how.reduction != "mean":

@@ -29,9 +29,9 @@ class SparseLabels(NamedTuple):
     `probs` are those of the classes `ids`, of any sum; duplicates add up, and an entry of probability 0 is padding,
     whatever its id, and has no gradient. `others` is what all other existing classes have together, spread evenly over
     them (None: 0), say `jnp.maximum(1 - probs.sum(-1), 0)`; classes of a padded vocabulary are taken out by `where`,
-    since a share of a -inf logit is an infinite loss (NaN, where a class at -inf has less than that share). The
-    gradient of a class that has less than its share of `others` is right to a rounding of that share. An id out of
-    range with a probability makes its row NaN.
+    since a share of a -inf logit is an infinite loss (NaN, where a class at -inf has less than that share). What a
+    class that has less than its share of `others` adds to loss and gradient is right to a rounding of that share. An id
+    out of range with a probability makes its row NaN.
     """
 
     ids: Any  # integers [*batch, k]

@@ -17,7 +17,7 @@ from softmax_jax._class_sums import Asked, ClassSums, class_sums
 from softmax_jax._dtypes import accumulator
 from softmax_jax._passes import finite
 from softmax_jax._sharding import Names, count, fit, offset, pmax, psum, vary, varying
-from softmax_jax._targets import Labels, SparseLabels, are_ids, existing_classes, merged, spread_evenly
+from softmax_jax._targets import Labels, SparseLabels, are_ids, existing, existing_classes, merged, spread_evenly
 
 # With t = rest + exp(own):
 #
@@ -154,14 +154,13 @@ def _evenly(
     sparse = labels if isinstance(labels, SparseLabels) and labels.others is not None else None
     if options.label_smoothing is None and sparse is None:
         return labels, None
-    existing = mass = existing_classes(where, classes, axis, class_axes, dtype)
+    number = mass = existing_classes(where, classes, axis, class_axes, dtype)
     if class_weights is not None:
-        present = class_weights if where is None else jnp.where(where, class_weights, 0)
-        mass = psum(jnp.sum(present, axis), class_axes)
+        mass = psum(jnp.sum(existing(class_weights, where), axis), class_axes)
     if sparse is None:
-        return labels, _Evenly(existing, mass)
-    labels, each = spread_evenly(sparse, where, existing, classes, axis, class_axes)
-    return labels, _Evenly(existing, mass, each)
+        return labels, _Evenly(number, mass)
+    labels, each = spread_evenly(sparse, where, number, classes, axis, class_axes)
+    return labels, _Evenly(number, mass, each)
 
 
 def loss_of(sums: ClassSums, evenly: _Evenly | None, options: Options) -> Array:
