@@ -93,6 +93,38 @@ def test_every_margin_from_minus_100_to_100(rng):
     assert relative_error(got, truth).max() < PROMISE
 
 
+@pytest.mark.compiled
+@pytest.mark.parametrize("sharded", [False, True], ids=["alone", "8 devices"])
+@pytest.mark.parametrize("linear", [False, True], ids=["logits", "linear"])
+def test_every_margin_in_every_form(rng, linear, sharded):
+    """Relative errors of the three, and of the gradients that do not cancel; of heads whose logits are exact; tokens
+    over two devices, classes over four."""
+    logits, labels = at_margins(rng, MARGINS[:400], classes=12)
+    cotangent, zero = rng.normal(size=400).astype(np.float32), np.zeros(400, np.float32)
+
+    def statistics(logits, identity, labels, **more):
+        if linear:
+            return linear_label_statistics(logits, identity, labels, chunk_size=32, **more)
+        return label_statistics(logits, labels, **more)
+
+    run = statistics
+    if sharded:
+        specs = P("data") if linear else P("data", "model"), P(None, "model"), P("data")
+        local = partial(statistics, axis_name="model")
+        run = jax.shard_map(local, mesh=mesh_of("automatic"), in_specs=specs, out_specs=P("data"))
+    for index, asked in enumerate(FLOATS):
+        cotangents = [cotangent if index == i else zero for i in range(3)]
+        want = reference.label_statistics(logits, labels, cotangents)
+        found, (grad, _) = with_gradient(
+            lambda z, w: run(z, w, labels), cotangents, logits, np.eye(12, dtype=np.float32)
+        )
+        for name, value in zip(FLOATS, want.values, strict=False):
+            assert relative_error(getattr(found, name), value).max() < PROMISE, name
+        assert_within(grad, want.grad, want.grad_condition, 16, err_msg=asked)
+        if asked != "entropy":
+            assert relative_error(grad, want.grad).max() < PROMISE, asked
+
+
 def test_another_axis_and_eager(rng):
     logits, labels, options = random_case(rng, (3, 5, 7), names=("where",))
     cotangents = random_cotangents(rng, (3, 5))
