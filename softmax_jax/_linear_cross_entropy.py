@@ -58,7 +58,8 @@ def linear_cross_entropy(
         dense labels, `where` and `class_weights` are this device's part of the classes; `x` and integer labels are the
         same along them (if each device has other tokens there, `jax.lax.all_gather` them first).
       chunk_size: the most tokens a chunk may have: of one device's under `shard_map` and in explicit sharding, of all
-        in automatic sharding. The default aims at 32 MiB of float32 logits. Chunks are of equal size; where no such
+        in automatic sharding. By default their logits take 32 MiB in float32, or as much as the head's gradient that
+        is summed beside them if embed is up to 512, from 1024 on half as much. Chunks are of equal size; where no such
         size divides the number of tokens, the per-token operands are copied once, padded with tokens of weight 0.
         Strided: chunk c holds tokens c, c + count, c + 2 count, ...
 

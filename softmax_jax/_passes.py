@@ -7,16 +7,17 @@ then not 0. So nothing here or above asks whether it is.
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial, reduce
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import ArrayLike
 
 from softmax_jax._adjustment import Adjustment, adjust, shifted
 from softmax_jax._dtypes import upcast
-from softmax_jax._sharding import Names, count, offset, pmin, psum
+from softmax_jax._sharding import Names, count, offset, pmax, psum
 
 PyTree = Any
 
@@ -45,6 +46,10 @@ BLOCK = 2**15
 """Classes in a pass at a time, at most: with 1024 x 128256 XLA on the CPU is 4x slower, once a row's intermediate
 results leave the cache (0.12)."""
 
+FEW, MANY = 16, 1024
+"""Rows of so few classes, if there are so many of them, are taken class by class: a vector of tokens at a time, in one
+loop over the tokens. A row sum takes 2-5 ns for each of ten classes, this 0.5 (262144 x 10, 0.12)."""
+
 
 @cache
 def _blocks(classes: int) -> int:
@@ -53,43 +58,71 @@ def _blocks(classes: int) -> int:
     return next((classes // size for size in sizes if classes % size == 0), 1)
 
 
-def in_blocks(reduce: Callable, f: Callable, arrays: PyTree, m: Array, pivot: Array, axis: int) -> Array:
-    """f reduced over the classes of each block: [*batch] with the blocks on `axis`. A pass of its own.
+def over_classes(combine: jnp.ufunc, f: Callable, arrays: PyTree, m: Array, pivot: Array, axis: int) -> PyTree:
+    """f, an array or a pair of arrays, reduced over the classes by `combine`: [*batch]. A pass of its own.
 
-    f(arrays, m, pivot, axis) gets the `arrays`, which have the classes (or 1) on `axis`, as [.., blocks, classes, ..],
-    the numbers of a token, m and pivot, broadcastable to [.., blocks, ..] with the pivot counted from each block's
-    first class, and the new axis of the classes.
+    f(arrays, m, pivot, axis) gets the `arrays`, which have the classes (or 1) on `axis`, one block of classes at a
+    time: as [.., blocks, classes, ..], or one class alone. m and pivot, the numbers of a token, are broadcastable to
+    what is left without `axis`, the pivot counted from the block's first class; the classes are on the new axis.
     """
     classes = max(array.shape[axis] for array in jax.tree.leaves(arrays))
+    if classes <= FEW and m.size >= MANY:
+        return alone(partial(_class_by_class, combine, f, axis=axis), arrays, m, pivot)
     blocks = _blocks(classes)
-
-    def split(array):
-        sizes = (blocks, classes // blocks) if array.shape[axis] == classes else (1, 1)
-        return array.reshape(*array.shape[:axis], *sizes, *array.shape[axis + 1 :])
-
-    unfenced = arrays
-
-    def of_fenced(arrays, m, pivot):
-        # Where the compiler makes a mask as large as the logits, one serves all passes: not fenced, and of one shape.
-        arrays = jax.tree.map(lambda a, fenced: a if a.dtype == bool else fenced, unfenced, arrays)
-        if blocks == 1:
-            return jnp.expand_dims(reduce(f(arrays, m, pivot, axis), axis), axis)
-        first = first_of_blocks(classes, blocks, m, axis)
-        operands = jax.tree.map(split, arrays), jnp.expand_dims(m, axis), jnp.expand_dims(pivot, axis) - first
-        return reduce(f(*operands, axis + 1), axis + 1)
-
-    return alone(of_fenced, arrays, m, pivot)
+    if blocks == 1:
+        return _alone(combine, f, arrays, m, pivot, axis)
+    # The blocks are made before the fence: behind it, XLA on the CPU turns 16-bit logits into float32 first, and the
+    # pass takes 4x as long (1024 x 128256 bfloat16, 0.12).
+    arrays = jax.tree.map(partial(_in_blocks, blocks, classes, axis), arrays)
+    pivot = jnp.expand_dims(pivot, axis) - _first_of_blocks(blocks, classes // blocks, m, axis)
+    of_blocks = _alone(combine, f, arrays, jnp.expand_dims(m, axis), pivot, axis + 1)
+    return jax.tree.map(lambda a: combine.reduce(a, axis=axis), of_blocks)
 
 
-def first_of_blocks(classes: int, blocks: int, like: Array, axis: int) -> Array:
+def sum_over_classes(f: Callable, arrays: PyTree, m: Array, pivot: Array, axis: int) -> PyTree:
+    """Σ_v f, by `over_classes`."""
+    return over_classes(jnp.add, f, arrays, m, pivot, axis)
+
+
+def _class_by_class(combine: jnp.ufunc, f: Callable, arrays: PyTree, m: Array, pivot: Array, axis: int) -> PyTree:
+    classes = max(array.shape[axis] for array in jax.tree.leaves(arrays))
+
+    def of_class(v):
+        one = lambda a: a if a.shape[axis] < classes else lax.slice_in_dim(a, v, v + 1, axis=axis)  # noqa: E731
+        return f(jax.tree.map(one, arrays), m, pivot - v, axis)
+
+    of_all = reduce(partial(jax.tree.map, combine), map(of_class, range(classes)))
+    return jax.tree.map(lambda a: jnp.squeeze(a, axis), of_all)
+
+
+def _in_blocks(blocks: int, classes: int, axis: int, array: Array) -> Array:
+    sizes = (blocks, classes // blocks) if array.shape[axis] == classes else (1, 1)
+    return array.reshape(*array.shape[:axis], *sizes, *array.shape[axis + 1 :])
+
+
+def _first_of_blocks(blocks: int, size: int, like: Array, axis: int) -> Array:
     """The first class of each block, on an axis more than `like` has."""
     shape = [blocks if a == axis else 1 for a in range(like.ndim + 1)]
-    return lax.broadcasted_iota(jnp.int32, shape, axis) * (classes // blocks)
+    return lax.broadcasted_iota(jnp.int32, shape, axis) * size
 
 
-def sum_over_classes(f: Callable, arrays: PyTree, m: Array, pivot: Array, axis: int) -> Array:
-    """Σ_v f, by `in_blocks`."""
-    return jnp.sum(in_blocks(jnp.sum, f, arrays, m, pivot, axis), axis)
+def _alone(combine: jnp.ufunc, f: Callable, arrays: PyTree, m: Array, pivot: Array, axis: int) -> PyTree:
+    """f reduced over `axis`, by `alone`. Of a pair XLA on the CPU shares what both are made of, if they end in one
+    array of two."""
+    unfenced = arrays
+
+    def reduced(arrays, m, pivot):
+        # Where the compiler makes a mask as large as the logits, one serves all passes: not fenced, and of one shape.
+        arrays = jax.tree.map(lambda a, fenced: a if a.dtype == bool else fenced, unfenced, arrays)
+        terms = f(arrays, m, pivot, axis)
+        if not isinstance(terms, tuple):
+            return combine.reduce(terms, axis=axis)
+        a, b = (jnp.expand_dims(combine.reduce(term, axis=axis), -1) for term in terms)
+        first = jnp.array([jnp.inf, -jnp.inf], a.dtype).reshape((1,) * (a.ndim - 1) + (2,))
+        return jnp.maximum(jnp.minimum(a, first), jnp.minimum(b, -first))
+
+    result = alone(reduced, arrays, m, pivot)
+    return result if result.ndim == m.ndim else (result[..., 0], result[..., 1])
 
 
 def as_operands(like: Array, dtype: Any, *numbers: float | int) -> tuple[Array, ...]:
@@ -109,28 +142,35 @@ def distance(pivot: Array, like: Array, axis: int) -> Array:
 
 def until(pivot: Array, like: Array, axis: int) -> Array:
     """pivot - v: how far each class stands before its token's pivot."""
-    ids = _ids(like, axis)
-    return (jnp.expand_dims(pivot, axis).astype(ids.dtype) - ids).astype(like.dtype)
+    return _until(pivot, like, axis).astype(like.dtype)
 
 
-def _ids(z: Array, axis: int, ranks: int = 1) -> Array:
-    """The class of every entry, in z's dtype where `ranks` times as many are exact: up to 2**24 in float32."""
-    exact = ranks * z.shape[axis] <= 2**24
-    return lax.broadcasted_iota(z.dtype if exact else jnp.int32, z.shape, axis)
+def _until(pivot: Array, like: Array, axis: int, levels: int = 1) -> Array:
+    """pivot - v, in the dtype of `like` where `levels` times as many integers are exact: up to 2**24 in float32."""
+    exact = levels * like.shape[axis] <= 2**24
+    ids = lax.broadcasted_iota(like.dtype if exact else jnp.int32, like.shape, axis)
+    return jnp.expand_dims(pivot, axis).astype(ids.dtype) - ids
+
+
+def times(factor: Array, z: Array, highest: ArrayLike | None = None, lowest: ArrayLike | None = None) -> Array:
+    """factor · z, but 0 where the factor is 0 and z = -inf: z is bounded from below, by 0 where the factor is 0 and by
+    -inf where it is a normal number. (By two factors with a minimum in between, which no compiler makes one.)
+
+    `highest` and `lowest` are the largest number of z's dtype and minus that, where they are operands of a pass.
+    """
+    number = float(jnp.finfo(z.dtype).max)
+    return _times(factor, z, number if highest is None else highest, -number if lowest is None else lowest)
 
 
 @jax.custom_jvp
-def times(factor: Array, z: Array) -> Array:
-    """factor · z, but 0 where the factor is 0 and z = -inf: z is bounded from below, by 0 where the factor is 0 and by
-    -inf where it is a normal number. (By two factors with a minimum in between, which no compiler makes one.)"""
-    highest = float(jnp.finfo(z.dtype).max)
-    return factor * jnp.maximum(z, -highest * jnp.minimum(jnp.abs(factor) * highest, highest))
+def _times(factor, z, highest, lowest):
+    return factor * jnp.maximum(z, lowest * jnp.minimum(jnp.abs(factor) * highest, highest))
 
 
-@times.defjvp
+@_times.defjvp
 def _times_jvp(primals, tangents):
-    (factor, z), (dfactor, dz) = primals, tangents
-    return times(factor, z), dfactor * finite(z, factor == 0) + factor * dz
+    (factor, z, highest, lowest), (dfactor, dz, *_) = primals, tangents
+    return _times(factor, z, highest, lowest), dfactor * finite(z, factor == 0) + factor * dz
 
 
 def finite(z: Array, unused: Array) -> Array:
@@ -172,28 +212,29 @@ def z_of(arrays: Sequence[Any], adjustment: Adjustment, m: Array, axis: int) -> 
 
 
 def top_class(logits: Array, m: Array, adjustment: Adjustment, axis: int, class_axes: Names = ()) -> Array:
-    """The first of all classes whose z is the maximum; where rounding (above) leaves none, the first within a few
-    roundings of it. The number of classes for a row that has neither: it is NaN or all -inf."""
+    """The last of all classes whose z is the maximum; where rounding (above) leaves none, one within a few roundings
+    of it. The number of classes for a row that has neither: it is NaN or all -inf.
+
+    In steps of `half`, between half a rounding of m and a whole one, the maximum stands 8 above `low`, every smaller
+    number at most 7, and what is not near the maximum below 0.
+    """
+    info = jnp.finfo(m.dtype)
+    half = jnp.maximum(jnp.abs(m), 1e-20) * (float(info.eps) / 2)
+    low = jnp.maximum(m - 8 * half, float(info.min))
     size, classes = logits.shape[axis], count(logits.shape[axis], class_axes)
-    few = 4 * float(jnp.finfo(m.dtype).eps)
-    roundings = jnp.expand_dims(few * jnp.maximum(jnp.abs(m), 1), axis)
 
-    def ranks(arrays, m, _, axis):
-        """v for a maximum, v + width for what is near one, v + 2 width for the rest."""
-        *arrays, roundings, (few, zero, huge, width) = arrays
-        gap = -z_of(arrays, adjustment, m, axis)
-        ids = _ids(gap, axis, ranks=3)
-        beyond = lambda margin: jnp.minimum(jnp.maximum(gap - margin, zero) * huge, width)  # 0 or width  # noqa: E731
-        return ids + (beyond(few) + beyond(roundings)).astype(ids.dtype)
+    def ranks(arrays, low, first, axis):
+        *arrays, (away, per_half, scale) = arrays
+        level = jnp.maximum(jnp.round(z_of(arrays, adjustment, low, axis) * per_half), away)
+        before = _until(first, level, axis, levels=10)
+        return level.astype(before.dtype) * scale.astype(before.dtype) - before
 
-    blocks = _blocks(size)
-    width = size // blocks
-    arrays = logits, adjustment.where, roundings, as_operands(logits, m.dtype, few, 0, 1e38, width)
-    first = in_blocks(jnp.min, ranks, arrays, m, jnp.zeros_like(m, jnp.int32), axis)
-    rank, first = jnp.divmod(jnp.where(first < 2 * width, first, 2 * width).astype(jnp.int32), width)  # of NaN too
-    first = first + first_of_blocks(size, blocks, m, axis) + offset(size, class_axes)
-    first = pmin(jnp.min(rank * classes + first, axis), class_axes)
-    return jnp.where(first < 2 * classes, first % classes, classes)
+    numbers = *as_operands(logits, m.dtype, -1), jnp.expand_dims(1 / half, axis), *as_operands(logits, m.dtype, size)
+    arrays = logits, adjustment.where, numbers
+    rank = over_classes(jnp.maximum, ranks, arrays, low, jnp.zeros_like(m, jnp.int32), axis)
+    level, top = jnp.divmod(jnp.where(rank >= 0, rank, -1).astype(jnp.int32), size)  # of NaN too
+    rank = pmax(level * classes + top + offset(size, class_axes), class_axes)
+    return jnp.where(rank >= 0, rank % classes, classes)
 
 
 def is_at(pivot: Array, like: Array, axis: int) -> Array:

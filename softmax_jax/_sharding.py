@@ -31,12 +31,6 @@ def pmax(local: Array, axes: Names) -> Array:
     return lax.pmax(local, axes) if axes else local
 
 
-def pmin(local: Array, axes: Names) -> Array:
-    """The smallest over the mesh axes; has no gradient."""
-    local = lax.stop_gradient(local)
-    return lax.pmin(local, axes) if axes else local
-
-
 def psum(local: PyTree, axes: Names) -> PyTree:
     return lax.psum(local, axes) if axes else local
 
