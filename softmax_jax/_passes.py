@@ -114,15 +114,15 @@ def _alone(combine: jnp.ufunc, f: Callable, arrays: PyTree, m: Array, pivot: Arr
     def reduced(arrays, m, pivot):
         # Where the compiler makes a mask as large as the logits, one serves all passes: not fenced, and of one shape.
         arrays = jax.tree.map(lambda a, fenced: a if a.dtype == bool else fenced, unfenced, arrays)
-        terms = f(arrays, m, pivot, axis)
-        if not isinstance(terms, tuple):
-            return combine.reduce(terms, axis=axis)
-        a, b = (jnp.expand_dims(combine.reduce(term, axis=axis), -1) for term in terms)
-        first = jnp.array([jnp.inf, -jnp.inf], a.dtype).reshape((1,) * (a.ndim - 1) + (2,))
-        return jnp.maximum(jnp.minimum(a, first), jnp.minimum(b, -first))
+        sums = jax.tree.map(lambda term: combine.reduce(term, axis=axis, keepdims=True), f(arrays, m, pivot, axis))
+        if not isinstance(sums, tuple):
+            return sums
+        first = jnp.array([jnp.inf, -jnp.inf], m.dtype).reshape([2 if a == axis else 1 for a in range(m.ndim + 1)])
+        return jnp.maximum(jnp.minimum(sums[0], first), jnp.minimum(sums[1], -first))
 
     result = alone(reduced, arrays, m, pivot)
-    return result if result.ndim == m.ndim else (result[..., 0], result[..., 1])
+    sums = tuple(lax.index_in_dim(result, at, axis, keepdims=False) for at in range(result.shape[axis]))
+    return sums if len(sums) > 1 else sums[0]
 
 
 def as_operands(like: Array, dtype: Any, *numbers: float | int) -> tuple[Array, ...]:

@@ -32,14 +32,15 @@ def at_margins(rng, margins, dtype=jnp.float32, offset=0.0, classes=11):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
 @pytest.mark.parametrize("kind", ["integer", "one-hot"])
-def test_every_margin_from_minus_100_to_100(device, rng, dtype, kind):
+@pytest.mark.parametrize("classes", [11, 37], ids=["class by class", "whole rows"])
+def test_every_margin_from_minus_100_to_100(device, rng, dtype, kind, classes):
     """Also with a constant added to every logit, up to where float32 holds every other integer alone."""
     offsets = [offset for offset in OFFSETS if abs(offset) < float(jnp.finfo(dtype).max)]
     logits, labels = (
         np.concatenate(rows)
-        for rows in zip(*(at_margins(rng, MARGINS, dtype, offset) for offset in offsets), strict=True)
+        for rows in zip(*(at_margins(rng, MARGINS, dtype, offset, classes) for offset in offsets), strict=True)
     )
-    targets = labels if kind == "integer" else np.eye(11, dtype=np.float32)[labels]
+    targets = labels if kind == "integer" else np.eye(classes, dtype=np.float32)[labels]
     cotangent = rng.normal(size=len(logits)).astype(np.float32)
     want = reference.cross_entropy(logits, labels, reduction="none", cotangent=np.float64(cotangent))
     loss, grad = loss_and_grad(jax.jit, logits, targets, cotangent, {"reduction": "none"})
@@ -85,9 +86,10 @@ MADE = {
 
 @pytest.mark.parametrize("made", MADE)
 @pytest.mark.parametrize("kind", ["integer", "one-hot", "log_softmax", "forward_mode"])
-def test_logits_that_are_a_product_made_in_the_same_program(rng, kind, made):
+@pytest.mark.parametrize("rows", [101, 1025], ids=["whole rows", "class by class"])
+def test_logits_that_are_a_product_made_in_the_same_program(rng, kind, made, rows):
     """A compiler may then take a · b - m in one step, so that z - m is not 0 at the maximum."""
-    z, labels = at_margins(rng, np.linspace(-100, 100, 101))
+    z, labels = at_margins(rng, np.linspace(-100, 100, rows))
     operands = (z / np.float32(0.7), np.float32(0.7)) if made == "traced" else (z / np.float32(0.7),)
     targets = np.eye(11, dtype=np.float32)[labels] if kind != "integer" else labels
     cotangent = rng.normal(size=len(z)).astype(np.float32)

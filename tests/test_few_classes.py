@@ -1,0 +1,146 @@
+"""Many rows of few classes, which are summed class by class: the same truth, every option, any kind of labels."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from helpers import ALONE, assert_within, check_against_reference, epsilon, random_case
+from jax.sharding import PartitionSpec as P
+from meshes import assert_equal, collectives, mesh_of, problem, truth, under_jit
+
+from softmax_jax import SparseLabels, cross_entropy, kl_divergence, label_statistics, log_softmax
+from softmax_jax._passes import FEW, MANY
+
+SHAPES = [(MANY + 7, 10), (2, MANY // 2, FEW), (MANY, 1)]
+DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
+
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
+both = pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
+
+
+def _unusual(logits):
+    """Ties, -inf, and rows far apart, among the first."""
+    logits[..., :2] = np.where(np.arange(logits.shape[-2])[:, None] % 3 == 0, logits[..., :1], logits[..., :2])
+    logits[..., ::5, 0] = -np.inf
+    logits[..., 1::7, :] += logits.dtype.type(200)
+    return logits
+
+
+@shapes
+@dtypes
+@both
+def test_every_option_at_once(device, rng, shape, dtype, dense):
+    names = [name for name in ALONE if not (dense and name == "ignore_index")]
+    case = random_case(rng, shape, dtype=dtype, dense=dense, names=names)
+    check_against_reference(jax.jit, rng, *case[:2], {**case[2], "reduction": "none"}, k=16)
+
+
+@both
+def test_no_option_unusual_rows_and_another_axis(device, rng, dense):
+    logits, labels, _ = random_case(rng, SHAPES[0], dense=dense)
+    logits = _unusual(logits) if not dense else logits
+    if not dense:
+        labels = np.where(np.isneginf(logits[:, 0]) & (labels == 0), 1, labels)
+    check_against_reference(jax.jit, rng, logits, labels, {"reduction": "none"})
+    labels = labels.T if dense else labels
+    check_against_reference(jax.jit, rng, np.ascontiguousarray(logits.T), labels, {"axis": 0, "reduction": "none"})
+
+
+@pytest.mark.nan
+def test_rows_that_have_no_loss(rng):
+    """The neighbours of NaN, +inf, a label of no class and a row of -inf are as they were."""
+    z = rng.normal(size=SHAPES[0]).astype(np.float32)
+    z[3, 2], z[4, 5], z[5] = np.nan, np.inf, -np.inf
+    labels = rng.integers(0, 10, len(z))
+    labels[6], labels[7] = -1, 10
+    for targets in (labels, np.eye(10, dtype=np.float32)[labels % 10]):
+        broken = [3, 4, 5] + ([6, 7] if targets is labels else [])
+        loss, pull = jax.vjp(lambda z, t=targets: cross_entropy(z, t, reduction="none"), z)
+        (grad,) = pull(jnp.ones_like(loss))
+        want = reference.cross_entropy(z, targets, reduction="none", cotangent=np.ones(len(z)))
+        assert np.flatnonzero(np.isnan(loss)).tolist() == broken and np.isnan(grad).any(-1)[broken].all()
+        good = np.setdiff1d(np.arange(len(z)), broken)
+        assert_within(loss[good], want.loss[good], want.loss_condition[good], 8)
+        assert_within(grad[good], want.grad[good], want.grad_condition[good], 8)
+
+
+@dtypes
+def test_log_softmax_and_its_pullback(device, rng, dtype):
+    x = _unusual((3 * rng.normal(size=SHAPES[0])).astype(dtype))
+    g = np.asarray(rng.normal(size=x.shape), dtype)
+    y, pull = jax.vjp(log_softmax, jnp.asarray(x))
+    want, p = (f(np.float64(x)) for f in (reference.log_softmax, reference.softmax))
+    total = np.float64(g).sum(-1, keepdims=True)
+    size = 1 + np.abs(np.where(np.isinf(x), 0, np.float64(x))) + np.max(np.float64(x), -1, keepdims=True)
+    assert_within(y, want, size, 8, dtype)
+    condition = np.abs(np.float64(g)) + p * size * np.abs(np.float64(g)).sum(-1, keepdims=True)
+    assert_within(pull(g)[0], np.float64(g) - p * total, condition, 8, dtype)
+
+
+def test_sparse_labels_and_statistics(device, rng):
+    z = _unusual((3 * rng.normal(size=SHAPES[0])).astype(np.float32))
+    ids = rng.permuted(np.tile(np.arange(1, 10), (len(z), 1)), axis=-1)[:, :3]
+    probs = rng.gamma(0.5, size=ids.shape).astype(np.float32)
+    cotangent = rng.normal(size=len(z)).astype(np.float32)
+    loss, pull = jax.vjp(lambda z: cross_entropy(z, SparseLabels(ids, probs), reduction="none"), z)
+    dense = reference.dense_labels(ids, probs, None, np.ones(z.shape, bool))
+    want = reference.cross_entropy(z, dense, reduction="none", cotangent=np.float64(cotangent))
+    assert_within(loss, want.loss, want.loss_condition, 8)
+    assert_within(pull(cotangent)[0], want.grad, want.grad_condition, 8)
+
+    labels, cotangents = ids[:, 0], tuple(rng.normal(size=(3, len(z))).astype(np.float32))
+    found = label_statistics(z, labels)
+    want = reference.label_statistics(z, labels, cotangents)
+    for got, truth_of, condition in zip(found[:3], want.values, want.conditions, strict=False):
+        assert_within(got, truth_of, condition, 16)
+    np.testing.assert_array_equal(found.correct, want.values[3])
+    np.testing.assert_array_equal(found.rank, want.values[4])
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.25, 1.0])
+def test_divergences(device, rng, beta):
+    teacher, student = (3 * rng.normal(size=(2, *SHAPES[0]))).astype(np.float32)
+    cotangent = rng.normal(size=len(student)).astype(np.float32)
+    f = lambda a, b: kl_divergence(a, teacher_logits=b, beta=beta, reduction="none")  # noqa: E731
+    value, pull = jax.vjp(f, student, teacher)
+    want = reference.divergence(teacher, student, beta)
+    assert_within(value, want.loss, want.loss_condition, 16)
+    for got, grad, condition in zip(pull(cotangent)[::-1], want.grads, want.grad_conditions, strict=True):
+        factor = np.float64(cotangent)[:, None]
+        assert_within(got, grad * factor, np.abs(factor) * condition, 16)
+
+
+@pytest.mark.compiled
+@dtypes
+@both
+def test_nothing_of_the_logits_size_is_made(dtype, dense):
+    """On the CPU: six numbers a token at the most, of float16 too, whose long rows are copied there."""
+    logits = jax.ShapeDtypeStruct((8192, 10), dtype)
+    labels = jax.ShapeDtypeStruct((8192, 10) if dense else (8192,), jnp.float32 if dense else jnp.int32)
+    memory = jax.jit(jax.value_and_grad(cross_entropy)).lower(logits, labels).compile().memory_analysis()
+    assert memory.temp_size_in_bytes <= (12 if dense else 6) * 4 * 8192
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("kind", ["automatic", "explicit"])
+@pytest.mark.parametrize("layout", [(P("data"), None), (P(), "model")], ids=["batch", "classes"])
+@both
+def test_over_devices(rng, kind, layout, dense):
+    """A sharded batch stays where it is. (Few classes that are sharded automatically are brought together.)"""
+    asked = problem(rng, (8 * MANY, 16), dense)
+    mesh, specs = mesh_of(kind), asked.specs(*layout)
+    got, program = under_jit(asked, mesh, specs, 1.7)
+    assert_equal(got, truth(asked, 1.7))
+    if layout[1] is None or kind == "explicit":
+        assert {found.op for found in collectives(program)} <= {"all-reduce"}
+
+
+def test_the_same_as_rows_of_a_small_batch(rng):
+    """Which are summed as a whole: up to the order of the sum, and so to the roundings of sixteen terms."""
+    z = (5 * rng.normal(size=(MANY, FEW))).astype(np.float32)
+    labels = rng.integers(0, FEW, MANY)
+    losses = cross_entropy(z, labels, reduction="none")
+    part = cross_entropy(z[: MANY - 1], labels[:-1], reduction="none")
+    np.testing.assert_allclose(losses[:-1], part, rtol=FEW * epsilon(jnp.float32))
