@@ -31,21 +31,20 @@ import jax.numpy as jnp
 from jax import Array
 
 from softmax_jax._adjustment import Adjustment, adjust, row_shift, shifted
-from softmax_jax._dtypes import nan_unless
-from softmax_jax._passes import (
-    apart,
+from softmax_jax._class_passes import (
     beyond_exp,
     finite,
     is_at,
     moment_of_others,
     pick_logit,
     sum_of_others,
-    sum_over_classes,
     times,
     top_class,
     with_at_ids,
     z_of,
 )
+from softmax_jax._dtypes import nan_unless
+from softmax_jax._passes import apart, sum_over_classes
 from softmax_jax._sharding import Names, check_gradient, count, offset, psum, vary, vary_alike, varying
 from softmax_jax._targets import (
     Labels,

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from softmax_jax._class_passes import is_at
 from softmax_jax._divergence_sums import (
     At,
     Half,
@@ -22,7 +23,7 @@ from softmax_jax._divergence_sums import (
     z_of,
 )
 from softmax_jax._dtypes import nan_unless
-from softmax_jax._passes import apart, is_at
+from softmax_jax._passes import apart
 from softmax_jax._sharding import Names, check_gradient, offset, vary, varying
 
 

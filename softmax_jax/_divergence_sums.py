@@ -29,16 +29,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from softmax_jax._adjustment import Adjustment, adjust, row_shift
+from softmax_jax._class_passes import distance, pick_of_all, sum_of_others, top_class
 from softmax_jax._dtypes import upcast
-from softmax_jax._passes import (
-    apart,
-    as_operands,
-    distance,
-    pick_of_all,
-    sum_of_others,
-    sum_over_classes,
-    top_class,
-)
+from softmax_jax._passes import apart, as_operands, sum_over_classes
 from softmax_jax._sharding import count, offset, psum
 from softmax_jax._token_loss import negative_log_likelihood
 

@@ -13,11 +13,12 @@ from softmax_jax import _checks
 from softmax_jax._adjustment import Adjustment
 from softmax_jax._checks import Options
 from softmax_jax._chunks import map_over_chunks
+from softmax_jax._class_passes import distance, pick_of_all, until, z_of
 from softmax_jax._class_sums import Asked, class_sums
 from softmax_jax._cross_entropy import Scalar
 from softmax_jax._dtypes import accumulator, product_dtype
 from softmax_jax._head import Each, Shared, classes_of, dealt, logits_of, prepared, specs_of, undealt
-from softmax_jax._passes import as_operands, distance, pick_of_all, sum_over_classes, until, z_of
+from softmax_jax._passes import as_operands, sum_over_classes
 from softmax_jax._sharding import Names, entries_of, exactly, explicit_mesh, offset, over_devices, psum
 from softmax_jax._targets import SparseLabels
 from softmax_jax._token_loss import (

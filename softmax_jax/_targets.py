@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from softmax_jax._class_passes import at_ids, distance, pick, times, with_at_ids, z_of
 from softmax_jax._dtypes import nan_unless
-from softmax_jax._passes import as_operands, at_ids, distance, pick, sum_over_classes, times, with_at_ids, z_of
+from softmax_jax._passes import as_operands, two_sums_over_classes
 from softmax_jax._sharding import Names, count, offset, psum
 
 
@@ -114,7 +115,7 @@ def dense_sums(logits, labels, class_weights, m, pivot, adjustment, axis):
 
     highest = float(jnp.finfo(m.dtype).max)
     arrays = logits, labels, class_weights, adjustment.where, as_operands(logits, m.dtype, 1, highest, -highest)
-    return sum_over_classes(others, arrays, m, pivot, axis)
+    return two_sums_over_classes(others, arrays, m, pivot, axis)
 
 
 class Few(NamedTuple):

@@ -13,9 +13,9 @@ from jax.typing import ArrayLike, DTypeLike
 
 from softmax_jax._adjustment import Adjustment
 from softmax_jax._checks import Options
+from softmax_jax._class_passes import finite
 from softmax_jax._class_sums import Asked, ClassSums, class_sums
 from softmax_jax._dtypes import accumulator
-from softmax_jax._passes import finite
 from softmax_jax._sharding import Names, count, fit, offset, pmax, psum, vary, varying
 from softmax_jax._targets import Labels, SparseLabels, are_ids, existing, existing_classes, merged, spread_evenly
 

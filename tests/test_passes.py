@@ -1,4 +1,8 @@
-"""Many rows of few classes, which are summed class by class: the same truth, every option, any kind of labels."""
+"""How rows are summed depends on how many and how long they are: the same truth, every option, any kind of labels.
+
+Many rows of few classes are summed class by class, very many rows have two passes where others have one. (Rows longer
+than a block: test_exactness.py, test_sharding.py.)
+"""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from meshes import assert_equal, collectives, mesh_of, problem, truth, under_jit
 
 from softmax_jax import SparseLabels, cross_entropy, kl_divergence, label_statistics, log_softmax
-from softmax_jax._passes import FEW, MANY
+from softmax_jax._passes import FEW, MANY, PAIRS
 
 SHAPES = [(MANY + 7, 10), (2, MANY // 2, FEW), (MANY, 1)]
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
@@ -144,3 +148,13 @@ def test_the_same_as_rows_of_a_small_batch(rng):
     losses = cross_entropy(z, labels, reduction="none")
     part = cross_entropy(z[: MANY - 1], labels[:-1], reduction="none")
     np.testing.assert_allclose(losses[:-1], part, rtol=FEW * epsilon(jnp.float32))
+
+
+@pytest.mark.parametrize("names", [(), tuple(ALONE)], ids=["alone", "all options"])
+def test_more_rows_than_have_two_sums_in_one_pass(rng, names):
+    names = [name for name in names if name != "ignore_index"]
+    logits, labels, options = random_case(rng, (PAIRS + 3, FEW + 1), dense=True, names=names)
+    check_against_reference(jax.jit, rng, logits, labels, {**options, "reduction": "none"}, k=16)
+    if not names:
+        memory = jax.jit(jax.value_and_grad(cross_entropy)).lower(logits, labels).compile().memory_analysis()
+        assert memory.temp_size_in_bytes <= 16 * 4 * len(logits)
