@@ -1,19 +1,18 @@
 """softmax and log_softmax, each with its full Jacobian-vector product as a rule."""
 
-from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Num
 
 from softmax_jax import _checks
 from softmax_jax._adjustment import Adjustment, adjust, row_shift, shifted
-from softmax_jax._class_passes import classes_last, from_classes_last, is_at, sum_of_others, top_class, z_of
+from softmax_jax._class_passes import classes_last, from_classes_last, is_at, sum_of_others, top_class
 from softmax_jax._dtypes import floating, upcast
-from softmax_jax._passes import alone, apart, sum_over_classes
+from softmax_jax._passes import alone, apart
 from softmax_jax._token_loss import negative_log_likelihood
 
 Axes = tuple[int, ...]
@@ -86,18 +85,11 @@ def _operands(x: ArrayLike, axis: int | Axes | None, where: ArrayLike | None) ->
     return floating(x), where, axes
 
 
-def _row_maximum(x, where, axis):
-    return apart(row_shift(adjust(x, Adjustment(where=where)), axis))[0]
-
-
-def _over_axes(rule: Callable, x: Array, where: Array | None, axes: Axes) -> Array:
-    """rule(x, where, axis), for which several axes are made one."""
-    if x.size == 0:
-        return x
-    if len(axes) == 1:
-        return rule(x, where, axes[0])
-    where = None if where is None else classes_last(jnp.broadcast_to(where, x.shape), axes)
-    return from_classes_last(rule(classes_last(x, axes), where, x.ndim - len(axes)), x.shape, axes)
+def _shifted(x: Array, where: Array | None, axes: Axes) -> tuple[Array, Array]:
+    """(x - m with -inf at what is left out, m), both for the reductions over `axes`."""
+    masked = Adjustment(where=where)
+    x, shift = apart(x, row_shift(adjust(x, masked), axes))
+    return shifted(x, masked, shift, axes), shift
 
 
 # y = exp(x - m) / Σ exp(x - m), and with the whole Jacobian ∂y_v/∂x_u = y_v (δ_uv - y_u)
@@ -105,44 +97,33 @@ def _over_axes(rule: Callable, x: Array, where: Array | None, axes: Axes) -> Arr
 #     dx_v = y_v (g_v - Σ_u g_u y_u)
 
 
-def _softmax_value(x, where, axis):
-    m = _row_maximum(x, where, axis)
-    exponential = lambda arrays, m, axis: jnp.exp(z_of(arrays, Adjustment(), m, axis))  # noqa: E731
-    total = _row_sum(exponential, (x, where), m, axis)
+def _softmax_value(x, where, axes):
+    z, _ = _shifted(x, where, axes)
+    e = jnp.exp(z)
+    total = jnp.sum(e, axes, keepdims=True)
     if where is not None:
-        total = jnp.where(jnp.any(where, axis), total, 1)
-    y = exponential((x, where), m, axis) / jnp.expand_dims(total, axis)
+        total = jnp.where(jnp.any(where, axes, keepdims=True), total, 1)
+    y = e / total
     return (y if where is None else jnp.where(where, y, 0)).astype(x.dtype)
 
 
-def _row_sum(f, arrays, m, axis):
-    without_pivot = lambda arrays, m, _, axis: f(arrays, m, axis)  # noqa: E731
-    return sum_over_classes(without_pivot, arrays, m, jnp.zeros_like(m, jnp.int32), axis)
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _softmax_rule(x: Array, where: Array | None, axis: int) -> Array:
-    return _softmax_value(x, where, axis)
+def _softmax_rule(x: Array, where: Array | None, axes: Axes) -> Array:
+    return _softmax_value(x, where, axes)
 
 
-def _softmax_fwd(x, where, axis):
-    y = _softmax_value(x, where, axis)
+def _softmax_fwd(x, where, axes):
+    y = _softmax_value(x, where, axes)
     return y, y
 
 
-def _softmax_bwd(axis, y, g):
-    product = lambda arrays, _, axis: upcast(arrays[0]) * upcast(arrays[1])  # noqa: E731
-    a_row = upcast(lax.index_in_dim(y, 0, axis, keepdims=False))
-    total = _row_sum(product, (g, y), a_row, axis)
-    return (upcast(y) * (upcast(g) - jnp.expand_dims(total, axis))).astype(y.dtype), None
+def _softmax_bwd(axes, y, g):
+    p, g = upcast(y), upcast(g)
+    return (p * (g - jnp.sum(g * p, axes, keepdims=True))).astype(y.dtype), None
 
 
 _softmax_rule.defvjp(_softmax_fwd, _softmax_bwd)
-
-
-@partial(jax.jit, static_argnums=2)
-def _jitted_softmax(x: Array, where: Array | None, axes: Axes) -> Array:
-    return _over_axes(_softmax_rule, x, where, axes)
+_jitted_softmax = jax.jit(_softmax_rule, static_argnums=2)
 
 
 # The sums of the loss around the largest entry a, rest = Σ_{v≠a} exp(x_v - m) and own = x_a - m = 0 give
@@ -163,6 +144,10 @@ def _log_softmax_value(x, where, axis):
     at_top, nll, log_p = _around_top(x, where, highest, kept, axis)
     y = jnp.where(at_top, -nll, log_p)
     return (y if where is None else jnp.where(where, y, -jnp.inf)).astype(x.dtype), kept
+
+
+def _row_maximum(x, where, axis):
+    return apart(row_shift(adjust(x, Adjustment(where=where)), axis))[0]
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
@@ -211,4 +196,8 @@ _log_softmax_rule.defvjp(_log_softmax_fwd, _log_softmax_bwd)
 
 @partial(jax.jit, static_argnums=2)
 def _jitted_log_softmax(x: Array, where: Array | None, axes: Axes) -> Array:
-    return _over_axes(_log_softmax_rule, x, where, axes)
+    if x.size == 0:
+        return x
+    where = where if where is None or len(axes) == 1 else classes_last(jnp.broadcast_to(where, x.shape), axes)
+    y: Array = _log_softmax_rule(classes_last(x, axes), where, axes[0] if len(axes) == 1 else x.ndim - len(axes))
+    return y if len(axes) == 1 else from_classes_last(y, x.shape, axes)
