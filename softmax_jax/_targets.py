@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from softmax_jax._class_passes import at_ids, distance, pick, times, two_sums_over_classes, with_at_ids, z_of
+from softmax_jax._class_passes import at_ids, distance, pick, times, with_at_ids, z_of
 from softmax_jax._dtypes import nan_unless
-from softmax_jax._passes import as_operands
+from softmax_jax._passes import as_operands, two_sums_over_classes
 from softmax_jax._sharding import Names, count, offset, psum
 
 

@@ -14,8 +14,7 @@ from jax.sharding import PartitionSpec as P
 from meshes import assert_equal, collectives, mesh_of, problem, truth, under_jit
 
 from softmax_jax import SparseLabels, cross_entropy, kl_divergence, label_statistics, log_softmax
-from softmax_jax._class_passes import PAIRS
-from softmax_jax._passes import FEW, MANY
+from softmax_jax._passes import FEW, MANY, PAIRS
 
 SHAPES = [(MANY + 7, 10), (2, MANY // 2, FEW), (MANY, 1)]
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
