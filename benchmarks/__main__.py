@@ -49,17 +49,18 @@ def run(part: str, args: argparse.Namespace, pace: Pace, folder: Path) -> dict:
     return {**merged, "parts": fresh["parts"]}
 
 
-def publish(folder: Path, docs: Path) -> str:
-    """Pictures and tables of all results in `folder`; what the README has of them."""
-    pages, summaries = [], []
+def publish(folder: Path, docs: Path) -> dict[str, str]:
+    """Pictures and tables of all results in `folder`; what the README has of them, by the names of its places."""
+    pages, summaries, errors = [], [], []
     for path in sorted(folder.glob("*.json")):
         found = results.load(path)
         names = pictures.draw(found, docs, path.stem)
         pages.append(show.page(found, names))
         summaries.append(show.summary(found, [f"{docs.name}/{name}" for name in names if "-logits" in name]))
+        errors.append(show.few_margins(found))
     docs.mkdir(parents=True, exist_ok=True)
     (docs / "benchmarks.md").write_text(PAGE + "\n".join(pages))
-    return "\n\n".join(summaries).strip()
+    return {"benchmarks": "\n\n".join(summaries).strip(), "accuracy": "\n\n".join(filter(None, errors))}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -90,7 +91,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(show.page(run(part, args, pace, folder), []))
     summaries = publish(folder, out or results.ROOT / "docs")
     if out is None:
-        show.include(results.ROOT / "README.md", "benchmarks", summaries)
+        for name, text in summaries.items():
+            show.include(results.ROOT / "README.md", name, text)
 
 
 if __name__ == "__main__":

@@ -89,6 +89,16 @@ def memory(chosen: list[Record]) -> str:
     return table(["what", "cell", "logits, MiB", *names], rows)
 
 
+def few_margins(results: Results) -> str:
+    """For the README: float32, without `jax.nn`, which is as Optax."""
+    chosen = [
+        {**record, "errors": {name: errors for name, errors in record["errors"].items() if name != NAIVE}}
+        for record in records(results, "accuracy")
+        if record["dtype"] == "float32" and record["margin"] in (0, 5, 10, 15, 20, 30, 60)
+    ]
+    return "\n\n".join([accuracy(chosen), source(results, "accuracy")]) if chosen else ""
+
+
 def accuracy(chosen: list[Record]) -> str:
     """Errors of loss / of the label's gradient; 1e+00 is a result of 0."""
     names = list(dict.fromkeys(name for record in chosen for name in record["errors"]))
