@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from benchmarks.measure import OURS
 from benchmarks.results import Results, records
@@ -72,8 +73,13 @@ def panel(ax: Axes, chosen: list[Record]) -> None:
 
 
 def _ticks(limits: tuple[float, float]) -> list[float]:
+    """1, 2 and 5 times a power of ten; of a narrow range, even steps."""
     known = [m * 10.0**e for e in range(-3, 3) for m in (1, 2, 5)]
-    return [tick for tick in known if limits[0] <= tick <= limits[1]] or [1.0]
+    for ticks in (known, MaxNLocator(6).tick_values(*limits)):
+        found = [tick for tick in ticks if limits[0] <= tick <= limits[1]]
+        if len(found) >= 3:
+            return found
+    return [1.0]
 
 
 def growth(chosen: list[Record]) -> Figure:
