@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.typing import ArrayLike
 
 from softmax_jax._adjustment import Adjustment, adjust, shifted
 from softmax_jax._dtypes import upcast
@@ -30,35 +29,27 @@ def distance(pivot: Array, like: Array, axis: int) -> Array:
 
 def until(pivot: Array, like: Array, axis: int) -> Array:
     """pivot - v: how far each class stands before its token's pivot."""
-    return _until(pivot, like, axis).astype(like.dtype)
+    return _until(pivot, like, axis, like.shape[axis]).astype(like.dtype)
 
 
-def _until(pivot: Array, like: Array, axis: int, levels: int = 1) -> Array:
-    """pivot - v, in the dtype of `like` where `levels` times as many integers are exact: up to 2**24 in float32."""
-    exact = levels * like.shape[axis] <= 2**24
-    ids = lax.broadcasted_iota(like.dtype if exact else jnp.int32, like.shape, axis)
+def _until(pivot: Array, like: Array, axis: int, largest: int) -> Array:
+    """pivot - v, in the dtype of `like` where integers up to `largest` are exact: up to 2**24 in float32."""
+    ids = lax.broadcasted_iota(like.dtype if largest <= 2**24 else jnp.int32, like.shape, axis)
     return jnp.expand_dims(pivot, axis).astype(ids.dtype) - ids
 
 
-def times(factor: Array, z: Array, highest: ArrayLike | None = None, lowest: ArrayLike | None = None) -> Array:
-    """factor · z, but 0 where the factor is 0 and z = -inf: z is bounded from below, by 0 where the factor is 0 and by
-    -inf where it is a normal number. (By two factors with a minimum in between, which no compiler makes one.)
-
-    `highest` and `lowest` are the largest number of z's dtype and minus that, where they are operands of a pass.
-    """
-    number = float(jnp.finfo(z.dtype).max)
-    return _times(factor, z, number if highest is None else highest, -number if lowest is None else lowest)
-
-
 @jax.custom_jvp
-def _times(factor, z, highest, lowest):
-    return factor * jnp.maximum(z, lowest * jnp.minimum(jnp.abs(factor) * highest, highest))
+def times(factor: Array, z: Array) -> Array:
+    """factor · z, but 0 where the factor is 0 and z = -inf: z is bounded from below, by 0 where the factor is 0 and by
+    -inf where it is a normal number. (By two factors with a minimum in between, which no compiler makes one.)"""
+    highest = float(jnp.finfo(z.dtype).max)
+    return factor * jnp.maximum(z, -highest * jnp.minimum(jnp.abs(factor) * highest, highest))
 
 
-@_times.defjvp
+@times.defjvp
 def _times_jvp(primals, tangents):
-    (factor, z, highest, lowest), (dfactor, dz, *_) = primals, tangents
-    return _times(factor, z, highest, lowest), dfactor * finite(z, factor == 0) + factor * dz
+    (factor, z), (dfactor, dz) = primals, tangents
+    return times(factor, z), dfactor * finite(z, factor == 0) + factor * dz
 
 
 def finite(z: Array, unused: Array) -> Array:
@@ -67,14 +58,15 @@ def finite(z: Array, unused: Array) -> Array:
 
 
 def sum_of_others(logits: Array, m: Array, pivot: Array, adjustment: Adjustment, axis: int) -> Array:
-    """Σ_{v≠pivot} exp(z_v - m). A term is at most 1, up to rounding; its bound is 0 at the pivot, else at least 4."""
+    """Σ_{v≠pivot} exp(z_v - m). (By a factor that is 0 at the pivot and 1 elsewhere: a NaN comes through, which XLA's
+    maximum and minimum of a row on the CPU drop.)"""
 
     def others(arrays, m, pivot, axis):
-        *arrays, (four,) = arrays
+        *arrays, (one,) = arrays
         e = jnp.exp(z_of(arrays, adjustment, m, axis))
-        return jnp.minimum(e, four * distance(pivot, e, axis))
+        return e * jnp.minimum(distance(pivot, e, axis), one)
 
-    arrays = logits, adjustment.where, as_operands(logits, m.dtype, 4)
+    arrays = logits, adjustment.where, as_operands(logits, m.dtype, 1)
     return sum_over_classes(others, arrays, m, pivot, axis)
 
 
@@ -103,8 +95,8 @@ def top_class(logits: Array, m: Array, adjustment: Adjustment, axis: int, class_
     """The last of all classes whose z is the maximum; where rounding (above) leaves none, one within a few roundings
     of it. The number of classes for a row that has neither: it is NaN or all -inf.
 
-    In steps of `half`, between half a rounding of m and a whole one, the maximum stands 8 above `low`, every smaller
-    number at most 7, and what is not near the maximum below 0.
+    In steps of `half`, between half a rounding of m and a whole one, the maximum stands 8 above `low`, each smaller
+    number lower than it, and what is not near the maximum below 0.
     """
     logits, m, adjustment = lax.stop_gradient((logits, m, adjustment))
     info = jnp.finfo(m.dtype)
@@ -115,7 +107,7 @@ def top_class(logits: Array, m: Array, adjustment: Adjustment, axis: int, class_
     def ranks(arrays, low, first, axis):
         *arrays, (away, per_half, scale) = arrays
         level = jnp.maximum(jnp.round(z_of(arrays, adjustment, low, axis) * per_half), away)
-        before = _until(first, level, axis, levels=10)
+        before = _until(first, level, axis, largest=11 * size)
         return level.astype(before.dtype) * scale.astype(before.dtype) - before
 
     numbers = *as_operands(logits, m.dtype, -1), jnp.expand_dims(1 / half, axis), *as_operands(logits, m.dtype, size)

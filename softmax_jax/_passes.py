@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from softmax_jax._sharding import entries_of
+
 PyTree = Any
 
 
@@ -48,11 +50,6 @@ FEW, MANY = 16, 1024
 loop over the tokens. A row sum takes 2-5 ns for each of ten classes, this 0.5 (262144 x 10, 0.12)."""
 
 
-PAIRS = 2**14
-"""Up to so many rows have two sums in one pass: of more rows XLA on the CPU makes a tile of all of them first, 7 times
-as slow (65536 x 1000, 0.12)."""
-
-
 @cache
 def _blocks(classes: int) -> int:
     """The fewest equal blocks; 1 where the number of classes has no such divisor."""
@@ -60,16 +57,17 @@ def _blocks(classes: int) -> int:
     return next((classes // size for size in sizes if classes % size == 0), 1)
 
 
-def over_classes(combine: jnp.ufunc, f: Callable, arrays: PyTree, m: Array, pivot: Array, axis: int) -> PyTree:
-    """f, an array or a pair of arrays, reduced over the classes by `combine`: [*batch]. A pass of its own.
+def over_classes(combine: jnp.ufunc, f: Callable, arrays: PyTree, m: Array, pivot: Array, axis: int) -> Array:
+    """f reduced over the classes by `combine`: [*batch]. A pass of its own.
 
     f(arrays, m, pivot, axis) gets the `arrays`, which have the classes (or 1) on `axis`, one block of classes at a
     time: as [.., blocks, classes, ..], or one class alone. m and pivot, the numbers of a token, are broadcastable to
     what is left without `axis`, the pivot counted from the block's first class; the classes are on the new axis.
     """
-    classes = _classes(arrays, axis)
-    if _are_few(classes, m):
-        return alone(partial(_class_by_class, combine, f, axis=axis), arrays, m, pivot)
+    leaves = jax.tree.leaves(arrays)
+    classes = max(array.shape[axis] for array in leaves)
+    if classes <= FEW and m.size >= MANY and not any(entries_of(array)[axis] for array in leaves):
+        return alone(partial(_class_by_class, combine, f, classes, axis=axis), arrays, m, pivot)
     blocks = _blocks(classes)
     if blocks == 1:
         return _alone(combine, f, arrays, m, pivot, axis)
@@ -77,42 +75,22 @@ def over_classes(combine: jnp.ufunc, f: Callable, arrays: PyTree, m: Array, pivo
     # pass takes 4x as long (1024 x 128256 bfloat16, 0.12).
     arrays = jax.tree.map(partial(_in_blocks, blocks, classes, axis), arrays)
     pivot = jnp.expand_dims(pivot, axis) - _first_of_blocks(blocks, classes // blocks, m, axis)
-    of_blocks = _alone(combine, f, arrays, jnp.expand_dims(m, axis), pivot, axis + 1)
-    return jax.tree.map(lambda a: combine.reduce(a, axis=axis), of_blocks)
+    return combine.reduce(_alone(combine, f, arrays, jnp.expand_dims(m, axis), pivot, axis + 1), axis=axis)
 
 
-def sum_over_classes(f: Callable, arrays: PyTree, m: Array, pivot: Array, axis: int) -> PyTree:
+def sum_over_classes(f: Callable, arrays: PyTree, m: Array, pivot: Array, axis: int) -> Array:
     """Σ_v f, by `over_classes`."""
     return over_classes(jnp.add, f, arrays, m, pivot, axis)
 
 
-def two_sums_over_classes(f: Callable, arrays: PyTree, m: Array, pivot: Array, axis: int) -> tuple[Array, Array]:
-    """Σ_v of both of f's arrays: one pass, or two. (With -m, so that the second has a fence of its own.)"""
-    classes = _classes(arrays, axis)
-    if _are_few(classes, m) or m.size * _blocks(classes) <= PAIRS:
-        return sum_over_classes(f, arrays, m, pivot, axis)
-    first = sum_over_classes(lambda arrays, m, pivot, axis: f(arrays, m, pivot, axis)[0], arrays, m, pivot, axis)
-    second = lambda arrays, minus_m, pivot, axis: f(arrays, -minus_m, pivot, axis)[1]  # noqa: E731
-    return first, sum_over_classes(second, arrays, -m, pivot, axis)
-
-
-def _classes(arrays: PyTree, axis: int) -> int:
-    return max(array.shape[axis] for array in jax.tree.leaves(arrays))
-
-
-def _are_few(classes: int, m: Array) -> bool:
-    return classes <= FEW and m.size >= MANY
-
-
-def _class_by_class(combine: jnp.ufunc, f: Callable, arrays: PyTree, m: Array, pivot: Array, axis: int) -> PyTree:
-    classes = _classes(arrays, axis)
-
+def _class_by_class(
+    combine: jnp.ufunc, f: Callable, classes: int, arrays: PyTree, m: Array, pivot: Array, axis: int
+) -> Array:
     def of_class(v):
         one = lambda a: a if a.shape[axis] < classes else lax.slice_in_dim(a, v, v + 1, axis=axis)  # noqa: E731
         return f(jax.tree.map(one, arrays), m, pivot - v, axis)
 
-    of_all = reduce(partial(jax.tree.map, combine), map(of_class, range(classes)))
-    return jax.tree.map(lambda a: jnp.squeeze(a, axis), of_all)
+    return jnp.squeeze(reduce(combine, map(of_class, range(classes))), axis)
 
 
 def _in_blocks(blocks: int, classes: int, axis: int, array: Array) -> Array:
@@ -126,23 +104,16 @@ def _first_of_blocks(blocks: int, size: int, like: Array, axis: int) -> Array:
     return lax.broadcasted_iota(jnp.int32, shape, axis) * size
 
 
-def _alone(combine: jnp.ufunc, f: Callable, arrays: PyTree, m: Array, pivot: Array, axis: int) -> PyTree:
-    """f reduced over `axis`, by `alone`. Of a pair XLA on the CPU shares what both are made of, if they end in one
-    array of two."""
+def _alone(combine: jnp.ufunc, f: Callable, arrays: PyTree, m: Array, pivot: Array, axis: int) -> Array:
+    """f reduced over `axis`, by `alone`."""
     unfenced = arrays
 
     def reduced(arrays, m, pivot):
         # Where the compiler makes a mask as large as the logits, one serves all passes: not fenced, and of one shape.
         arrays = jax.tree.map(lambda a, fenced: a if a.dtype == bool else fenced, unfenced, arrays)
-        sums = jax.tree.map(lambda term: combine.reduce(term, axis=axis, keepdims=True), f(arrays, m, pivot, axis))
-        if not isinstance(sums, tuple):
-            return sums
-        first = jnp.array([jnp.inf, -jnp.inf], m.dtype).reshape([2 if a == axis else 1 for a in range(m.ndim + 1)])
-        return jnp.maximum(jnp.minimum(sums[0], first), jnp.minimum(sums[1], -first))
+        return combine.reduce(f(arrays, m, pivot, axis), axis=axis, keepdims=True)
 
-    result = alone(reduced, arrays, m, pivot)
-    sums = tuple(lax.index_in_dim(result, at, axis, keepdims=False) for at in range(result.shape[axis]))
-    return sums if len(sums) > 1 else sums[0]
+    return jnp.squeeze(alone(reduced, arrays, m, pivot), axis)
 
 
 def as_operands(like: Array, dtype: Any, *numbers: float | int) -> tuple[Array, ...]:

@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 
 from softmax_jax._class_passes import at_ids, distance, pick, times, with_at_ids, z_of
 from softmax_jax._dtypes import nan_unless
-from softmax_jax._passes import as_operands, two_sums_over_classes
+from softmax_jax._passes import sum_over_classes
 from softmax_jax._sharding import Names, count, offset, psum
 
 
@@ -105,17 +105,22 @@ def own_mass(labels, class_weights, where, pivot, size, axis, dtype):
 
 
 def dense_sums(logits, labels, class_weights, m, pivot, adjustment, axis):
-    """(rest_mass, label_sum)."""
+    """(rest_mass, label_sum). A factor that is 0 at the pivot leaves it out: 1 elsewhere in the one sum, a half in the
+    other, since the two would share the same constant (see `alone`)."""
 
     def others(arrays, m, pivot, axis):
-        logits, labels, class_weights, where, (one, *bounds) = arrays
-        z = z_of((logits, where), adjustment, m, axis)
-        t = target(labels, class_weights, where, m.dtype) * jnp.minimum(distance(pivot, z, axis), one)
-        return t, times(t, z, *bounds)
+        labels, class_weights, where = arrays
+        t = target(labels, class_weights, where, m.dtype)
+        return t * jnp.minimum(distance(pivot, t, axis), 1)
 
-    highest = float(jnp.finfo(m.dtype).max)
-    arrays = logits, labels, class_weights, adjustment.where, as_operands(logits, m.dtype, 1, highest, -highest)
-    return two_sums_over_classes(others, arrays, m, pivot, axis)
+    def of_logits(arrays, m, pivot, axis):
+        logits, labels, class_weights, where = arrays
+        z = z_of((logits, where), adjustment, m, axis)
+        return times(target(labels, class_weights, where, m.dtype), z * jnp.minimum(distance(pivot, z, axis), 0.5))
+
+    arrays = labels, class_weights, adjustment.where
+    rest_mass = sum_over_classes(others, arrays, m, pivot, axis)
+    return rest_mass, 2 * sum_over_classes(of_logits, (logits, *arrays), m, pivot, axis)
 
 
 class Few(NamedTuple):

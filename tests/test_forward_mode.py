@@ -133,3 +133,9 @@ def test_without_it_forward_mode_is_refused(rng):
     logits, labels, _ = random_case(rng, (3, 5))
     with pytest.raises(TypeError, match="custom_vjp"):
         jax.jvp(lambda x: cross_entropy(x, labels), (jnp.asarray(logits),), (jnp.asarray(logits),))
+
+
+def test_an_infinite_dense_loss_has_the_gradient_of_the_reverse_rule():
+    z = jnp.zeros((2, 3)).at[0, 1].set(-jnp.inf)
+    loss = lambda z, mode: cross_entropy(z, jnp.full((2, 3), 1 / 3), reduction="none", forward_mode=mode)[0]  # noqa: E731
+    np.testing.assert_allclose(jax.grad(loss)(z, True), jax.grad(loss)(z, False), rtol=1e-6)
