@@ -57,8 +57,8 @@ def _blocks(classes: int) -> int:
     return next((classes // size for size in sizes if classes % size == 0), 1)
 
 
-def over_classes(combine: jnp.ufunc, f: Callable, arrays: PyTree, m: Array, pivot: Array, axis: int) -> Array:
-    """f reduced over the classes by `combine`: [*batch]. A pass of its own.
+def over_classes(combine: Any, f: Callable, arrays: PyTree, m: Array, pivot: Array, axis: int) -> Array:
+    """f reduced over the classes by `combine`, a ufunc like `jnp.add`: [*batch]. A pass of its own.
 
     f(arrays, m, pivot, axis) gets the `arrays`, which have the classes (or 1) on `axis`, one block of classes at a
     time: as [.., blocks, classes, ..], or one class alone. m and pivot, the numbers of a token, are broadcastable to
@@ -84,7 +84,7 @@ def sum_over_classes(f: Callable, arrays: PyTree, m: Array, pivot: Array, axis: 
 
 
 def _class_by_class(
-    combine: jnp.ufunc, f: Callable, classes: int, arrays: PyTree, m: Array, pivot: Array, axis: int
+    combine: Any, f: Callable, classes: int, arrays: PyTree, m: Array, pivot: Array, axis: int
 ) -> Array:
     def of_class(v):
         one = lambda a: a if a.shape[axis] < classes else lax.slice_in_dim(a, v, v + 1, axis=axis)  # noqa: E731
@@ -104,7 +104,7 @@ def _first_of_blocks(blocks: int, size: int, like: Array, axis: int) -> Array:
     return lax.broadcasted_iota(jnp.int32, shape, axis) * size
 
 
-def _alone(combine: jnp.ufunc, f: Callable, arrays: PyTree, m: Array, pivot: Array, axis: int) -> Array:
+def _alone(combine: Any, f: Callable, arrays: PyTree, m: Array, pivot: Array, axis: int) -> Array:
     """f reduced over `axis`, by `alone`."""
     unfenced = arrays
 
