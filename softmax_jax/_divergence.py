@@ -61,7 +61,7 @@ def _slopes(at: At, rows: Rows, beta, place, n: Numbers):
 
 
 def _forward(b, a, where, beta, unused, axis, class_axes):
-    rows = rows_of(b, a, where, beta, axis, class_axes)
+    rows = rows_of(b, a, where, beta, unused, axis, class_axes)
     if unused is not None:
         rows = jax.tree.map(lambda row: jnp.where(unused, jnp.zeros_like(row), row), rows)
     return _value(rows, beta), rows
@@ -99,9 +99,12 @@ def _finite(half: Half | None, cotangent):
     """What is infinite is 0 beside a cotangent of 0, else NaN: -t (r + K) has no value there."""
     if half is None:
         return None
-    instead = nan_unless(cotangent == 0, jnp.zeros_like(cotangent))
-    sums = (jnp.where(jnp.isfinite(s), s, instead) for s in (half.divergence, half.moment))
-    return Half(half.top, half.miss, *sums)
+
+    def of_sum(s):
+        finite = jnp.isfinite(s)
+        return nan_unless(finite | (cotangent == 0), jnp.where(finite, s, 0))
+
+    return Half(half.top, half.miss, of_sum(half.divergence), of_sum(half.moment))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))

@@ -91,13 +91,14 @@ class Top(NamedTuple):
     place: Array
 
 
-def _top(logits: Logits, where, axis, class_axes) -> Top:
+def _top(logits: Logits, where, unused, axis, class_axes) -> Top:
     raw, adjustment = logits.raw, logits.adjustment._replace(where=where)
     (m,) = apart(row_shift(adjust(raw, adjustment), axis, class_axes))
     top = top_class(raw, m, adjustment, axis, class_axes)
     rest = sum_of_others(raw, m, top - offset(raw.shape[axis], class_axes), adjustment, axis)
     highest = pick_of_all(raw, top, adjustment, axis, class_axes)
     exists = top < count(raw.shape[axis], class_axes)
+    exists = exists if unused is None else exists | unused  # else NaN
     own = jnp.where(exists, highest - lax.stop_gradient(highest), 0)  # 0, with the slope that second derivatives need
     nll = negative_log_likelihood(psum(rest, class_axes), jnp.where(exists, own, -jnp.inf))
     return Top(m + own, nll, top)
@@ -228,8 +229,8 @@ class Rows(NamedTuple):
     of_p: Half | None  # of a mixture
 
 
-def rows_of(b: Logits, a: Logits, where, beta, axis, class_axes) -> Rows:
-    top_b, top_a = _top(b, where, axis, class_axes), _top(a, where, axis, class_axes)
+def rows_of(b: Logits, a: Logits, where, beta, unused, axis, class_axes) -> Rows:
+    top_b, top_a = (_top(logits, where, unused, axis, class_axes) for logits in (b, a))
     shared, at_pivot = shared_by(top_b, top_a), _at_pivot(top_b, top_a, a, where, axis, class_axes)
     n, shares = numbers_of(shared.b_m.dtype), None if beta is None else shares_of(beta)
     term = partial(_term, bounded=shares is not None)

@@ -56,12 +56,13 @@ def are_dense(labels: Labels) -> bool:
 # written once.
 
 
-def merged(labels: SparseLabels, classes: int) -> SparseLabels:
-    """Ids once each, -1 and probability 0 in the freed entries; by sorting, since k may be hundreds. NaN in a row that
-    has an id which no class has."""
+def merged(labels: SparseLabels, weights: Array | None, classes: int) -> SparseLabels:
+    """Ids once each, -1 and probability 0 in the freed entries; by sorting, since k may be hundreds. NaN in a row of
+    weight that has an id which no class has."""
     ids, probs, others = labels
     used = probs != 0  # of NaN too
     valid = jnp.all(~used | (ids >= 0) & (ids < classes), -1, keepdims=True)
+    valid = valid if weights is None else valid | (weights == 0)[..., None]
     ids = jnp.where(used, ids, -1)
     if ids.shape[-1] > 1:
         ids, probs = lax.sort((ids, probs), num_keys=1, is_stable=False)

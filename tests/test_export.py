@@ -41,9 +41,9 @@ def doors(rng, dtype, dense):
         yield "label_statistics", statistics, (logits,)
         linear = lambda x, w: told(softmax_jax.linear_label_statistics(x, w, labels, chunk_size=4, **adjusted))  # noqa: E731
         yield "linear_label_statistics", linear, (x, weight)
-        few = softmax_jax.SparseLabels(
-            labels[:, None] + jnp.arange(3)[None], jnp.full((TOKENS, 3), 0.3), jnp.full(TOKENS, 0.1)
-        )
+        ids = labels[:, None] + jnp.arange(3, dtype=jnp.int32)[None]
+        probs, others = (jnp.full(shape, share, jnp.float32) for shape, share in (((TOKENS, 3), 0.3), (TOKENS, 0.1)))
+        few = softmax_jax.SparseLabels(ids, probs, others)
         del options["ignore_index"]
         teacher = {"weights": options["weights"], "where": options["where"], "temperature": 2.0, "beta": 0.5}
         divergence = lambda a, b: softmax_jax.kl_divergence(a, teacher_logits=b, **teacher)  # noqa: E731

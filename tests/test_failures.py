@@ -27,6 +27,7 @@ def test_row_of_all_minus_inf_is_nan_and_nan_is_not_swallowed(rng, names, dense)
         assert np.all(np.isnan(x[:3])) and np.all(np.isfinite(x[3:]))
 
 
+@pytest.mark.nan
 @both
 @pytest.mark.parametrize("name", ["where", "weights"])
 def test_row_of_all_minus_inf_is_0_where_it_is_taken_out(rng, name, dense):
@@ -100,6 +101,7 @@ def test_label_out_of_range_is_never_clamped_wrapped_or_half_nan(rng, label):
     assert not np.any(np.isnan(grad[jnp.array([0, 2, 3])]))
 
 
+@pytest.mark.nan
 @both
 def test_nothing_to_learn_from_is_zero_and_not_nan(rng, dense):
     """All ignored, all weights 0, weights of sum 0, class weights of 0, no class at all, an empty batch."""
@@ -148,6 +150,7 @@ def test_a_row_of_weight_zero_contributes_exactly_zero_whatever_it_holds(rng, de
     assert np.all(got[1][0][:3] == 0)
 
 
+@pytest.mark.nan
 @both
 def test_of_a_weight_of_zero_only_the_divisors_part_counts(rng, dense):
     """∂(Σ wℓ / Σ w)/∂w_i = (ℓ_i - mean)/Σ w; with w_i = 0 the row's ℓ_i is not looked at."""

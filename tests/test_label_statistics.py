@@ -20,19 +20,19 @@ FLOATS = ("log_prob", "log_normalizer", "entropy")
 ALL = {"where": True, "logit_scale": 0.7, "softcap": 5.0}
 
 
-def differentiated(statistics, cotangents, *operands):
-    """(gradients of Σ cotangent · value, statistics), lowered."""
+def differentiated(statistics, cotangents, operands):
+    """(gradients of Σ cotangent · value, statistics), jitted."""
 
     def weighted(*operands):
         found = statistics(*operands)
         return sum(jnp.sum(c * getattr(found, name)) for c, name in zip(cotangents, FLOATS, strict=True)), found
 
-    return jax.jit(jax.grad(weighted, tuple(range(len(operands))), has_aux=True)).lower(*operands)
+    return jax.jit(jax.grad(weighted, tuple(range(len(operands))), has_aux=True))
 
 
 def with_gradient(statistics, cotangents, *operands):
     """(statistics, gradients of Σ cotangent · value)."""
-    gradients, found = differentiated(statistics, cotangents, *operands).compile()(*operands)
+    gradients, found = differentiated(statistics, cotangents, operands)(*operands)
     return found, gradients
 
 
@@ -232,7 +232,7 @@ def test_linear_memory_is_that_of_the_loss_whatever_the_tokens():
 
 @pytest.mark.compiled
 def test_nothing_of_logits_size_is_kept_and_only_what_is_used_is_computed():
-    logits, labels = jnp.zeros((64, 4096)), jnp.zeros(64, jnp.int32)
+    logits, labels = jnp.zeros((64, 4096), jnp.float32), jnp.zeros(64, jnp.int32)
 
     def program(f):
         return jax.jit(f).lower(logits).compile()
@@ -277,7 +277,8 @@ def test_over_8_devices(rng, how, linear):
     operands = (*((x, weight) if linear else (logits,)), labels, where)
     with jax.set_mesh(mesh):
         placed = [jax.device_put(a, NamedSharding(mesh, spec)) for a, spec in zip(operands, specs, strict=True)]
-        program = differentiated(lambda *o: run(*o, *placed[-2:]), cotangents, *placed[:-2]).compile()
+        jitted = differentiated(lambda *o: run(*o, *placed[-2:]), cotangents, placed[:-2])
+        program = jitted.lower(*placed[:-2]).compile()
         grads, found = program(*placed[:-2])
     assert {c.op for c in collectives(program)} <= {"all-reduce"}
     check_head(found, grads, want, truth)
@@ -338,7 +339,7 @@ def test_log_prob_is_minus_the_loss(rng):
 def test_refuses():
     logits = jnp.zeros((2, 3))
     for labels, error, message in [
-        (jnp.zeros((2, 3)), TypeError, "`labels` must be integers; got dtype float32. Pass class ids."),
+        (jnp.zeros((2, 3), jnp.float32), TypeError, "`labels` must be integers; got dtype float32. Pass class ids."),
         (jnp.zeros(3, int), ValueError, "integer `labels` must have shape (2,); got labels.shape=(3,)"),
     ]:
         with pytest.raises(error, match=re.escape(message)):

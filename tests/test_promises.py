@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 from helpers import ALONE, FLOATS, compilations, random_case
 
-from softmax_jax import cross_entropy, kl_divergence, linear_cross_entropy, log_softmax
+from softmax_jax import (
+    SparseLabels,
+    cross_entropy,
+    kl_divergence,
+    label_statistics,
+    linear_cross_entropy,
+    linear_kl_divergence,
+    linear_label_statistics,
+    log_softmax,
+    softmax,
+)
 
 
 def kept(pull):
@@ -115,6 +125,56 @@ def test_debug_nans_stays_silent_on_valid_input(rng, door, names, dense):
             again, _ = gradient(jnp.asarray(logits))
     assert np.isfinite(value) and np.all(np.isfinite(grad))
     np.testing.assert_allclose(again, value, rtol=1e-6)
+
+
+def other_doors(rng):
+    """(name, the sum of a door's numbers, operands): a class at -inf, hidden classes, and for the losses a row of weight
+    0 that is -inf alone."""
+    logits, teacher = (np.float32(3 * rng.normal(size=(6, 7))) for _ in range(2))
+    states, head = (np.float32(rng.normal(size=shape)) for shape in ((6, 4), (4, 7)))
+    where, weights, labels = (rng.random((6, 7)) < 0.7) | (np.arange(7) == 3), np.float32([1, 2, 0, 1, 3, 0.5]), [3] * 6
+    labels = np.asarray(labels, np.int32)
+    logits[:, 1] = teacher[:, 1] = -np.inf
+    for name, door in ("softmax", softmax), ("log_softmax", log_softmax):
+        seen = lambda x, door=door: jnp.sum(door(x, where=where)[:, 3])  # noqa: E731
+        yield name, seen, (logits,)
+
+    told = lambda found: jnp.sum(found.log_prob + found.log_normalizer + found.entropy)  # noqa: E731
+    options = {"where": where, "logit_scale": 0.7, "softcap": 5.0}
+    yield "label_statistics", lambda x: told(label_statistics(x, labels, **options)), (logits,)
+    yield (
+        "linear_label_statistics",
+        lambda x, w: told(linear_label_statistics(x, w, labels, chunk_size=4, **options)),
+        (states, head),
+    )
+
+    logits, teacher = logits.copy(), teacher.copy()
+    logits[2] = teacher[2] = -np.inf
+    few = SparseLabels(labels[:, None] - np.int32([[0, 3]]), np.float32([[0.6, 0.3]] * 6), np.float32([0.1] * 6))
+    options = {"where": where | (np.arange(7) == 0), "weights": weights}
+    finite = np.maximum(logits, -9)
+    yield "SparseLabels", lambda x: cross_entropy(x, few, **options), (finite,)
+    yield "forward_mode", lambda x: cross_entropy(x, labels, forward_mode=True, **options), (logits,)
+    for beta in 0.0, 0.25, 1.0:
+        options = {"where": where, "weights": weights, "temperature": 2.0, "beta": beta}
+        of_logits = lambda a, b, o=options: kl_divergence(a, teacher_logits=b, **o)  # noqa: E731
+        yield f"kl_divergence {beta}", of_logits, (logits, teacher)
+    probs = np.exp(finite, where=np.arange(7) != 5, out=np.zeros_like(finite))
+    yield "kl_divergence of probabilities", lambda a, t: kl_divergence(a, t, temperature=2.0), (finite, probs)
+    of_states = lambda x, w: linear_kl_divergence(  # noqa: E731
+        x, w, teacher_x=2 * x, teacher_weight=w, chunk_size=4, weights=weights, beta=0.25
+    )
+    yield "linear_kl_divergence", of_states, (states, head)
+
+
+def test_debug_nans_stays_silent_at_every_other_door(rng):
+    """As above, value and gradients, also operation by operation."""
+    for name, f, operands in other_doors(rng):
+        both = jax.value_and_grad(lambda *operands, f=f: -1.3 * f(*operands), tuple(range(len(operands))))
+        for no_jit in False, True:
+            with jax.debug_nans(True), jax.disable_jit(no_jit):
+                found = both(*map(jnp.asarray, operands))
+            assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(found)), (name, no_jit)
 
 
 def test_bitwise_the_same_in_every_run(rng):
