@@ -208,6 +208,7 @@ def test_probabilities(rng, beta, axis):
     assert_within(np.moveaxis(dprobs, axis, -1), of_t, condition, 16, err_msg="probabilities")
 
 
+@pytest.mark.nan
 def test_a_hidden_probability_may_be_nan():
     where, probs = np.array([True, True, False]), np.float32([[0.5, 0.5, np.nan]])
     grad = jax.grad(lambda t: kl_divergence(np.float32([[1, 2, np.nan]]), t, where=where))(probs)
@@ -554,6 +555,7 @@ def test_dtypes_of_student_and_teacher_may_differ(rng):
 
 
 @pytest.mark.nan
+@pytest.mark.compiled
 def test_a_traced_beta_is_nan_at_its_ends_and_the_number_between(rng):
     teacher, student, _ = random_case(rng, (5, 7))
     loss = jax.jit(lambda beta: kl_divergence(student, teacher_logits=teacher, beta=beta))
