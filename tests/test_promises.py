@@ -128,8 +128,8 @@ def test_debug_nans_stays_silent_on_valid_input(rng, door, names, dense):
 
 
 def other_doors(rng):
-    """(name, the sum of a door's numbers, operands): a class at -inf, hidden classes, and for the losses a row of weight
-    0 that is -inf alone."""
+    """(name, the sum of a door's numbers, operands): a class at -inf, hidden classes, an id that is ignored, and for the
+    losses a row of weight 0 that is -inf alone, with an entry of no class."""
     logits, teacher = (np.float32(3 * rng.normal(size=(6, 7))) for _ in range(2))
     states, head = (np.float32(rng.normal(size=shape)) for shape in ((6, 4), (4, 7)))
     where, weights, labels = (rng.random((6, 7)) < 0.7) | (np.arange(7) == 3), np.float32([1, 2, 0, 1, 3, 0.5]), [3] * 6
@@ -140,7 +140,8 @@ def other_doors(rng):
         yield name, seen, (logits,)
 
     told = lambda found: jnp.sum(found.log_prob + found.log_normalizer + found.entropy)  # noqa: E731
-    options = {"where": where, "logit_scale": 0.7, "softcap": 5.0}
+    labels[1] = -100
+    options = {"where": where, "logit_scale": 0.7, "softcap": 5.0, "ignore_index": -100}
     yield "label_statistics", lambda x: told(label_statistics(x, labels, **options)), (logits,)
     yield (
         "linear_label_statistics",
@@ -150,11 +151,12 @@ def other_doors(rng):
 
     logits, teacher = logits.copy(), teacher.copy()
     logits[2] = teacher[2] = -np.inf
-    few = SparseLabels(labels[:, None] - np.int32([[0, 3]]), np.float32([[0.6, 0.3]] * 6), np.float32([0.1] * 6))
+    ids = np.int32([[3, 0]] * 2 + [[3, 7]] + [[3, 0]] * 3)
+    few = SparseLabels(ids, np.float32([[0.6, 0.3]] * 6), np.float32([0.1] * 6))
     options = {"where": where | (np.arange(7) == 0), "weights": weights}
     finite = np.maximum(logits, -9)
     yield "SparseLabels", lambda x: cross_entropy(x, few, **options), (finite,)
-    yield "forward_mode", lambda x: cross_entropy(x, labels, forward_mode=True, **options), (logits,)
+    yield "forward_mode", lambda x: cross_entropy(x, labels, forward_mode=True, ignore_index=-100, **options), (logits,)
     for beta in 0.0, 0.25, 1.0:
         options = {"where": where, "weights": weights, "temperature": 2.0, "beta": beta}
         of_logits = lambda a, b, o=options: kl_divergence(a, teacher_logits=b, **o)  # noqa: E731
