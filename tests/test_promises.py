@@ -128,8 +128,8 @@ def test_debug_nans_stays_silent_on_valid_input(rng, door, names, dense):
 
 
 def other_doors(rng):
-    """(name, the sum of a door's numbers, operands): a class at -inf, hidden classes, an id that is ignored, and for the
-    losses a row of weight 0 that is -inf alone, with an entry of no class."""
+    """(name, the sum of a door's numbers, operands): a class at -inf, hidden classes, an id that is ignored, and for
+    the losses a row of weight 0 that is -inf alone, with an entry of no class."""
     logits, teacher = (np.float32(3 * rng.normal(size=(6, 7))) for _ in range(2))
     states, head = (np.float32(rng.normal(size=shape)) for shape in ((6, 4), (4, 7)))
     where, weights, labels = (rng.random((6, 7)) < 0.7) | (np.arange(7) == 3), np.float32([1, 2, 0, 1, 3, 0.5]), [3] * 6
