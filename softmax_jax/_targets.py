@@ -147,7 +147,7 @@ def few_weights(class_weights, ids, axis):
 def _ids_here(labels, where, size, first, axis):
     """(the ids as those of the classes here, `size` for others; whether there is such a class)."""
     ids = labels.ids - first
-    ids = jnp.where((labels.ids >= 0) & (ids >= 0) & (ids < size), ids, size)
+    ids = jnp.where((ids >= 0) & (ids < size), ids, size)
     return ids, ids < size if where is None else (ids < size) & at_ids(where, ids, axis)
 
 

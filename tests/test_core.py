@@ -11,6 +11,7 @@ from softmax_jax._adjustment import Adjustment, adjust, row_shift
 from softmax_jax._class_passes import moment_of_others, pick_of_all, sum_of_others, top_class
 from softmax_jax._targets import (
     dense_sums,
+    existing_classes,
     few,
     merged,
     own_mass,
@@ -111,6 +112,10 @@ def test_merged_entries():
         for weights, row in ((None, True), ([1, 1], True), ([0, 1], False), ([1, 0], True)):
             got = merged(labels, None if weights is None else jnp.float32(weights), 6).probs
             np.testing.assert_array_equal(np.isnan(got).any(-1), [row, False])
+    flat = merged(SparseLabels(jnp.int32(ids), jnp.float32(probs)), None, 6)
+    boxed = merged(SparseLabels(jnp.int32(ids).reshape(2, 2, 5), jnp.float32(probs).reshape(2, 2, 5)), None, 6)
+    np.testing.assert_array_equal(boxed.ids.reshape(4, 5), flat.ids)
+    np.testing.assert_array_equal(boxed.probs.reshape(4, 5), flat.probs)
     one = merged(SparseLabels(jnp.int32([[0], [6]]), jnp.float32([[1], [1]])), None, 6).probs
     np.testing.assert_array_equal(np.isnan(one), [[False], [True]])
 
@@ -118,31 +123,35 @@ def test_merged_entries():
 @pytest.mark.parametrize("hidden", [False, True])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_others_are_spread_over_the_classes_without_an_entry(hidden, axis):
-    """Of those that exist; where all have an entry, `others` is left out."""
-    ids, probs = np.int32([[0, 2], [5, -1], [1, 0]]), np.float32([[0.5, 0.25], [0.4, 0], [0.2, 0.3]])
-    others, where = np.float32([0.3, 0.6, 0.4]), np.ones((3, 6), bool)
+    """Of those that exist, be it one; where all have an entry, `others` is left out."""
+    ids, probs = (
+        np.int32([[0, 2], [5, -1], [1, 0], [3, 4]]),
+        np.float32([[0.5, 0.25], [0.4, 0], [0.2, 0.3], [0.1, 0.2]]),
+    )
+    others, where = np.float32([0.3, 0.6, 0.4, 0.7]), np.ones((4, 6), bool)
     if hidden:
-        where[0, 1], where[1, 5], where[2] = False, False, np.arange(6) < 2
-    want = np.zeros((3, 6))
-    for row in range(3):
-        entry = np.isin(np.arange(6), ids[row])
-        left = where[row] & ~entry
-        want[row, left] = others[row] / max(left.sum(), 1)
-        for i, p in zip(ids[row], probs[row], strict=True):
-            if i >= 0 and where[row, i]:
-                want[row, i] = p
+        where[0, 1], where[1, 5], where[2], where[3] = False, False, np.arange(6) < 2, np.arange(6) > 2
+    each = np.float32([0.3 / 3, 0.6 / 5, 0, 0.7] if hidden else [0.3 / 4, 0.6 / 5, 0.4 / 4, 0.7 / 4])
+    want = np.where(where, each[:, None], 0)
+    for row, i, p in zip(np.repeat(range(4), 2), ids.ravel(), probs.ravel(), strict=True):
+        if i >= 0 and where[row, i]:
+            want[row, i] = p
     turn = lambda a: jnp.asarray(a if axis == 1 else a.T)  # noqa: E731
     labels = SparseLabels(turn(ids), turn(probs), jnp.asarray(others))
     exists = turn(where) if hidden else None
-    every = np.asarray(probabilities_of(labels, exists, 6, axis, ()))
-    np.testing.assert_allclose(every if axis == 1 else every.T, want, rtol=1e-6)
+    np.testing.assert_allclose(probabilities_of(labels, exists, 6, axis, ()), turn(want), rtol=1e-6)
 
-    number = jnp.float32(where.sum(-1))
-    without, each = spread_evenly(labels, exists, number, 6, axis, ())
+    number = existing_classes(exists, 6, axis, (), jnp.float32)
+    np.testing.assert_array_equal(np.broadcast_to(number, 4), where.sum(-1))
+    without, share = spread_evenly(labels, exists, jnp.broadcast_to(number, 4), 6, axis, ())
     assert without.others is None
-    first = np.float32([0.3 / 3, 0.6 / 5, 0] if hidden else [0.3 / 4, 0.6 / 5, 0.4 / 4])
-    np.testing.assert_allclose(each, first, rtol=1e-6)
-    np.testing.assert_allclose(np.asarray(turn(np.asarray(without.probs))), probs - first[:, None], atol=1e-7)
+    np.testing.assert_allclose(share, each, rtol=1e-6)
+    np.testing.assert_allclose(without.probs, turn(probs - each[:, None]), atol=1e-7)
+
+
+def test_classes_are_counted_by_a_mask_that_they_share():
+    where = jnp.array([[True], [False]])
+    np.testing.assert_array_equal(existing_classes(where, 6, 1, (), jnp.float32), [6, 0])
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -151,10 +160,8 @@ def test_masses_and_sums_of_dense_and_of_few_labels(rng, weighted):
     z = np.float32(rng.normal(size=(4, 6)))
     z[:, 3], where = -INF, np.ones((4, 6), bool)
     where[1, 5], m = False, z.max(-1)
-    ids, probs = (
-        np.int32([[0, 4], [5, 1], [2, -1], [1, 2]]),
-        np.float32([[0.5, 0.25], [0.4, 0.1], [0.2, 0], [0.7, 0.6]]),
-    )
+    ids = np.int32([[0, 4], [5, 1], [2, -1], [1, 2]])
+    probs = np.float32([[0.5, 0.25], [0.4, 0.1], [0.2, 0], [0.7, 0.6]])
     weights = np.float32(rng.uniform(0.5, 2, 6)) if weighted else np.ones(6, np.float32)
     t = np.zeros((4, 6), np.float32)
     for row in range(4):
