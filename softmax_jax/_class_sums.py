@@ -102,7 +102,6 @@ def _sums(logits, labels, class_weights, adjustment, unused, axis, asked, class_
 
     # An id that no class has makes its row NaN, if it is used.
     in_range, exists = jnp.clip(here, 0, size - 1), (pivot >= 0) & (pivot < count(size, class_axes))
-    exists = exists if unused is None else exists | unused
     own = jnp.where(in_range == here, pick_logit(logits, in_range, adjustment, axis) - m, 0)
 
     mass = rest_mass = label_sum = None
@@ -117,7 +116,7 @@ def _sums(logits, labels, class_weights, adjustment, unused, axis, asked, class_
         rest_mass, label_sum = dense_sums(logits, labels, class_weights, m, here, adjustment, axis)
     prior = _prior(logits, class_weights, m, adjustment, axis) if asked.prior else None
     moment = moment_of_others(logits, m, here, adjustment, axis) if asked.moment else None
-    (own,) = apart(nan_unless(exists, own))
+    (own,) = apart(nan_unless(exists, own, unused))
     return ClassSums(m, *psum((rest, own, mass, rest_mass, label_sum, prior, moment), class_axes)), pivot
 
 

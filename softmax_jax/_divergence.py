@@ -1,6 +1,5 @@
 """The divergence of two softmaxes as one function of their logits, with its gradient by a rule."""
 
-import math
 from functools import partial
 
 import jax
@@ -50,10 +49,10 @@ def _weighing(at: At, here, half: Half):
 
 def _slopes(at: At, rows: Rows, beta, place, n: Numbers):
     """(db, da)."""
-    at = at._replace(r=jnp.maximum(at.r, n.lowest))  # 0 · inf is NaN
     if rows.of_p is None:
-        da = -at.p * jnp.expm1(jnp.minimum(-at.r, 1)) - jnp.maximum(at.t - math.e * at.p, 0)
-        return _weighing(at, place(rows.of_t), rows.of_t), da
+        da = jnp.where(at.r > -1, -at.p * jnp.expm1(-jnp.maximum(at.r, -1)), at.p - at.t)
+        r = jnp.where(at.t == 0, 0, jnp.maximum(at.r, n.lowest))  # 0 · inf is NaN, in a derivative too
+        return _weighing(at._replace(r=r), place(rows.of_t), rows.of_t), da
     shares = shares_of(beta)
     db = beta * _weighing(mixed(at, shares, n), place(rows.of_t), rows.of_t)
     of_p = mixed(exchanged(at, n), shares.exchanged(), n)

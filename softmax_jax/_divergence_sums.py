@@ -30,7 +30,7 @@ from jax import Array, lax
 
 from softmax_jax._adjustment import Adjustment, adjust, row_shift
 from softmax_jax._class_passes import distance, pick_of_all, sum_of_others, top_class
-from softmax_jax._dtypes import upcast
+from softmax_jax._dtypes import nan_unless, upcast
 from softmax_jax._passes import apart, as_operands, sum_over_classes
 from softmax_jax._sharding import count, offset, psum
 from softmax_jax._token_loss import negative_log_likelihood
@@ -98,9 +98,8 @@ def _top(logits: Logits, where, unused, axis, class_axes) -> Top:
     rest = sum_of_others(raw, m, top - offset(raw.shape[axis], class_axes), adjustment, axis)
     highest = pick_of_all(raw, top, adjustment, axis, class_axes)
     exists = top < count(raw.shape[axis], class_axes)
-    exists = exists if unused is None else exists | unused  # else NaN
     own = jnp.where(exists, highest - lax.stop_gradient(highest), 0)  # 0, with the slope that second derivatives need
-    nll = negative_log_likelihood(psum(rest, class_axes), jnp.where(exists, own, -jnp.inf))
+    nll = negative_log_likelihood(psum(rest, class_axes), nan_unless(exists, own, unused))
     return Top(m + own, nll, top)
 
 
@@ -147,7 +146,7 @@ def numbers_of(dtype) -> Numbers:
     series = [1 / math.factorial(k) for k in range(2, 2 + terms)]
     if terms == 3:
         series[1] += 0.75 * near**2 / math.factorial(5)
-    log = math.floor(math.log(highest))
+    log = math.floor(math.log(highest)) - 20  # second derivatives are multiplied by exp(log)
     return Numbers(0, near, -near, highest, -highest, log, math.exp(log), tuple(series))
 
 
@@ -173,6 +172,11 @@ def exchanged(at: At, n: Numbers) -> At:
     return At(at.p, at.t, jnp.minimum(-at.r, n.log_highest))
 
 
+def _infinite_or_0(t, n: Numbers):
+    """inf, and 0 where t is."""
+    return n.highest * jnp.minimum(lax.stop_gradient(t) * n.highest, n.highest)
+
+
 def _term(at: At, n: Numbers, bounded: bool):
     """t ψ(r), where p = t exp(r), and p where t = 0; unless r is bounded, inf where p = 0 < t. Within a row sum:
     floating-point arithmetic alone, and few enough steps for XLA on the CPU to fuse them."""
@@ -181,8 +185,7 @@ def _term(at: At, n: Numbers, bounded: bool):
     series = reduce(lambda series, factor: factor + near * series, n.series[-2::-1], n.series[-1])
     linear = near - r
     if not bounded:
-        normal = lax.stop_gradient(t) * n.highest
-        linear = jnp.minimum(linear, n.highest * jnp.minimum(normal, n.highest))  # by 0 where t is, else by inf
+        linear = jnp.minimum(linear, _infinite_or_0(t, n))
     far = (jnp.expm1(r) - jnp.expm1(near)) + linear
     return t * (near * near * series + far) + jnp.maximum(p - t * n.e_log_highest, n.zero)
 
@@ -207,7 +210,7 @@ def _sum(f, b: Logits, a: Logits, where, shared: Shared, shares: Shares | None, 
 
 
 def _first_moment(at: At, n: Numbers):
-    return at.t * jnp.maximum(at.r, n.lowest)
+    return at.t * jnp.maximum(at.r, -_infinite_or_0(at.t, n))
 
 
 class Half(NamedTuple):

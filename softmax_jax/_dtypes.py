@@ -23,9 +23,10 @@ def product_dtype(a: DTypeLike, b: DTypeLike) -> jnp.dtype:
         return jnp.promote_types(a, b)
 
 
-def nan_unless(valid: Array, value: Array) -> Array:
-    """`value`, and NaN where it is not `valid`. As inf - inf: under `jax_disable_jit` a constant NaN would be an array
-    of its own, at which `jax_debug_nans` stops though no entry of it is used."""
+def nan_unless(valid: Array, value: Array, unused: Array | None = None) -> Array:
+    """`value`, and NaN where it is neither `valid` nor `unused`. As inf - inf: under `jax_disable_jit` a
+    constant NaN would be an array of its own, at which `jax_debug_nans` stops though no entry of it is used."""
+    valid = valid if unused is None else valid | unused
     absent = jnp.where(valid, 0, jnp.inf).astype(value.dtype)
     return jnp.where(valid, value, absent - absent)
 

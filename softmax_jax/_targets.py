@@ -56,13 +56,12 @@ def are_dense(labels: Labels) -> bool:
 # written once.
 
 
-def merged(labels: SparseLabels, weights: Array | None, classes: int) -> SparseLabels:
-    """Ids once each, -1 and probability 0 in the freed entries; by sorting, since k may be hundreds. NaN in a row of
-    weight that has an id which no class has."""
+def merged(labels: SparseLabels, unused: Array | None, classes: int) -> SparseLabels:
+    """Ids once each, -1 and probability 0 in the freed entries; by sorting, since k may be hundreds. NaN in a row that
+    is used and has an id which no class has."""
     ids, probs, others = labels
     used = probs != 0  # of NaN too
     valid = jnp.all(~used | (ids >= 0) & (ids < classes), -1, keepdims=True)
-    valid = valid if weights is None else valid | (weights == 0)[..., None]
     ids = jnp.where(used, ids, -1)
     if ids.shape[-1] > 1:
         ids, probs = lax.sort((ids, probs), num_keys=1, is_stable=False)
@@ -71,7 +70,7 @@ def merged(labels: SparseLabels, weights: Array | None, classes: int) -> SparseL
         starts, ends = jnp.concatenate([edge, new], -1), jnp.concatenate([new, edge], -1)
         _, probs = lax.associative_scan(_run, (starts, probs), axis=-1)
         ids, probs = jnp.where(ends, ids, -1), jnp.where(ends, probs, 0)
-    return SparseLabels(ids, nan_unless(valid, probs), others)
+    return SparseLabels(ids, nan_unless(valid, probs, None if unused is None else unused[..., None]), others)
 
 
 def _run(left: tuple[Array, Array], right: tuple[Array, Array]) -> tuple[Array, Array]:

@@ -97,14 +97,15 @@ def prepare(labels: Labels, options: Options, shape: tuple[int, ...], dtype: DTy
     for keep in kept:
         weights = jnp.broadcast_to(jnp.where(keep, 1 if weights is None else weights, 0).astype(dtype), batch)
     options = options._replace(where=where, class_weights=class_weights, weights=None, ignore_index=None)
-    return _in_one_form(labels, weights, count(shape[axis], class_axes), dtype, axis), weights, options
+    unused = None if weights is None else weights == 0
+    return _in_one_form(labels, unused, count(shape[axis], class_axes), dtype, axis), weights, options
 
 
-def _in_one_form(labels: Labels, weights: Array | None, classes: int, dtype: DTypeLike, axis: int) -> Labels:
+def _in_one_form(labels: Labels, unused: Array | None, classes: int, dtype: DTypeLike, axis: int) -> Labels:
     if isinstance(labels, SparseLabels):
         ids, probs, others = labels
         others = None if others is None else others.astype(dtype)
-        labels = merged(SparseLabels(class_ids(ids, classes), probs.astype(dtype), others), weights, classes)
+        labels = merged(SparseLabels(class_ids(ids, classes), probs.astype(dtype), others), unused, classes)
         return labels._replace(ids=jnp.moveaxis(labels.ids, -1, axis), probs=jnp.moveaxis(labels.probs, -1, axis))
     return class_ids(labels, classes) if are_ids(labels) else labels
 

@@ -87,30 +87,29 @@ def test_pick_of_all(rng):
     np.testing.assert_array_equal(got, [z[0, 0], z[1, 2], z[2, 1], 0, 0])
 
 
-def in_one_form(ids, probs, weights=None, classes=6):
-    """{id: probability} of each row."""
-    labels = SparseLabels(jnp.int32(ids), jnp.float32(probs))
-    ids, probs, _ = merged(labels, None if weights is None else jnp.float32(weights), classes)
-    assert np.all(np.asarray(probs)[np.asarray(ids) == -1] == 0) or np.any(np.isnan(probs))
+def in_one_form(ids, probs):
+    """{id: probability} of each row, of 6 classes."""
+    ids, probs, _ = merged(SparseLabels(jnp.int32(ids), jnp.float32(probs)), None, 6)
+    assert np.all(np.asarray(probs)[np.asarray(ids) == -1] == 0)
     found = [[(int(i), float(p)) for i, p in zip(*row, strict=True) if i != -1] for row in zip(ids, probs, strict=True)]
     assert all(len(dict(row)) == len(row) for row in found)  # each id once
-    return [{i: pytest.approx(p, nan_ok=True) for i, p in row} for row in found]
+    return [{i: pytest.approx(p) for i, p in row} for row in found]
 
 
 @pytest.mark.nan
 def test_merged_entries():
     """Those of one class add up, wherever they stand; one of probability 0 is left out, whatever its id. An id that no
-    class has makes its row NaN, unless its weight is 0."""
+    class has makes its row NaN, unless that is not used."""
     ids = [[3, 1, 3, 0, 3], [5, 5, 5, 5, 5], [-1, 9, 0, -7, 2], [4, 3, 2, 1, 0]]
     probs = [[0.1, 0.2, 0.3, 0.4, 0.5], [1, 2, 3, 4, 5], [0, 0, 0.5, 0, 0.25], [0.5, 0, 0.25, 0, 1]]
     want = [{0: 0.4, 1: 0.2, 3: 0.9}, {5: 15}, {0: 0.5, 2: 0.25}, {4: 0.5, 2: 0.25, 0: 1}]
     assert in_one_form(ids, probs) == want
     assert in_one_form([[2], [0]], [[0.5], [0]]) == [{2: 0.5}, {}]
-    assert in_one_form([[0, 0]], [[0.5, 0.25]]) == [{0: 0.75}]
+    assert in_one_form([[0, 0], [1, 2]], [[0.5, 0.25], [-0.5, 1]]) == [{0: 0.75}, {1: -0.5, 2: 1}]
     for bad in (-1, 6):
         labels = SparseLabels(jnp.int32([[0, bad], [0, 5]]), jnp.full((2, 2), 0.5, jnp.float32))
-        for weights, row in ((None, True), ([1, 1], True), ([0, 1], False), ([1, 0], True)):
-            got = merged(labels, None if weights is None else jnp.float32(weights), 6).probs
+        for unused, row in ((None, True), ([False, False], True), ([True, False], False), ([False, True], True)):
+            got = merged(labels, None if unused is None else jnp.array(unused), 6).probs
             np.testing.assert_array_equal(np.isnan(got).any(-1), [row, False])
     flat = merged(SparseLabels(jnp.int32(ids), jnp.float32(probs)), None, 6)
     boxed = merged(SparseLabels(jnp.int32(ids).reshape(2, 2, 5), jnp.float32(probs).reshape(2, 2, 5)), None, 6)
@@ -154,12 +153,15 @@ def test_classes_are_counted_by_a_mask_that_they_share():
     np.testing.assert_array_equal(existing_classes(where, 6, 1, (), jnp.float32), [6, 0])
 
 
+@pytest.mark.nan
 @pytest.mark.parametrize("weighted", [False, True])
 def test_masses_and_sums_of_dense_and_of_few_labels(rng, weighted):
-    """Around any pivot; a target of 0 wins over z = -inf; a hidden class counts nowhere; a shard has its part."""
+    """Around any pivot; a target of 0 wins over z = -inf; a hidden class counts nowhere, whatever its
+    label; a shard has its part."""
     z = np.float32(rng.normal(size=(4, 6)))
     z[:, 3], where = -INF, np.ones((4, 6), bool)
-    where[1, 5], m = False, z.max(-1)
+    where[1, 5] = where[3, 1] = False
+    m = z.max(-1)
     ids = np.int32([[0, 4], [5, 1], [2, -1], [1, 2]])
     probs = np.float32([[0.5, 0.25], [0.4, 0.1], [0.2, 0], [0.7, 0.6]])
     weights = np.float32(rng.uniform(0.5, 2, 6)) if weighted else np.ones(6, np.float32)
@@ -167,19 +169,20 @@ def test_masses_and_sums_of_dense_and_of_few_labels(rng, weighted):
     for row in range(4):
         for i, p in zip(ids[row], probs[row], strict=True):
             t[row, i] += p
-    t, pivot = np.where(where, t, 0), np.int32([0, 1, 5, 2])
+    labels, t, pivot = np.where(where, t, np.nan), np.where(where, t, 0), np.int32([0, 1, 5, 2])
     at = np.arange(6) == pivot[:, None]
-    gap = np.where(t == 0, 0, np.where(np.isinf(z), 0, np.float64(z) - m[:, None]))
+    gap = np.where(t == 0, 0, np.float64(z) - m[:, None])
     mass, rest = (t * weights * at).sum(-1), t * weights * ~at
     want = mass, rest.sum(-1), (rest * gap).sum(-1)
 
     c, exists = jnp.asarray(weights)[None] if weighted else None, jnp.asarray(where)
     adjustment = Adjustment(exists, None, None)
-    labels, logits, place = jnp.asarray(t), jnp.asarray(z), jnp.asarray(pivot)
+    labels, logits, place = jnp.asarray(labels), jnp.asarray(z), jnp.asarray(pivot)
     own = own_mass(labels, c, exists, place, 6, 1, jnp.float32)
     dense = own, *dense_sums(logits, labels, c, jnp.asarray(m), place, adjustment, 1)
     for got, truth in zip(dense, want, strict=True):
         np.testing.assert_allclose(got, truth, rtol=1e-6, atol=1e-7)
+    assert own_mass(labels, c, exists, jnp.full(4, 5), 6, 1, jnp.float32)[1] == 0
     assert np.all(own_mass(labels, c, exists, place + 6, 6, 1, jnp.float32) == 0)
     assert np.all(own_mass(labels, c, exists, place - 6, 6, 1, jnp.float32) == 0)
 

@@ -512,6 +512,19 @@ def test_over_8_devices(rng, how, kind):
         assert np.max(abs(np.asarray(got) - right)) < 64 * epsilon(jnp.float32) * np.max(abs(right))
 
 
+def hessians_in_float64(student, teacher, beta):
+    def naive(a, b):
+        log_p, log_t = jax.nn.log_softmax(a), jax.nn.log_softmax(b)
+        p, t = jnp.exp(log_p), jnp.exp(log_t)
+        if beta in (0, 1):
+            return jnp.sum(t * (log_t - log_p)) if beta == 0 else jnp.sum(p * (log_p - log_t))
+        log_m = jnp.log(beta * t + (1 - beta) * p)
+        return beta * jnp.sum(t * (log_t - log_m)) + (1 - beta) * jnp.sum(p * (log_p - log_m))
+
+    with jax.enable_x64(True):
+        return jax.tree.leaves(jax.jit(jax.hessian(naive, (0, 1)))(np.float64(student), np.float64(teacher)))
+
+
 def test_vmap_and_second_derivatives(rng):
     """A row at a time as all at once; Hessians by autodiff of the textbook in float64."""
     teacher, student, _ = random_case(rng, (4, 6))
@@ -520,19 +533,29 @@ def test_vmap_and_second_derivatives(rng):
         every = kl_divergence(student, teacher_logits=teacher, beta=beta, reduction="none")
         np.testing.assert_array_equal(jax.vmap(one)(student, teacher), every)
         got = jax.jit(jax.hessian(one, (0, 1)))(student[0], teacher[0])
-
-        def naive(a, b, beta=beta):
-            log_p, log_t = jax.nn.log_softmax(a), jax.nn.log_softmax(b)
-            p, t = jnp.exp(log_p), jnp.exp(log_t)
-            if beta in (0, 1):
-                return jnp.sum(t * (log_t - log_p)) if beta == 0 else jnp.sum(p * (log_p - log_t))
-            log_m = jnp.log(beta * t + (1 - beta) * p)
-            return beta * jnp.sum(t * (log_t - log_m)) + (1 - beta) * jnp.sum(p * (log_p - log_m))
-
-        with jax.enable_x64(True):
-            want = jax.jit(jax.hessian(naive, (0, 1)))(np.float64(student[0]), np.float64(teacher[0]))
-        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        for a, b in zip(jax.tree.leaves(got), hessians_in_float64(student[0], teacher[0], beta), strict=True):
             np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+
+
+FINITE = [(last, beta) for last in ("hidden", "absent") for beta in BETAS]
+FINITE += [("of the student", 0.0), ("of the student", 0.25), ("of the teacher", 0.25), ("of the teacher", 1.0)]
+
+
+@pytest.mark.parametrize(("last", "beta"), FINITE)
+def test_second_derivatives_beside_a_class_of_probability_zero(last, beta):
+    """Reverse over reverse under a large cotangent, and forward over reverse; of logits that are 1 apart, too."""
+    inf = -np.inf
+    student = np.float32([0, 1, 0.5, {"hidden": 2, "of the student": 0.3}.get(last, inf)])
+    teacher = np.float32([1, 0, 0.5, {"hidden": np.nan, "of the teacher": 0.3}.get(last, inf)])
+    where = np.arange(4) < 3 if last == "hidden" else None
+    loss = lambda a, b: 1e6 * kl_divergence(a, teacher_logits=b, beta=beta, where=where)  # noqa: E731
+    n = 4 if last.startswith("of") else 3
+    want = hessians_in_float64(*(np.maximum(row[:n], -200) for row in (student, teacher)), beta)
+    for outer in (jax.jacrev, jax.jacfwd) if last == "hidden" else (jax.jacrev,):
+        got = jax.jit(outer(jax.jacrev(loss, (0, 1)), (0, 1)))(student, teacher)
+        for a, b in zip(jax.tree.leaves(got), want, strict=True):
+            np.testing.assert_allclose(np.asarray(a)[:n, :n] / 1e6, b, rtol=2e-5, atol=1e-6)
+            assert not np.any(a[n:]) and not np.any(a[:, n:])
 
 
 def test_optax_is_the_same_on_normalized_probabilities(rng):

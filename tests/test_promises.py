@@ -132,41 +132,38 @@ def other_doors(rng):
     the losses a row of weight 0 that is -inf alone, with an entry of no class."""
     logits, teacher = (np.float32(3 * rng.normal(size=(6, 7))) for _ in range(2))
     states, head = (np.float32(rng.normal(size=shape)) for shape in ((6, 4), (4, 7)))
-    where, weights, labels = (rng.random((6, 7)) < 0.7) | (np.arange(7) == 3), np.float32([1, 2, 0, 1, 3, 0.5]), [3] * 6
-    labels = np.asarray(labels, np.int32)
     logits[:, 1] = teacher[:, 1] = -np.inf
+    where = (rng.random((6, 7)) < 0.7) | (np.arange(7) % 3 == 0)
     for name, door in ("softmax", softmax), ("log_softmax", log_softmax):
-        seen = lambda x, door=door: jnp.sum(door(x, where=where)[:, 3])  # noqa: E731
-        yield name, seen, (logits,)
+        yield name, lambda x, door=door: jnp.sum(door(x, where=where)[:, 3]), (logits,)
 
+    labels = np.int32([3, -100, 3, 3, 3, 3])
     told = lambda found: jnp.sum(found.log_prob + found.log_normalizer + found.entropy)  # noqa: E731
-    labels[1] = -100
-    options = {"where": where, "logit_scale": 0.7, "softcap": 5.0, "ignore_index": -100}
-    yield "label_statistics", lambda x: told(label_statistics(x, labels, **options)), (logits,)
-    yield (
-        "linear_label_statistics",
-        lambda x, w: told(linear_label_statistics(x, w, labels, chunk_size=4, **options)),
-        (states, head),
-    )
+    chosen = {"where": where, "logit_scale": 0.7, "softcap": 5.0, "ignore_index": -100}
+    yield "label_statistics", lambda x: told(label_statistics(x, labels, **chosen)), (logits,)
+    of_states = lambda x, w: told(linear_label_statistics(x, w, labels, chunk_size=4, **chosen))  # noqa: E731
+    yield "linear_label_statistics", of_states, (states, head)
 
-    logits, teacher = logits.copy(), teacher.copy()
+    logits, teacher, weights = logits.copy(), teacher.copy(), np.float32([1, 2, 0, 1, 3, 0.5])
     logits[2] = teacher[2] = -np.inf
-    ids = np.int32([[3, 0]] * 2 + [[3, 7]] + [[3, 0]] * 3)
-    few = SparseLabels(ids, np.float32([[0.6, 0.3]] * 6), np.float32([0.1] * 6))
-    options = {"where": where | (np.arange(7) == 0), "weights": weights}
-    finite = np.maximum(logits, -9)
-    yield "SparseLabels", lambda x: cross_entropy(x, few, **options), (finite,)
-    yield "forward_mode", lambda x: cross_entropy(x, labels, forward_mode=True, ignore_index=-100, **options), (logits,)
+    finite, few = np.maximum(logits, -9), np.int32([[3, 0]] * 2 + [[3, 7]] + [[3, 0]] * 3)
+    few = SparseLabels(few, np.float32([[0.6, 0.3]] * 6), np.float32([0.1] * 6))
+    weighted = {"where": where, "weights": weights}
+    yield "SparseLabels", lambda x: cross_entropy(x, few, **weighted), (finite,)
+    forward = {"forward_mode": True, "ignore_index": -100, **weighted}
+    yield "forward_mode", lambda x: cross_entropy(x, labels, **forward), (logits,)
+
     for beta in 0.0, 0.25, 1.0:
-        options = {"where": where, "weights": weights, "temperature": 2.0, "beta": beta}
-        of_logits = lambda a, b, o=options: kl_divergence(a, teacher_logits=b, **o)  # noqa: E731
+        of_logits = lambda a, b, beta=beta: kl_divergence(  # noqa: E731
+            a, teacher_logits=b, temperature=2.0, beta=beta, **weighted
+        )
         yield f"kl_divergence {beta}", of_logits, (logits, teacher)
     probs = np.exp(finite, where=np.arange(7) != 5, out=np.zeros_like(finite))
     yield "kl_divergence of probabilities", lambda a, t: kl_divergence(a, t, temperature=2.0), (finite, probs)
-    of_states = lambda x, w: linear_kl_divergence(  # noqa: E731
-        x, w, teacher_x=2 * x, teacher_weight=w, chunk_size=4, weights=weights, beta=0.25
-    )
-    yield "linear_kl_divergence", of_states, (states, head)
+    yield "kl_divergence of SparseLabels", lambda a: kl_divergence(a, few, **weighted), (finite,)
+    heads = {"chunk_size": 4, "weights": weights, "beta": 0.25}
+    between = lambda x, w: linear_kl_divergence(x, w, teacher_x=2 * x, teacher_weight=w, **heads)  # noqa: E731
+    yield "linear_kl_divergence", between, (states, head)
 
 
 def test_debug_nans_stays_silent_at_every_other_door(rng):
