@@ -316,3 +316,21 @@ def test_a_row_of_weight_zero_may_hold_anything_in_others(rng, held):
         a = np.asarray(a)
         np.testing.assert_allclose(a[kept] if len(a.shape) and len(a) == 3 else a, b, rtol=1e-5, atol=1e-6)
     assert np.all(np.isfinite(got[3])) and not any(np.any(a[1]) for a in got[:3])
+
+
+def test_a_cotangent_of_zero_beside_an_infinite_loss(rng):
+    """A row whose loss is infinite but asked for by 0 has gradients of 0: probabilities, class weights, logits."""
+    logits = rng.normal(size=(2, 5)).astype(np.float32)
+    logits[0, 3], c = -np.inf, rng.uniform(0.5, 2, 5).astype(np.float32)
+    ids, probs = np.int32([[3, 1], [3, 1]]), np.float32([[0.5, 0.5], [0.5, 0.5]])
+
+    def losses(logits, probs, c):
+        return cross_entropy(logits, SparseLabels(ids, probs), class_weights=c, reduction="none")
+
+    loss, pull = jax.vjp(losses, logits, probs, c)
+    assert loss[0] == np.inf
+    dlogits, dprobs, dc = pull(jnp.float32([0, 1]))
+    alone = jax.vjp(losses, np.maximum(logits, -9), probs, c)[1](jnp.float32([0, 1]))
+    assert not np.any(dlogits[0]) and not np.any(dprobs[0])
+    for got, want in zip((dlogits, dprobs, dc), alone, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-7)
