@@ -112,9 +112,10 @@ def test_merged_entries():
             got = merged(labels, None if unused is None else jnp.array(unused), 6).probs
             np.testing.assert_array_equal(np.isnan(got).any(-1), [row, False])
     flat = merged(SparseLabels(jnp.int32(ids), jnp.float32(probs)), None, 6)
-    boxed = merged(SparseLabels(jnp.int32(ids).reshape(2, 2, 5), jnp.float32(probs).reshape(2, 2, 5)), None, 6)
-    np.testing.assert_array_equal(boxed.ids.reshape(4, 5), flat.ids)
-    np.testing.assert_array_equal(boxed.probs.reshape(4, 5), flat.probs)
+    for shape in ((2, 2, 5), (4, 1, 5)):
+        boxed = merged(SparseLabels(jnp.int32(ids).reshape(shape), jnp.float32(probs).reshape(shape)), None, 6)
+        np.testing.assert_array_equal(boxed.ids.reshape(4, 5), flat.ids)
+        np.testing.assert_array_equal(boxed.probs.reshape(4, 5), flat.probs)
     one = merged(SparseLabels(jnp.int32([[0], [6]]), jnp.float32([[1], [1]])), None, 6).probs
     np.testing.assert_array_equal(np.isnan(one), [[False], [True]])
 
