@@ -111,6 +111,8 @@ def test_merged_entries():
         for unused, row in ((None, True), ([False, False], True), ([True, False], False), ([False, True], True)):
             got = merged(labels, None if unused is None else jnp.array(unused), 6).probs
             np.testing.assert_array_equal(np.isnan(got).any(-1), [row, False])
+        boxed = merged(SparseLabels(labels.ids[None], labels.probs[None]), None, 6).probs
+        np.testing.assert_array_equal(np.isnan(boxed).any(-1), [[True, False]])
     flat = merged(SparseLabels(jnp.int32(ids), jnp.float32(probs)), None, 6)
     for shape in ((2, 2, 5), (4, 1, 5)):
         boxed = merged(SparseLabels(jnp.int32(ids).reshape(shape), jnp.float32(probs).reshape(shape)), None, 6)
