@@ -181,13 +181,12 @@ def test_masses_and_sums_of_dense_and_of_few_labels(rng, weighted):
     c, exists = jnp.asarray(weights)[None] if weighted else None, jnp.asarray(where)
     adjustment = Adjustment(exists, None, None)
     labels, logits, place = jnp.asarray(labels), jnp.asarray(z), jnp.asarray(pivot)
-    own = own_mass(labels, c, exists, place, 6, 1, jnp.float32)
-    dense = own, *dense_sums(logits, labels, c, jnp.asarray(m), place, adjustment, 1)
+    at_pivot = lambda pivot: own_mass(labels, c, exists, pivot, 6, 1, jnp.float32)  # noqa: E731
+    dense = at_pivot(place), *dense_sums(logits, labels, c, jnp.asarray(m), place, adjustment, 1)
     for got, truth in zip(dense, want, strict=True):
         np.testing.assert_allclose(got, truth, rtol=1e-6, atol=1e-7)
-    assert own_mass(labels, c, exists, jnp.full(4, 5), 6, 1, jnp.float32)[1] == 0
-    assert np.all(own_mass(labels, c, exists, place + 6, 6, 1, jnp.float32) == 0)
-    assert np.all(own_mass(labels, c, exists, place - 6, 6, 1, jnp.float32) == 0)
+    assert np.asarray(at_pivot(jnp.full(4, 5, jnp.int32)))[1] == 0
+    assert not np.any(at_pivot(place + 6)) and not np.any(at_pivot(place - 6))
 
     sparse, total = SparseLabels(jnp.asarray(ids), jnp.asarray(probs)), np.zeros((3, 4))
     for first, size in ((0, 2), (2, 4)):  # two shards
@@ -202,6 +201,6 @@ def test_masses_and_sums_of_dense_and_of_few_labels(rng, weighted):
 def test_the_references_dense_labels_are_those(rng):
     ids = rng.integers(0, 6, (5, 3)).astype(np.int32)
     probs = rng.uniform(0.1, 1, (5, 3)).astype(np.float32)
-    labels = merged(SparseLabels(jnp.asarray(ids), jnp.asarray(probs), jnp.full(5, 0.2)), None, 6)
+    labels = merged(SparseLabels(jnp.asarray(ids), jnp.asarray(probs), jnp.full(5, 0.2, jnp.float32)), None, 6)
     want = reference.dense_labels(ids, probs, np.full(5, 0.2), np.ones((5, 6), bool))
     np.testing.assert_allclose(probabilities_of(labels, None, 6, 1, ()), want, rtol=1e-6)

@@ -541,6 +541,7 @@ FINITE = [(last, beta) for last in ("hidden", "absent") for beta in BETAS]
 FINITE += [("of the student", 0.0), ("of the student", 0.25), ("of the teacher", 0.25), ("of the teacher", 1.0)]
 
 
+@pytest.mark.nan
 @pytest.mark.parametrize(("last", "beta"), FINITE)
 def test_second_derivatives_beside_a_class_of_probability_zero(last, beta):
     """Reverse over reverse under a large cotangent, and forward over reverse; of logits that are 1 apart, too."""
