@@ -146,7 +146,7 @@ def numbers_of(dtype) -> Numbers:
     series = [1 / math.factorial(k) for k in range(2, 2 + terms)]
     if terms == 3:
         series[1] += 0.75 * near**2 / math.factorial(5)
-    log = math.floor(math.log(highest)) - 20  # second derivatives are multiplied by exp(log)
+    log = math.floor(math.log(highest))
     return Numbers(0, near, -near, highest, -highest, log, math.exp(log), tuple(series))
 
 
@@ -181,13 +181,16 @@ def _term(at: At, n: Numbers, bounded: bool):
     """t ψ(r), where p = t exp(r), and p where t = 0; unless r is bounded, inf where p = 0 < t. Within a row sum:
     floating-point arithmetic alone, and few enough steps for XLA on the CPU to fuse them."""
     t, p, r = at
+    if not bounded:
+        bound = _infinite_or_0(t, n)
+        r = jnp.minimum(r, bound)  # else a second derivative is exp(r) · 0
     near = jnp.minimum(jnp.maximum(r, n.minus_near), n.near)
     series = reduce(lambda series, factor: factor + near * series, n.series[-2::-1], n.series[-1])
     linear = near - r
     if not bounded:
-        linear = jnp.minimum(linear, _infinite_or_0(t, n))
+        linear = jnp.minimum(linear, bound)
     far = (jnp.expm1(r) - jnp.expm1(near)) + linear
-    return t * (near * near * series + far) + jnp.maximum(p - t * n.e_log_highest, n.zero)
+    return t * (near * near * series + far) + jnp.maximum(p - lax.stop_gradient(t) * n.e_log_highest, n.zero)
 
 
 def _sum(f, b: Logits, a: Logits, where, shared: Shared, shares: Shares | None, pivot, axis, class_axes) -> Array:
