@@ -181,15 +181,11 @@ def _term(at: At, n: Numbers, bounded: bool):
     """t ψ(r), where p = t exp(r), and p where t = 0; unless r is bounded, inf where p = 0 < t. Within a row sum:
     floating-point arithmetic alone, and few enough steps for XLA on the CPU to fuse them."""
     t, p, r = at
-    if not bounded:
-        bound = _infinite_or_0(t, n)
-        r = jnp.minimum(r, bound)  # else a second derivative is exp(r) · 0
+    within = (lambda x: x) if bounded else partial(jnp.minimum, _infinite_or_0(t, n))
+    r = within(r)  # else a second derivative is exp(r) · 0
     near = jnp.minimum(jnp.maximum(r, n.minus_near), n.near)
     series = reduce(lambda series, factor: factor + near * series, n.series[-2::-1], n.series[-1])
-    linear = near - r
-    if not bounded:
-        linear = jnp.minimum(linear, bound)
-    far = (jnp.expm1(r) - jnp.expm1(near)) + linear
+    far = (jnp.expm1(r) - jnp.expm1(near)) + within(near - r)
     return t * (near * near * series + far) + jnp.maximum(p - lax.stop_gradient(t) * n.e_log_highest, n.zero)
 
 

@@ -20,7 +20,7 @@ from softmax_jax._dtypes import accumulator, product_dtype, upcast
 from softmax_jax._head import Each, Shared, affine, classes_of, dealt, emptied, logits_of, reduced, specs_of
 from softmax_jax._sharding import Names, entries_of, exactly, explicit_mesh, fit, over_devices, psum
 from softmax_jax._targets import SparseLabels, existing, probabilities_of
-from softmax_jax._token_loss import divide, label_specs, mean_divisor, option_specs, prepare
+from softmax_jax._token_loss import divide, label_specs, mean_divisor, option_specs, prepare, unused_by
 
 
 def kl_divergence(
@@ -303,7 +303,7 @@ def _losses(logits, teacher: Logits, weights, options: Options, beta, axis: int,
     student = Logits(wide(logits), Adjustment(None, options.logit_scale, options.softcap))
     teacher = teacher._replace(raw=wide(teacher.raw))
     both = (student, teacher) if how.reverse else (teacher, student)
-    unused = None if weights is None else weights == 0
+    unused = unused_by(weights)
     losses = divergence(*both, options.where, beta, unused, axis, how.class_axes)
     return losses if weights is None else weights * losses
 

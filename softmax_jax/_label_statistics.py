@@ -28,6 +28,7 @@ from softmax_jax._token_loss import (
     negative_log_likelihood,
     option_specs,
     prepare,
+    unused_by,
     without,
 )
 
@@ -227,7 +228,7 @@ def _statistics(
     logits: Array, labels: Any, weights: Array | None, options: Options, axis: int, class_axes: Names
 ) -> LabelStatistics:
     adjustment = Adjustment(options.where, options.logit_scale, options.softcap)
-    unused = None if weights is None else weights == 0
+    unused = unused_by(weights)
     operands = logits, labels, None, adjustment, unused
     sums: Any = class_sums(*operands, axis=axis, asked=Asked(moment=True), class_axes=class_axes, forward_mode=False)
     used = lambda value: value if unused is None else jnp.where(unused, jnp.zeros_like(value), value)  # noqa: E731

@@ -97,8 +97,13 @@ def prepare(labels: Labels, options: Options, shape: tuple[int, ...], dtype: DTy
     for keep in kept:
         weights = jnp.broadcast_to(jnp.where(keep, 1 if weights is None else weights, 0).astype(dtype), batch)
     options = options._replace(where=where, class_weights=class_weights, weights=None, ignore_index=None)
-    unused = None if weights is None else weights == 0
-    return _in_one_form(labels, unused, count(shape[axis], class_axes), dtype, axis), weights, options
+    classes = count(shape[axis], class_axes)
+    return _in_one_form(labels, unused_by(weights), classes, dtype, axis), weights, options
+
+
+def unused_by(weights: Array | None) -> Array | None:
+    """The tokens of weight 0, whatever they hold; None for none."""
+    return None if weights is None else weights == 0
 
 
 def _in_one_form(labels: Labels, unused: Array | None, classes: int, dtype: DTypeLike, axis: int) -> Labels:
@@ -192,7 +197,7 @@ def weighted_losses(
     forward_mode: bool = False,
 ) -> Array:
     """weights · ℓ of every token."""
-    unused = None if weights is None else weights == 0
+    unused = unused_by(weights)
     if isinstance(labels, SparseLabels) and labels.others is not None and unused is not None:
         labels = labels._replace(others=jnp.where(unused, 0, labels.others))
     labels, evenly = _evenly(labels, options, logits.shape[axis], axis, class_axes, accumulator(logits.dtype))

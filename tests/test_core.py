@@ -126,18 +126,13 @@ def test_merged_entries():
 @pytest.mark.parametrize("axis", [0, 1])
 def test_others_are_spread_over_the_classes_without_an_entry(hidden, axis):
     """Of those that exist, be it one; where all have an entry, `others` is left out."""
-    ids, probs = (
-        np.int32([[0, 2], [5, -1], [1, 0], [3, 4]]),
-        np.float32([[0.5, 0.25], [0.4, 0], [0.2, 0.3], [0.1, 0.2]]),
-    )
+    ids = np.int32([[0, 2], [5, -1], [1, 0], [3, 4]])
+    probs = np.float32([[0.5, 0.25], [0.4, 0], [0.2, 0.3], [0.1, 0.2]])
     others, where = np.float32([0.3, 0.6, 0.4, 0.7]), np.ones((4, 6), bool)
     if hidden:
         where[0, 1], where[1, 5], where[2], where[3] = False, False, np.arange(6) < 2, np.arange(6) > 2
     each = np.float32([0.3 / 3, 0.6 / 5, 0, 0.7] if hidden else [0.3 / 4, 0.6 / 5, 0.4 / 4, 0.7 / 4])
-    want = np.where(where, each[:, None], 0)
-    for row, i, p in zip(np.repeat(range(4), 2), ids.ravel(), probs.ravel(), strict=True):
-        if i >= 0 and where[row, i]:
-            want[row, i] = p
+    want = reference.dense_labels(ids, probs, others, where)
     turn = lambda a: jnp.asarray(a if axis == 1 else a.T)  # noqa: E731
     labels = SparseLabels(turn(ids), turn(probs), jnp.asarray(others))
     exists = turn(where) if hidden else None
@@ -168,11 +163,8 @@ def test_masses_and_sums_of_dense_and_of_few_labels(rng, weighted):
     ids = np.int32([[0, 4], [5, 1], [2, -1], [1, 2]])
     probs = np.float32([[0.5, 0.25], [0.4, 0.1], [0.2, 0], [0.7, 0.6]])
     weights = np.float32(rng.uniform(0.5, 2, 6)) if weighted else np.ones(6, np.float32)
-    t = np.zeros((4, 6), np.float32)
-    for row in range(4):
-        for i, p in zip(ids[row], probs[row], strict=True):
-            t[row, i] += p
-    labels, t, pivot = np.where(where, t, np.nan), np.where(where, t, 0), np.int32([0, 1, 5, 2])
+    t, pivot = np.float32(reference.dense_labels(ids, probs, None, where)), np.int32([0, 1, 5, 2])
+    labels = np.where(where, t, np.nan)
     at = np.arange(6) == pivot[:, None]
     gap = np.where(t == 0, 0, np.float64(z) - m[:, None])
     mass, rest = (t * weights * at).sum(-1), t * weights * ~at

@@ -329,8 +329,13 @@ def test_a_cotangent_of_zero_beside_an_infinite_loss(rng):
 
     loss, pull = jax.vjp(losses, logits, probs, c)
     assert loss[0] == np.inf
-    dlogits, dprobs, dc = pull(jnp.float32([0, 1]))
-    alone = jax.vjp(losses, np.maximum(logits, -9), probs, c)[1](jnp.float32([0, 1]))
+    cotangent = jnp.float32([0, rng.normal()])
+    dlogits, dprobs, dc = pull(cotangent)
+    alone = jax.vjp(losses, np.maximum(logits, -9), probs, c)[1](cotangent)
     assert not np.any(dlogits[0]) and not np.any(dprobs[0])
+    t = reference.dense_labels(ids, probs, None, np.ones((2, 5), bool))[1:]
+    of_row = np.float64(cotangent[1:])
+    want = reference.cross_entropy(logits[1:], t, class_weights=c, reduction="none", cotangent=of_row)
+    assert_within(dlogits[1:], want.grad, want.grad_condition, 8)
     for got, want in zip((dlogits, dprobs, dc), alone, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-7)
