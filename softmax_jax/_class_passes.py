@@ -66,7 +66,7 @@ def sum_of_others(logits: Array, m: Array, pivot: Array, adjustment: Adjustment,
         e = jnp.exp(z_of(arrays, adjustment, m, axis))
         return e * jnp.minimum(distance(pivot, e, axis), one)
 
-    arrays = logits, adjustment.where, as_operands(logits, m.dtype, 1)
+    arrays = logits, adjustment.where, as_operands(m.dtype, (1,))
     return sum_over_classes(others, arrays, m, pivot, axis)
 
 
@@ -104,15 +104,15 @@ def top_class(logits: Array, m: Array, adjustment: Adjustment, axis: int, class_
     low = jnp.maximum(m - 8 * half, float(info.min))
     size, classes = logits.shape[axis], count(logits.shape[axis], class_axes)
 
-    def ranks(arrays, low, first, axis):
-        *arrays, (away, per_half, scale) = arrays
-        level = jnp.maximum(jnp.round(z_of(arrays, adjustment, low, axis) * per_half), away)
+    def ranks(arrays, rows, first, axis):
+        (*arrays, (away, scale)), (low, per_half) = arrays, rows
+        steps = z_of(arrays, adjustment, low, axis) * jnp.expand_dims(per_half, axis)
+        level = jnp.maximum(jnp.round(steps), away)
         before = _until(first, level, axis, largest=11 * size)
         return level.astype(before.dtype) * scale.astype(before.dtype) - before
 
-    numbers = *as_operands(logits, m.dtype, -1), jnp.expand_dims(1 / half, axis), *as_operands(logits, m.dtype, size)
-    arrays = logits, adjustment.where, numbers
-    rank = over_classes(jnp.maximum, ranks, arrays, low, jnp.zeros_like(m, jnp.int32), axis)
+    arrays, rows = (logits, adjustment.where, as_operands(m.dtype, (-1, size))), (low, 1 / half)
+    rank = over_classes(jnp.maximum, ranks, arrays, rows, jnp.zeros_like(m, jnp.int32), axis)
     level, top = jnp.divmod(jnp.where(rank >= 0, rank, -1).astype(jnp.int32), size)  # of NaN too
     rank = pmax(level * classes + top + offset(size, class_axes), class_axes)
     return jnp.where(rank >= 0, rank % classes, classes)

@@ -11,18 +11,18 @@ from softmax_jax._divergence_sums import (
     At,
     Half,
     Logits,
-    Numbers,
     Rows,
     exchanged,
     log_ratio,
+    lowest_ratio,
     mixed,
-    operands_of,
+    numbers_of,
     rows_of,
     shares_of,
     z_of,
 )
 from softmax_jax._dtypes import nan_unless
-from softmax_jax._passes import apart
+from softmax_jax._passes import apart, as_operands
 from softmax_jax._sharding import Names, check_gradient, offset, vary, varying
 
 
@@ -47,15 +47,15 @@ def _weighing(at: At, here, half: Half):
     return jnp.where(here, half.moment + half.miss * half.divergence, -at.t * (at.r + half.divergence))
 
 
-def _slopes(at: At, rows: Rows, beta, place, n: Numbers):
+def _slopes(at: At, rows: Rows, beta, place):
     """(db, da)."""
     if rows.of_p is None:
         da = jnp.where(at.r > -1, -at.p * jnp.expm1(-jnp.maximum(at.r, -1)), at.p - at.t)
-        r = jnp.where(at.t == 0, 0, jnp.maximum(at.r, n.lowest))  # 0 · inf is NaN, in a derivative too
+        r = jnp.where(at.t == 0, 0, at.r)  # 0 · inf is NaN in a derivative
         return _weighing(at._replace(r=r), place(rows.of_t), rows.of_t), da
     shares = shares_of(beta)
-    db = beta * _weighing(mixed(at, shares, n), place(rows.of_t), rows.of_t)
-    of_p = mixed(exchanged(at, n), shares.exchanged(), n)
+    db = beta * _weighing(mixed(at, shares), place(rows.of_t), rows.of_t)
+    of_p = mixed(exchanged(at), shares.exchanged())
     return db, (1 - beta) * _weighing(of_p, place(rows.of_p), rows.of_p)
 
 
@@ -75,10 +75,10 @@ def _divergence_fwd(b, a, where, beta, unused, axis, class_axes):
 def _divergence_bwd(axis, class_axes, residuals, cotangent):
     b, a, where, beta, unused, rows = residuals
     dbeta = None if beta is None else jnp.sum(cotangent * (rows.of_t.divergence - rows.of_p.divergence))
-    numbers = operands_of(b.raw, cotangent.dtype)
+    n = as_operands(cotangent.dtype, numbers_of(cotangent.dtype))
     cotangent = vary(cotangent, varying((b, a)))
     rows = rows._replace(of_t=_finite(rows.of_t, cotangent), of_p=_finite(rows.of_p, cotangent))
-    b_raw, a_raw, rows, cotangent, numbers = apart(b.raw, a.raw, rows, cotangent, numbers)
+    b_raw, a_raw, rows, cotangent, n = apart(b.raw, a.raw, rows, cotangent, n)
     rows, cotangent = jax.tree.map(lambda row: jnp.expand_dims(row, axis), (rows, cotangent))
     if unused is not None:
         b_raw, a_raw = (jnp.where(jnp.expand_dims(unused, axis), 0, raw) for raw in (b_raw, a_raw))
@@ -88,9 +88,9 @@ def _divergence_bwd(axis, class_axes, residuals, cotangent):
     shared, first = rows.shared, offset(z_b.shape[axis], class_axes)
     place = lambda half: is_at(jnp.squeeze(half.top, axis) - first, z_b, axis)  # noqa: E731
     t, p = jnp.exp(z_b - shared.b_m) * shared.b_top, jnp.exp(z_a - shared.a_m) * shared.a_top
-    everywhere = At(t, p, log_ratio(z_b, z_a, shared, numbers))
-    at = jax.tree.map(partial(jnp.where, place(rows.of_t)), rows.at_pivot, everywhere)
-    db, da = pull(tuple(cotangent * slope for slope in _slopes(at, rows, beta, place, numbers)))
+    r = log_ratio(z_b, z_a, shared, lowest_ratio(n, beta is not None), n.log_highest, n)
+    at = jax.tree.map(partial(jnp.where, place(rows.of_t)), rows.at_pivot, At(t, p, r))
+    db, da = pull(tuple(cotangent * slope for slope in _slopes(at, rows, beta, place)))
     return db, da, None, dbeta, None
 
 

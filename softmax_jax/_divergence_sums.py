@@ -21,7 +21,7 @@ the top of a, then r_c = nll_b - nll_a, however close both are to 0.
 """
 
 import math
-from functools import cache, partial, reduce
+from functools import cache, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -150,66 +150,67 @@ def numbers_of(dtype) -> Numbers:
     return Numbers(0, near, -near, highest, -highest, log, math.exp(log), tuple(series))
 
 
-def operands_of(like: Array, dtype) -> Numbers:
-    """The numbers as operands of one pass over `like`."""
-    return jax.tree.map(lambda number: as_operands(like, dtype, number)[0], numbers_of(dtype))
+def of_ratio(n: Numbers) -> Numbers:
+    """What `log_ratio` and its bounds need of them."""
+    return Numbers(None, None, None, n.highest, n.lowest, n.log_highest, None, ())
 
 
-def log_ratio(b, a, shared: Shared, n: Numbers):
-    """r of the z of every class but the pivot: -inf where p = 0, bounded where t = 0."""
+def log_ratio(b, a, shared: Shared, lowest, highest, n: Numbers):
+    """r of the z of every class but the pivot, from `lowest`, where p = 0, to `highest`, where t = 0."""
     away = (a - shared.a_shift) - (jnp.maximum(b, n.lowest) - shared.b_shift)
-    return jnp.minimum(away - shared.gap, n.log_highest)
+    return jnp.maximum(jnp.minimum(away - shared.gap, highest), lowest)
 
 
-def mixed(at: At, shares: Shares, n: Numbers) -> At:
-    """t, m and log(m/t)."""
-    r = jnp.maximum(at.r, -n.log_highest)
-    log = jnp.log1p(shares.smaller * jnp.expm1(shares.sign * r)) + shares.added * r
-    return At(at.t, shares.beta * at.t + shares.gamma * at.p, log)
+def lowest_ratio(n: Numbers, mixture: bool):
+    """A finite r for p = 0. In a mixture exp(-r) is finite too."""
+    return -n.log_highest if mixture else n.lowest
 
 
-def exchanged(at: At, n: Numbers) -> At:
-    return At(at.p, at.t, jnp.minimum(-at.r, n.log_highest))
+def mixed(at: At, shares: Shares) -> At:
+    """t, γ p and log(m/t), of a finite r."""
+    log = jnp.log1p(shares.smaller * jnp.expm1(shares.sign * at.r)) + shares.added * at.r
+    return At(at.t, shares.gamma * at.p, log)
 
 
-def _infinite_or_0(t, n: Numbers):
-    """inf, and 0 where t is."""
-    return n.highest * jnp.minimum(lax.stop_gradient(t) * n.highest, n.highest)
+def exchanged(at: At) -> At:
+    """p, t and log(t/p), 0 where p is."""
+    return At(at.p, at.t, jnp.where(at.p == 0, 0, -at.r))
 
 
-def _term(at: At, n: Numbers, bounded: bool):
-    """t ψ(r), where p = t exp(r), and p where t = 0; unless r is bounded, inf where p = 0 < t. Within a row sum:
-    floating-point arithmetic alone, and few enough steps for XLA on the CPU to fuse them."""
+def _term(at: At, n: Numbers):
+    """t ψ(r), where p = t exp(r), and p where t = 0; inf where p = 0 < t. (Of a mixture γ p will do: beside β t it is
+    what matters where t is too small for r.) Within a row sum: floating-point arithmetic alone, and few enough steps
+    for XLA on the CPU to fuse them."""
     t, p, r = at
-    within = (lambda x: x) if bounded else partial(jnp.minimum, _infinite_or_0(t, n))
-    r = within(r)  # else a second derivative is exp(r) · 0
     near = jnp.minimum(jnp.maximum(r, n.minus_near), n.near)
     series = reduce(lambda series, factor: factor + near * series, n.series[-2::-1], n.series[-1])
-    far = (jnp.expm1(r) - jnp.expm1(near)) + within(near - r)
+    far = (jnp.expm1(r) - jnp.expm1(near)) + (near - r)
     return t * (near * near * series + far) + jnp.maximum(p - lax.stop_gradient(t) * n.e_log_highest, n.zero)
 
 
-def _sum(f, b: Logits, a: Logits, where, shared: Shared, shares: Shares | None, pivot, axis, class_axes) -> Array:
-    """Σ_{v≠pivot} f(t, p, r; n), of a mixture f(t, m, log(m/t); n)."""
+def _sum(f, n: Numbers, b: Logits, a: Logits, where, shared: Shared, shares: Shares | None, pivot, axis, class_axes):
+    """Σ_{v≠pivot} f(t, p, r; n), of a mixture f(t, γ p, log(m/t); n). r is 0 where t is: 0 · inf is NaN, in a
+    derivative too."""
 
-    def others(arrays, _, pivot, axis):
-        b_raw, a_raw, where, shared, shares, n = arrays
+    def others(arrays, shared, pivot, axis):
+        b_raw, a_raw, where, shares, n = arrays
+        shared = jax.tree.map(lambda row: jnp.expand_dims(row, axis), shared)
         z_b, z_a = z_of(b._replace(raw=b_raw), where), z_of(a._replace(raw=a_raw), where)
         away = distance(pivot, z_b, axis)  # 0 at the pivot, else at least 1
         t = jnp.exp(z_b - shared.b_m) * jnp.minimum(away, shared.b_top)
         p = jnp.exp(z_a - shared.a_m) * jnp.minimum(away, shared.a_top)
-        at = At(t, p, log_ratio(z_b, z_a, shared, n))
-        return f(at if shares is None else mixed(at, shares, n), n)
+        bound = n.highest * jnp.minimum(lax.stop_gradient(t) * n.highest, n.highest)  # inf, and 0 where t is
+        highest = jnp.minimum(bound, n.log_highest)
+        at = At(t, p, log_ratio(z_b, z_a, shared, -bound if shares is None else -highest, highest, n))
+        return f(at if shares is None else mixed(at, shares), n)
 
-    across = jax.tree.map(lambda row: jnp.expand_dims(row, axis), shared)
-    wide = jax.tree.map(lambda share: jnp.broadcast_to(share, (1,) * b.raw.ndim), shares)
-    arrays = b.raw, a.raw, where, across, wide, operands_of(b.raw, shared.b_m.dtype)
+    arrays = b.raw, a.raw, where, shares, as_operands(shared.b_m.dtype, n)
     here = pivot - offset(b.raw.shape[axis], class_axes)
-    return psum(sum_over_classes(others, arrays, shared.b_m, here, axis), class_axes)
+    return psum(sum_over_classes(others, arrays, shared, here, axis), class_axes)
 
 
-def _first_moment(at: At, n: Numbers):
-    return at.t * jnp.maximum(at.r, -_infinite_or_0(at.t, n))
+def _first_moment(at: At, _: Numbers):
+    return at.t * at.r
 
 
 class Half(NamedTuple):
@@ -235,18 +236,19 @@ def rows_of(b: Logits, a: Logits, where, beta, unused, axis, class_axes) -> Rows
     top_b, top_a = (_top(logits, where, unused, axis, class_axes) for logits in (b, a))
     shared, at_pivot = shared_by(top_b, top_a), _at_pivot(top_b, top_a, a, where, axis, class_axes)
     n, shares = numbers_of(shared.b_m.dtype), None if beta is None else shares_of(beta)
-    term = partial(_term, bounded=shares is not None)
+    finite = at_pivot._replace(r=jnp.maximum(at_pivot.r, lowest_ratio(n, shares is not None)))
 
     def half(b, a, shared, shares, top, at_pivot):
         sums = [
-            _sum(f, b, a, where, shared, shares, place, axis, class_axes)
-            for f, place in ((term, top_b.place), (_first_moment, top.place))
+            _sum(f, of_f, b, a, where, shared, shares, place, axis, class_axes)
+            for f, of_f, place in ((_term, n, top_b.place), (_first_moment, of_ratio(n), top.place))
         ]
-        there = term(at_pivot if shares is None else mixed(at_pivot, shares, n), n)
+        there = _term(at_pivot, n)
         return Half(top.place, -jnp.expm1(-top.nll), sums[0] + there, sums[1])
 
-    of_t = half(b, a, shared, shares, top_b, at_pivot)
     if shares is None:
-        return Rows(shared, at_pivot, of_t, None)
-    of_p = half(a, b, shared.exchanged(), shares.exchanged(), top_a, exchanged(at_pivot, n))
-    return Rows(shared, at_pivot, of_t, of_p)
+        return Rows(shared, finite, half(b, a, shared, None, top_b, at_pivot), None)
+    of_t = half(b, a, shared, shares, top_b, mixed(finite, shares))
+    back = shares.exchanged()
+    of_p = half(a, b, shared.exchanged(), back, top_a, mixed(exchanged(finite), back))
+    return Rows(shared, finite, of_t, of_p)

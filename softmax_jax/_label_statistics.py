@@ -268,7 +268,7 @@ def _place(logits: Array, labels: Array, adjustment: Adjustment, axis: int, clas
         gap = z_of((logits, where), adjustment, -minus_own, axis)
         return jnp.clip(until(here, gap, axis), zero, one) * (one - jnp.minimum(jnp.abs(gap) * huge, one))
 
-    arrays = logits, adjustment.where, as_operands(logits, own.dtype, 0, 1, float(jnp.finfo(own.dtype).max) / 4)
+    arrays = logits, adjustment.where, as_operands(own.dtype, (0, 1, float(jnp.finfo(own.dtype).max) / 4))
     rank = psum(sum_over_classes(larger, arrays, own, here, axis), class_axes)
     ties = psum(sum_over_classes(equal_and_before, arrays, -own, here, axis), class_axes)
     return (rank == 0) & (ties == 0), rank.astype(jnp.int32)

@@ -57,66 +57,71 @@ def _blocks(classes: int) -> int:
     return next((classes // size for size in sizes if classes % size == 0), 1)
 
 
-def over_classes(combine: Any, f: Callable, arrays: PyTree, m: Array, pivot: Array, axis: int) -> Array:
+def over_classes(combine: Any, f: Callable, arrays: PyTree, rows: PyTree, pivot: Array, axis: int) -> Array:
     """f reduced over the classes by `combine`, a ufunc like `jnp.add`: [*batch]. A pass of its own.
 
-    f(arrays, m, pivot, axis) gets the `arrays`, which have the classes (or 1) on `axis`, one block of classes at a
-    time: as [.., blocks, classes, ..], or one class alone. m and pivot, the numbers of a token, are broadcastable to
-    what is left without `axis`, the pivot counted from the block's first class; the classes are on the new axis.
+    f(arrays, rows, pivot, axis) gets the `arrays`, which have the classes (or 1) on `axis` or are scalars, one block of
+    classes at a time: as [.., blocks, classes, ..], or one class alone. rows and pivot, the numbers of a token, are
+    broadcastable to what is left without `axis`, the pivot counted from the block's first class; the classes are on the
+    new axis. (Scalars and rows without `axis`: of an array of its rank, each is a step more for the compiler, and XLA
+    on the CPU fuses a row sum of a hundred.)
     """
-    leaves = jax.tree.leaves(arrays)
-    classes = max(array.shape[axis] for array in leaves)
-    if classes <= FEW and m.size >= MANY and not any(entries_of(array)[axis] for array in leaves):
-        return alone(partial(_class_by_class, combine, f, classes, axis=axis), arrays, m, pivot)
+    sized = [array for array in jax.tree.leaves(arrays) if array.ndim]
+    classes, tokens = max(array.shape[axis] for array in sized), jax.tree.leaves(rows)[0].size
+    if classes <= FEW and tokens >= MANY and not any(entries_of(array)[axis] for array in sized):
+        return alone(partial(_class_by_class, combine, f, classes, axis=axis), arrays, rows, pivot)
     blocks = _blocks(classes)
     if blocks == 1:
-        return _alone(combine, f, arrays, m, pivot, axis)
+        return _alone(combine, f, arrays, rows, pivot, axis)
     # The blocks are made before the fence: behind it, XLA on the CPU turns 16-bit logits into float32 first, and the
     # pass takes 4x as long (1024 x 128256 bfloat16, 0.12).
     arrays = jax.tree.map(partial(_in_blocks, blocks, classes, axis), arrays)
-    pivot = jnp.expand_dims(pivot, axis) - _first_of_blocks(blocks, classes // blocks, m, axis)
-    return combine.reduce(_alone(combine, f, arrays, jnp.expand_dims(m, axis), pivot, axis + 1), axis=axis)
+    rows, pivot = jax.tree.map(lambda row: jnp.expand_dims(row, axis), (rows, pivot))
+    pivot = pivot - _first_of_blocks(blocks, classes // blocks, pivot.ndim, axis)
+    return combine.reduce(_alone(combine, f, arrays, rows, pivot, axis + 1), axis=axis)
 
 
-def sum_over_classes(f: Callable, arrays: PyTree, m: Array, pivot: Array, axis: int) -> Array:
+def sum_over_classes(f: Callable, arrays: PyTree, rows: PyTree, pivot: Array, axis: int) -> Array:
     """Σ_v f, by `over_classes`."""
-    return over_classes(jnp.add, f, arrays, m, pivot, axis)
+    return over_classes(jnp.add, f, arrays, rows, pivot, axis)
 
 
 def _class_by_class(
-    combine: Any, f: Callable, classes: int, arrays: PyTree, m: Array, pivot: Array, axis: int
+    combine: Any, f: Callable, classes: int, arrays: PyTree, rows: PyTree, pivot: Array, axis: int
 ) -> Array:
     def of_class(v):
-        one = lambda a: a if a.shape[axis] < classes else lax.slice_in_dim(a, v, v + 1, axis=axis)  # noqa: E731
-        return f(jax.tree.map(one, arrays), m, pivot - v, axis)
+        one = lambda a: lax.slice_in_dim(a, v, v + 1, axis=axis) if a.ndim and a.shape[axis] == classes else a  # noqa: E731
+        return f(jax.tree.map(one, arrays), rows, pivot - v, axis)
 
     return jnp.squeeze(reduce(combine, map(of_class, range(classes))), axis)
 
 
 def _in_blocks(blocks: int, classes: int, axis: int, array: Array) -> Array:
+    if not array.ndim:
+        return array
     sizes = (blocks, classes // blocks) if array.shape[axis] == classes else (1, 1)
     return array.reshape(*array.shape[:axis], *sizes, *array.shape[axis + 1 :])
 
 
-def _first_of_blocks(blocks: int, size: int, like: Array, axis: int) -> Array:
-    """The first class of each block, on an axis more than `like` has."""
-    shape = [blocks if a == axis else 1 for a in range(like.ndim + 1)]
+def _first_of_blocks(blocks: int, size: int, ndim: int, axis: int) -> Array:
+    """The first class of each block."""
+    shape = [blocks if a == axis else 1 for a in range(ndim)]
     return lax.broadcasted_iota(jnp.int32, shape, axis) * size
 
 
-def _alone(combine: Any, f: Callable, arrays: PyTree, m: Array, pivot: Array, axis: int) -> Array:
+def _alone(combine: Any, f: Callable, arrays: PyTree, rows: PyTree, pivot: Array, axis: int) -> Array:
     """f reduced over `axis`, by `alone`."""
     unfenced = arrays
 
-    def reduced(arrays, m, pivot):
+    def reduced(arrays, rows, pivot):
         # Where the compiler makes a mask as large as the logits, one serves all passes: not fenced, and of one shape.
         arrays = jax.tree.map(lambda a, fenced: a if a.dtype == bool else fenced, unfenced, arrays)
-        return combine.reduce(f(arrays, m, pivot, axis), axis=axis, keepdims=True)
+        return combine.reduce(f(arrays, rows, pivot, axis), axis=axis, keepdims=True)
 
-    return jnp.squeeze(alone(reduced, arrays, m, pivot), axis)
+    return jnp.squeeze(alone(reduced, arrays, rows, pivot), axis)
 
 
-def as_operands(like: Array, dtype: Any, *numbers: float | int) -> tuple[Array, ...]:
-    """Numbers for one pass by itself, of the rank of `like`: as constants, XLA on the CPU would share them between the
-    passes of two losses in one program, and write each out at the size of the logits."""
-    return tuple(jnp.full((1,) * like.ndim, number, dtype) for number in numbers)
+def as_operands(dtype: Any, numbers: PyTree) -> PyTree:
+    """Numbers for one pass by itself: as constants, XLA on the CPU would share them between the passes of two losses in
+    one program, and write each out at the size of the logits."""
+    return jax.tree.map(lambda number: jnp.full((), number, dtype), numbers)
