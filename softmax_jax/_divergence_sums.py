@@ -243,8 +243,7 @@ def rows_of(b: Logits, a: Logits, where, beta, unused, axis, class_axes) -> Rows
             _sum(f, of_f, b, a, where, shared, shares, place, axis, class_axes)
             for f, of_f, place in ((_term, n, top_b.place), (_first_moment, of_ratio(n), top.place))
         ]
-        there = _term(at_pivot, n)
-        return Half(top.place, -jnp.expm1(-top.nll), sums[0] + there, sums[1])
+        return Half(top.place, -jnp.expm1(-top.nll), sums[0] + _term(at_pivot, n), sums[1])
 
     if shares is None:
         return Rows(shared, finite, half(b, a, shared, None, top_b, at_pivot), None)
