@@ -512,7 +512,9 @@ def test_over_8_devices(rng, how, kind):
         assert np.max(abs(np.asarray(got) - right)) < 64 * epsilon(jnp.float32) * np.max(abs(right))
 
 
-def hessians_in_float64(student, teacher, beta):
+def hessians_in_float64(students, teachers, beta):
+    """Of each row: four of [*batch, classes, classes]."""
+
     def naive(a, b):
         log_p, log_t = jax.nn.log_softmax(a), jax.nn.log_softmax(b)
         p, t = jnp.exp(log_p), jnp.exp(log_t)
@@ -522,7 +524,8 @@ def hessians_in_float64(student, teacher, beta):
         return beta * jnp.sum(t * (log_t - log_m)) + (1 - beta) * jnp.sum(p * (log_p - log_m))
 
     with jax.enable_x64(True):
-        return jax.tree.leaves(jax.jit(jax.hessian(naive, (0, 1)))(np.float64(student), np.float64(teacher)))
+        of_rows = jax.jit(jax.vmap(jax.hessian(naive, (0, 1))))
+        return jax.tree.leaves(of_rows(np.float64(students), np.float64(teachers)))
 
 
 def test_vmap_and_second_derivatives(rng):
@@ -532,8 +535,8 @@ def test_vmap_and_second_derivatives(rng):
         one = lambda a, b, beta=beta: kl_divergence(a, teacher_logits=b, beta=beta)  # noqa: E731
         every = kl_divergence(student, teacher_logits=teacher, beta=beta, reduction="none")
         np.testing.assert_array_equal(jax.vmap(one)(student, teacher), every)
-        got = jax.jit(jax.hessian(one, (0, 1)))(student[0], teacher[0])
-        for a, b in zip(jax.tree.leaves(got), hessians_in_float64(student[0], teacher[0], beta), strict=True):
+        got = jax.jit(jax.vmap(jax.hessian(one, (0, 1))))(student, teacher)
+        for a, b in zip(jax.tree.leaves(got), hessians_in_float64(student, teacher, beta), strict=True):
             np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
 
 
@@ -558,14 +561,14 @@ def test_second_derivatives_beside_a_class_of_probability_zero(rng, last, beta):
         a, teacher_logits=b, beta=beta, where=where, weights=cotangent, reduction="sum"
     )
     n = 4 if last.startswith("of") else 3
+    want = hessians_in_float64(*(np.maximum(rows[:, :n], -200) for rows in (student, teacher)), beta)
     for outer in (jax.jacrev, jax.jacfwd) if last == "hidden" else (jax.jacrev,):
-        got = [np.array(h) for h in jax.tree.leaves(jax.jit(outer(jax.jacrev(loss, (0, 1)), (0, 1)))(student, teacher))]
-        for row, g in enumerate(cotangent):
-            want = hessians_in_float64(*(np.maximum(rows[row, :n], -200) for rows in (student, teacher)), beta)
-            for a, b in zip(got, want, strict=True):
-                np.testing.assert_allclose(a[row, :n, row, :n] / g, b, rtol=2e-5, atol=1e-6)
+        got = jax.tree.leaves(jax.jit(outer(jax.jacrev(loss, (0, 1)), (0, 1)))(student, teacher))
+        for a, b in zip(map(np.array, got), want, strict=True):
+            for row, g in enumerate(cotangent):
+                np.testing.assert_allclose(a[row, :n, row, :n] / g, b[row], rtol=2e-5, atol=1e-6)
                 a[row, :n, row, :n] = 0
-        assert not np.any(got)  # of two tokens, and of what is absent
+            assert not np.any(a)  # of two tokens, and of what is absent
 
 
 def test_optax_is_the_same_on_normalized_probabilities(rng):
