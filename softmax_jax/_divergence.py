@@ -13,10 +13,11 @@ from softmax_jax._divergence_sums import (
     Logits,
     Rows,
     exchanged,
+    log_mixture,
     log_ratio,
     lowest_ratio,
-    mixed,
     numbers_of,
+    of_ratio,
     rows_of,
     shares_of,
     z_of,
@@ -42,21 +43,21 @@ def _value(rows: Rows, beta):
 # came, and a few numbers a token.
 
 
-def _weighing(at: At, here, half: Half):
-    """-t (r + K), in which the logarithm is that of `at`, exact at the top."""
-    return jnp.where(here, half.moment + half.miss * half.divergence, -at.t * (at.r + half.divergence))
+def _weighing(t, log, here, half: Half):
+    """-t (log + K), in which the logarithm is exact at the top."""
+    return jnp.where(here, half.moment + half.miss * half.divergence, -t * (log + half.divergence))
 
 
 def _slopes(at: At, rows: Rows, beta, place):
     """(db, da)."""
-    if rows.of_p is None:
-        da = jnp.where(at.r > -1, -at.p * jnp.expm1(-jnp.maximum(at.r, -1)), at.p - at.t)
-        r = jnp.where(at.t == 0, 0, at.r)  # 0 · inf is NaN in a derivative
-        return _weighing(at._replace(r=r), place(rows.of_t), rows.of_t), da
-    shares = shares_of(beta)
-    db = beta * _weighing(mixed(at, shares), place(rows.of_t), rows.of_t)
-    of_p = mixed(exchanged(at), shares.exchanged())
-    return db, (1 - beta) * _weighing(of_p, place(rows.of_p), rows.of_p)
+    shares = None if beta is None else shares_of(beta)
+    r = jnp.where(at.t == 0, 0, at.r)  # 0 · inf is NaN in a derivative
+    db = _weighing(at.t, log_mixture(r, shares), place(rows.of_t), rows.of_t)
+    if shares is None or rows.of_p is None:
+        return db, jnp.where(at.r > -1, -at.p * jnp.expm1(-jnp.maximum(at.r, -1)), at.p - at.t)
+    back = exchanged(at)
+    da = _weighing(back.t, log_mixture(back.r, shares.exchanged()), place(rows.of_p), rows.of_p)
+    return beta * db, (1 - beta) * da
 
 
 def _forward(b, a, where, beta, unused, axis, class_axes):
@@ -75,7 +76,7 @@ def _divergence_fwd(b, a, where, beta, unused, axis, class_axes):
 def _divergence_bwd(axis, class_axes, residuals, cotangent):
     b, a, where, beta, unused, rows = residuals
     dbeta = None if beta is None else jnp.sum(cotangent * (rows.of_t.divergence - rows.of_p.divergence))
-    n = as_operands(cotangent.dtype, numbers_of(cotangent.dtype))
+    n = as_operands(cotangent.dtype, of_ratio(numbers_of(cotangent.dtype)))
     cotangent = vary(cotangent, varying((b, a)))
     rows = rows._replace(of_t=_finite(rows.of_t, cotangent), of_p=_finite(rows.of_p, cotangent))
     b_raw, a_raw, rows, cotangent, n = apart(b.raw, a.raw, rows, cotangent, n)
@@ -95,15 +96,15 @@ def _divergence_bwd(axis, class_axes, residuals, cotangent):
 
 
 def _finite(half: Half | None, cotangent):
-    """What is infinite is 0 beside a cotangent of 0, else NaN: -t (r + K) has no value there."""
     if half is None:
         return None
+    return Half(half.top, half.miss, _if_finite(half.divergence, cotangent), _if_finite(half.moment, cotangent))
 
-    def of_sum(s):
-        finite = jnp.isfinite(s)
-        return nan_unless(finite | (cotangent == 0), jnp.where(finite, s, 0))
 
-    return Half(half.top, half.miss, of_sum(half.divergence), of_sum(half.moment))
+def _if_finite(sum_, cotangent):
+    """What is infinite is 0 beside a cotangent of 0, else NaN: -t (r + K) has no value there."""
+    finite = jnp.isfinite(sum_)
+    return nan_unless(finite | (cotangent == 0), jnp.where(finite, sum_, 0))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))

@@ -152,12 +152,12 @@ def numbers_of(dtype) -> Numbers:
 
 def of_ratio(n: Numbers) -> Numbers:
     """What `log_ratio` and its bounds need of them."""
-    return Numbers(None, None, None, n.highest, n.lowest, n.log_highest, None, ())
+    return n._replace(near=None, minus_near=None, series=())
 
 
 def log_ratio(b, a, shared: Shared, lowest, highest, n: Numbers):
     """r of the z of every class but the pivot, from `lowest`, where p = 0, to `highest`, where t = 0."""
-    away = (a - shared.a_shift) - (jnp.maximum(b, n.lowest) - shared.b_shift)
+    away = (a - shared.a_shift) - jnp.maximum(b - shared.b_shift, n.lowest)  # -inf - -inf is NaN
     return jnp.maximum(jnp.minimum(away - shared.gap, highest), lowest)
 
 
@@ -166,10 +166,11 @@ def lowest_ratio(n: Numbers, mixture: bool):
     return -n.log_highest if mixture else n.lowest
 
 
-def mixed(at: At, shares: Shares) -> At:
-    """t, γ p and log(m/t), of a finite r."""
-    log = jnp.log1p(shares.smaller * jnp.expm1(shares.sign * at.r)) + shares.added * at.r
-    return At(at.t, shares.gamma * at.p, log)
+def log_mixture(r, shares: Shares | None):
+    """log(m/t) of a finite r; without shares m is p, and r may be -inf."""
+    if shares is None:
+        return r
+    return jnp.log1p(shares.smaller * jnp.expm1(shares.sign * r)) + shares.added * r
 
 
 def exchanged(at: At) -> At:
@@ -177,20 +178,23 @@ def exchanged(at: At) -> At:
     return At(at.p, at.t, jnp.where(at.p == 0, 0, -at.r))
 
 
-def _term(at: At, n: Numbers):
-    """t ψ(r), where p = t exp(r), and p where t = 0; inf where p = 0 < t. (Of a mixture γ p will do: beside β t it is
-    what matters where t is too small for r.) Within a row sum: floating-point arithmetic alone, and few enough steps
-    for XLA on the CPU to fuse them."""
-    t, p, r = at
+def _term(at: At, shares: Shares | None, n: Numbers):
+    """t ψ(log(m/t)), and m where t = 0. Within a row sum: floating-point arithmetic alone, and few enough steps for XLA
+    on the CPU to fuse them."""
+    r = log_mixture(at.r, shares)
     near = jnp.minimum(jnp.maximum(r, n.minus_near), n.near)
     series = reduce(lambda series, factor: factor + near * series, n.series[-2::-1], n.series[-1])
     far = (jnp.expm1(r) - jnp.expm1(near)) + (near - r)
-    return t * (near * near * series + far) + jnp.maximum(p - lax.stop_gradient(t) * n.e_log_highest, n.zero)
+    beyond = jnp.maximum(at.p - lax.stop_gradient(at.t) * n.e_log_highest, n.zero)  # what p is more than t exp(highest)
+    return at.t * (near * near * series + far) + (beyond if shares is None else shares.gamma * beyond)
+
+
+def _first_moment(at: At, shares: Shares | None, _: Numbers):
+    return at.t * log_mixture(at.r, shares)
 
 
 def _sum(f, n: Numbers, b: Logits, a: Logits, where, shared: Shared, shares: Shares | None, pivot, axis, class_axes):
-    """Σ_{v≠pivot} f(t, p, r; n), of a mixture f(t, γ p, log(m/t); n). r is 0 where t is: 0 · inf is NaN, in a
-    derivative too."""
+    """Σ_{v≠pivot} f(At(t, p, r), shares, n). r is 0 where t is: 0 · inf is NaN, in a derivative too."""
 
     def others(arrays, shared, pivot, axis):
         b_raw, a_raw, where, shares, n = arrays
@@ -199,18 +203,14 @@ def _sum(f, n: Numbers, b: Logits, a: Logits, where, shared: Shared, shares: Sha
         away = distance(pivot, z_b, axis)  # 0 at the pivot, else at least 1
         t = jnp.exp(z_b - shared.b_m) * jnp.minimum(away, shared.b_top)
         p = jnp.exp(z_a - shared.a_m) * jnp.minimum(away, shared.a_top)
-        bound = n.highest * jnp.minimum(lax.stop_gradient(t) * n.highest, n.highest)  # inf, and 0 where t is
+        bound = n.highest * jnp.minimum(lax.stop_gradient(t) * n.highest, n.highest)  # large, and 0 where t is
         highest = jnp.minimum(bound, n.log_highest)
-        at = At(t, p, log_ratio(z_b, z_a, shared, -bound if shares is None else -highest, highest, n))
-        return f(at if shares is None else mixed(at, shares), n)
+        lowest = n.lowest * jnp.minimum(bound, n.highest) if shares is None else -highest  # -inf, or exp(-r) is finite
+        return f(At(t, p, log_ratio(z_b, z_a, shared, lowest, highest, n)), shares, n)
 
     arrays = b.raw, a.raw, where, shares, as_operands(shared.b_m.dtype, n)
     here = pivot - offset(b.raw.shape[axis], class_axes)
     return psum(sum_over_classes(others, arrays, shared, here, axis), class_axes)
-
-
-def _first_moment(at: At, _: Numbers):
-    return at.t * at.r
 
 
 class Half(NamedTuple):
@@ -234,20 +234,19 @@ class Rows(NamedTuple):
 
 def rows_of(b: Logits, a: Logits, where, beta, unused, axis, class_axes) -> Rows:
     top_b, top_a = (_top(logits, where, unused, axis, class_axes) for logits in (b, a))
-    shared, at_pivot = shared_by(top_b, top_a), _at_pivot(top_b, top_a, a, where, axis, class_axes)
+    shared, pivot = shared_by(top_b, top_a), _at_pivot(top_b, top_a, a, where, axis, class_axes)
     n, shares = numbers_of(shared.b_m.dtype), None if beta is None else shares_of(beta)
-    finite = at_pivot._replace(r=jnp.maximum(at_pivot.r, lowest_ratio(n, shares is not None)))
+    finite = pivot._replace(r=jnp.maximum(pivot.r, lowest_ratio(n, shares is not None)))
 
     def half(b, a, shared, shares, top, at_pivot):
         sums = [
             _sum(f, of_f, b, a, where, shared, shares, place, axis, class_axes)
             for f, of_f, place in ((_term, n, top_b.place), (_first_moment, of_ratio(n), top.place))
         ]
-        return Half(top.place, -jnp.expm1(-top.nll), sums[0] + _term(at_pivot, n), sums[1])
+        return Half(top.place, -jnp.expm1(-top.nll), sums[0] + _term(at_pivot, shares, n), sums[1])
 
-    if shares is None:
-        return Rows(shared, finite, half(b, a, shared, None, top_b, at_pivot), None)
-    of_t = half(b, a, shared, shares, top_b, mixed(finite, shares))
-    back = shares.exchanged()
-    of_p = half(a, b, shared.exchanged(), back, top_a, mixed(exchanged(finite), back))
+    if shares is None:  # of the pivot's own r: the divergence is inf where that is -inf
+        return Rows(shared, finite, half(b, a, shared, None, top_b, pivot), None)
+    of_t = half(b, a, shared, shares, top_b, finite)
+    of_p = half(a, b, shared.exchanged(), shares.exchanged(), top_a, exchanged(finite))
     return Rows(shared, finite, of_t, of_p)

@@ -63,11 +63,11 @@ def over_classes(combine: Any, f: Callable, arrays: PyTree, rows: PyTree, pivot:
     f(arrays, rows, pivot, axis) gets the `arrays`, which have the classes (or 1) on `axis` or are scalars, one block of
     classes at a time: as [.., blocks, classes, ..], or one class alone. rows and pivot, the numbers of a token, are
     broadcastable to what is left without `axis`, the pivot counted from the block's first class; the classes are on the
-    new axis. (Scalars and rows without `axis`: of an array of its rank, each is a step more for the compiler, and XLA
-    on the CPU fuses a row sum of a hundred.)
+    new axis. (What is passed with more axes than it needs takes a step more, and XLA on the CPU fuses a row sum of a
+    hundred steps at most.)
     """
     sized = [array for array in jax.tree.leaves(arrays) if array.ndim]
-    classes, tokens = max(array.shape[axis] for array in sized), jax.tree.leaves(rows)[0].size
+    classes, tokens = max(array.shape[axis] for array in sized), pivot.size
     if classes <= FEW and tokens >= MANY and not any(entries_of(array)[axis] for array in sized):
         return alone(partial(_class_by_class, combine, f, classes, axis=axis), arrays, rows, pivot)
     blocks = _blocks(classes)

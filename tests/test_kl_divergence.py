@@ -410,6 +410,18 @@ def test_an_id_that_no_class_has_and_a_negative_probability_make_their_rows_nan(
     np.testing.assert_allclose(kl_divergence(logits, dense, reduction="none"), [np.log(2), np.nan, np.nan], rtol=1e-6)
 
 
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("far", [1e30, 2e31, 1e38])
+def test_an_offset_beside_a_class_that_is_not_there(beta, far):
+    """As of the same logits without the class: 0 of one class that is left, -inf in both or hidden."""
+    for logits, where in (([0, -np.inf], None), ([0, 0], np.array([True, False]))):
+        one = np.float32([logits])
+        for a, b in ((one, one + [[far, 0]]), (one + [[far, 0]], one)):
+            loss = lambda a, b, where=where: kl_divergence(a, teacher_logits=b, beta=beta, where=where)  # noqa: E731
+            value, slopes = jax.value_and_grad(loss, (0, 1))(np.float32(a), np.float32(b))
+            assert value == 0 and not np.any(slopes)
+
+
 def test_logits_near_the_largest_number():
     """Differences that float32 cannot hold."""
     big = 3e38
@@ -547,7 +559,7 @@ LACKING += [("of the student", 0.0), ("of the student", 0.25), ("of the teacher"
 @pytest.mark.nan
 @pytest.mark.parametrize(("last", "beta"), LACKING)
 def test_second_derivatives_beside_a_class_of_probability_zero(rng, last, beta):
-    """Reverse over reverse and forward over reverse under cotangents of any size; of logits that are 1 apart, too."""
+    """Reverse over reverse and forward over reverse under cotangents up to 1e6; of logits that are 1 apart, too."""
     inf = -np.inf
     lacking_a, lacking_b = {"hidden": (2, np.nan), "of the student": (0.3, inf), "of the teacher": (inf, 0.3)}.get(
         last, (inf, inf)
