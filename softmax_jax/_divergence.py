@@ -57,7 +57,7 @@ def _slopes(at: At, rows: Rows, beta, place):
         return db, jnp.where(at.r > -1, -at.p * jnp.expm1(-jnp.maximum(at.r, -1)), at.p - at.t)
     back = exchanged(at)
     da = _weighing(back.t, log_mixture(back.r, shares.exchanged()), place(rows.of_p), rows.of_p)
-    return beta * db, (1 - beta) * da
+    return shares.beta * db, shares.gamma * da
 
 
 def _forward(b, a, where, beta, unused, axis, class_axes):
