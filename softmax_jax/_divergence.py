@@ -50,7 +50,7 @@ def _weighing(t, log, here, half: Half):
 
 def _slopes(at: At, rows: Rows, beta, place):
     """(db, da)."""
-    shares = None if beta is None else shares_of(beta)
+    shares = shares_of(beta)
     r = jnp.where(at.t == 0, 0, at.r)  # 0 · inf is NaN in a derivative
     db = _weighing(at.t, log_mixture(r, shares), place(rows.of_t), rows.of_t)
     if shares is None or rows.of_p is None:

@@ -118,7 +118,9 @@ def _at_pivot(b: Top, a: Top, logits: Logits, where, axis, class_axes) -> At:
     return At(jnp.exp(-b.nll), jnp.exp(-nll), b.nll - nll)
 
 
-def shares_of(beta) -> Shares:
+def shares_of(beta) -> Shares | None:
+    if beta is None:
+        return None
     of_beta = lax.stop_gradient(beta) <= 0.5
     added = of_beta.astype(beta.dtype)
     return Shares(beta, 1 - beta, jnp.where(of_beta, beta, 1 - beta), 1 - 2 * added, added)
@@ -152,7 +154,7 @@ def numbers_of(dtype) -> Numbers:
 
 def of_ratio(n: Numbers) -> Numbers:
     """What `log_ratio` and its bounds need of them."""
-    return n._replace(near=None, minus_near=None, series=())
+    return n._replace(zero=None, near=None, minus_near=None, e_log_highest=None, series=())
 
 
 def log_ratio(b, a, shared: Shared, lowest, highest, n: Numbers):
@@ -235,7 +237,7 @@ class Rows(NamedTuple):
 def rows_of(b: Logits, a: Logits, where, beta, unused, axis, class_axes) -> Rows:
     top_b, top_a = (_top(logits, where, unused, axis, class_axes) for logits in (b, a))
     shared, pivot = shared_by(top_b, top_a), _at_pivot(top_b, top_a, a, where, axis, class_axes)
-    n, shares = numbers_of(shared.b_m.dtype), None if beta is None else shares_of(beta)
+    n, shares = numbers_of(shared.b_m.dtype), shares_of(beta)
     finite = pivot._replace(r=jnp.maximum(pivot.r, lowest_ratio(n, shares is not None)))
 
     def half(b, a, shared, shares, top, at_pivot):

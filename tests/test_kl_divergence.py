@@ -559,7 +559,7 @@ LACKING += [("of the student", 0.0), ("of the student", 0.25), ("of the teacher"
 @pytest.mark.nan
 @pytest.mark.parametrize(("last", "beta"), LACKING)
 def test_second_derivatives_beside_a_class_of_probability_zero(rng, last, beta):
-    """Reverse over reverse and forward over reverse under cotangents up to 1e6; of logits that are 1 apart, too."""
+    """Reverse over reverse and forward over reverse under cotangents of 1e6; of logits that are 1 apart, too."""
     inf = -np.inf
     lacking_a, lacking_b = {"hidden": (2, np.nan), "of the student": (0.3, inf), "of the teacher": (inf, 0.3)}.get(
         last, (inf, inf)
@@ -568,7 +568,7 @@ def test_second_derivatives_beside_a_class_of_probability_zero(rng, last, beta):
     student[0, :3], teacher[0, :3] = [0, 1, 0.5], [1, 0, 0.5]
     student[:, 3], teacher[:, 3] = lacking_a, lacking_b
     where = np.arange(4) < 3 if last == "hidden" else None
-    cotangent = np.float32(rng.normal(size=3) * [1, 1e3, 1e6])
+    cotangent = np.float32(1e6 * rng.normal(size=3))
     loss = lambda a, b: kl_divergence(  # noqa: E731
         a, teacher_logits=b, beta=beta, where=where, weights=cotangent, reduction="sum"
     )
