@@ -123,21 +123,21 @@ def _sparse_labels(labels: SparseLabels, batch: tuple[int, ...]) -> SparseLabels
 def one_teacher(
     shape: tuple[int, ...],
     axis: int,
-    teacher: Any,
+    teacher_probs: Any,
     teacher_logits: Any,
     head: tuple[Any, Any, Any, bool] = (None, None, None, False),
 ) -> tuple[Literal["logits", "probabilities", "states"], tuple]:
     """What the one teacher given is, and its (array or SparseLabels, weight, bias), for logits of `shape`."""
     teacher_x, weight, bias, transpose_weight = head
-    given = {"teacher": teacher, "teacher_logits": teacher_logits, "teacher_x": teacher_x}
+    given = {"teacher_probs": teacher_probs, "teacher_logits": teacher_logits, "teacher_x": teacher_x}
     given = [name for name, value in given.items() if value is not None]
     of_head = {"teacher_weight": weight, "teacher_bias": bias, "teacher_transpose_weight": transpose_weight or None}
     of_head = [name for name, value in of_head.items() if value is not None]
     if len(given) != 1 or (teacher_x is None) != (weight is None) or (of_head and weight is None):
         given += of_head
         raise ValueError(
-            f"there must be one teacher; got {given or 'none'}. Pass `teacher` (probabilities), or `teacher_logits`, "
-            "or to the linear form `teacher_x` with `teacher_weight`."
+            f"there must be one teacher; got {given or 'none'}. Pass `teacher_probs`, or `teacher_logits`, or to "
+            "the linear form `teacher_x` with `teacher_weight`."
         )
     if teacher_x is not None:
         x, weight = jnp.asarray(teacher_x), jnp.asarray(weight)
@@ -148,11 +148,11 @@ def one_teacher(
                 f"teacher_x.shape={x.shape}, teacher_weight.shape={weight.shape}. Give both the same tokens, classes."
             )
         return "states", (x, weight, None if bias is None else jnp.asarray(bias))
-    if isinstance(teacher, SparseLabels):
-        return "probabilities", (labels_of(teacher, shape, axis), None, None)
+    if isinstance(teacher_probs, SparseLabels):
+        return "probabilities", (labels_of(teacher_probs, shape, axis), None, None)
     if isinstance(teacher_logits, SparseLabels):
-        raise TypeError("`teacher_logits` must be an array; got SparseLabels, which are probabilities: pass `teacher`.")
-    array = jnp.asarray(teacher if teacher_logits is None else teacher_logits)
+        raise TypeError("`teacher_logits` must be an array; got SparseLabels, pass them as `teacher_probs`.")
+    array = jnp.asarray(teacher_probs if teacher_logits is None else teacher_logits)
     floating(given[0], array)
     if array.shape != shape:
         raise ValueError(

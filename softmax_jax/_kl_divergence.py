@@ -25,8 +25,8 @@ from softmax_jax._token_loss import divide, label_specs, mean_divisor, option_sp
 
 def kl_divergence(
     logits: Float[ArrayLike, "..."],
-    teacher: Float[ArrayLike, "..."] | SparseLabels | None = None,
     *,
+    teacher_probs: Float[ArrayLike, "..."] | SparseLabels | None = None,
     teacher_logits: Float[ArrayLike, "..."] | None = None,
     axis: int = -1,
     where: Bool[ArrayLike, "..."] | None = None,
@@ -51,9 +51,9 @@ def kl_divergence(
 
     Args:
       logits: floating, `[*batch, classes]` for `axis=-1`; infinities and NaN as in `cross_entropy`.
-      teacher: probabilities of the logits' shape, or `SparseLabels`, of any positive sum: they are divided by it. An
-        entry of 0 has no gradient. Tokens go through in chunks, so that nothing else of the logits' size is made (but
-        for another axis than the last, both are first copied).
+      teacher_probs: probabilities of the logits' shape, or `SparseLabels`, of any positive sum: they are divided by it.
+        An entry of 0 has no gradient. Tokens go through in chunks, so that nothing else of the logits' size is made
+        (but for another axis than the last, both are first copied).
       teacher_logits: instead, of the logits' shape: t = softmax of them.
       where: bool, broadcastable to the logits; False: the class exists for neither.
       weights: as in `cross_entropy`, with the reductions of dense labels; a token without any class counts as 0.
@@ -79,7 +79,7 @@ def kl_divergence(
     >>> student, teacher = jnp.array([[30.0, 0.0, 0.0]]), jnp.array([[31.0, 0.0, 0.0]])
     >>> print(f"{kl_divergence(student, teacher_logits=teacher):.5e}")
     4.94534e-14
-    >>> print(f"{kl_divergence(student, jnp.array([[0.5, 0.5, 0.0]]), beta=0.5):.5f}")
+    >>> print(f"{kl_divergence(student, teacher_probs=jnp.array([[0.5, 0.5, 0.0]]), beta=0.5):.5f}")
     0.21576
 
     Hinton et al., "Distilling the Knowledge in a Neural Network", 2015; Agarwal et al., "On-Policy Distillation of
@@ -88,7 +88,9 @@ def kl_divergence(
     logits = jnp.asarray(logits)
     _checks.floating("logits", logits)
     axis = _checks.class_axis("logits", logits.shape, axis)
-    kind, (target, *_) = _checks.one_teacher(logits.shape, axis, teacher=teacher, teacher_logits=teacher_logits)
+    kind, (target, *_) = _checks.one_teacher(
+        logits.shape, axis, teacher_probs=teacher_probs, teacher_logits=teacher_logits
+    )
     where = None if where is None else _checks.mask("where", where, logits.shape)
     class_axes = _checks.mesh_axes(axis_name)
     _checks.sharded("logits", logits, class_axes)
@@ -106,8 +108,8 @@ def kl_divergence(
 def linear_kl_divergence(
     x: Float[ArrayLike, "*batch embed"],
     weight: Float[ArrayLike, "_ _"],
-    teacher: Float[ArrayLike, "..."] | SparseLabels | None = None,
     *,
+    teacher_probs: Float[ArrayLike, "..."] | SparseLabels | None = None,
     teacher_logits: Float[ArrayLike, "..."] | None = None,
     teacher_x: Float[ArrayLike, "*batch teacher_embed"] | None = None,
     teacher_weight: Float[ArrayLike, "_ _"] | None = None,
@@ -131,8 +133,8 @@ def linear_kl_divergence(
 
     The two may have hidden states of different sizes and heads of different layouts: `transpose_weight` and
     `teacher_transpose_weight` say `[classes, embed]`. The other arguments are those of the two doors; there is one
-    teacher, of `teacher`, `teacher_logits` and `teacher_x` with `teacher_weight`. A teacher of whom no gradient is
-    asked costs one matrix product.
+    teacher, of `teacher_probs`, `teacher_logits` and `teacher_x` with `teacher_weight`. A teacher of whom no gradient
+    is asked costs one matrix product.
 
     >>> import jax, jax.numpy as jnp
     >>> from softmax_jax import linear_kl_divergence
@@ -148,7 +150,9 @@ def linear_kl_divergence(
     x, weight = jnp.asarray(x), jnp.asarray(weight)
     shape = *x.shape[:-1], _checks.head_size(x, weight, bias, transpose_weight)
     axis, head = x.ndim - 1, (teacher_x, teacher_weight, teacher_bias, teacher_transpose_weight)
-    kind, given = _checks.one_teacher(shape, axis, teacher=teacher, teacher_logits=teacher_logits, head=head)
+    kind, given = _checks.one_teacher(
+        shape, axis, teacher_probs=teacher_probs, teacher_logits=teacher_logits, head=head
+    )
     class_axes = _checks.mesh_axes(axis_name)
     _checks.sharded("weight", weight, class_axes)
     if not isinstance(given[0], SparseLabels):

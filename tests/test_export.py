@@ -52,7 +52,7 @@ def doors(rng, dtype, dense):
             x, w, teacher_x=x[:, ::-1], teacher_weight=w, chunk_size=4, **teacher
         )
         yield "linear_kl_divergence", of_states, (x, weight)
-        few_too = lambda x, w: softmax_jax.linear_kl_divergence(x, w, few, chunk_size=4, beta=1.0)  # noqa: E731
+        few_too = lambda x, w: softmax_jax.linear_kl_divergence(x, w, teacher_probs=few, chunk_size=4, beta=1.0)  # noqa: E731
         yield "linear_kl_divergence, SparseLabels", few_too, (x, weight)
         yield "SparseLabels", lambda z: softmax_jax.cross_entropy(z, few, **options), (logits,)
     names = ("softmax_cross_entropy", "safe_softmax_cross_entropy", "poly_loss_cross_entropy")

@@ -195,7 +195,9 @@ def test_probabilities(rng, beta, axis):
 
     def loss(t, a):
         with_axis = {"axis": axis, "where": turn(options["where"]), "chunk_size": 7}
-        return kl_divergence(a, t, beta=beta, temperature=options["temperature"], reduction="none", **with_axis)
+        return kl_divergence(
+            a, teacher_probs=t, beta=beta, temperature=options["temperature"], reduction="none", **with_axis
+        )
 
     value, (dprobs, dstudent) = both_gradients(loss, cotangent, turn(probs), turn(student))
     assert_within(value, want.loss, want.loss_condition, 16)
@@ -211,7 +213,7 @@ def test_probabilities(rng, beta, axis):
 @pytest.mark.nan
 def test_a_hidden_probability_may_be_nan():
     where, probs = np.array([True, True, False]), np.float32([[0.5, 0.5, np.nan]])
-    grad = jax.grad(lambda t: kl_divergence(np.float32([[1, 2, np.nan]]), t, where=where))(probs)
+    grad = jax.grad(lambda t: kl_divergence(np.float32([[1, 2, np.nan]]), teacher_probs=t, where=where))(probs)
     assert np.all(np.isfinite(grad)) and grad[0, 2] == 0
 
 
@@ -235,7 +237,11 @@ def test_sparse_teachers(rng, beta, linear):
     def loss(a, probs, others):
         labels = SparseLabels(ids, probs, others)
         how = {"beta": beta, "where": where, "reduction": "none", "chunk_size": 4}
-        return linear_kl_divergence(a, weight, labels, **how) if linear else kl_divergence(a, labels, **how)
+        return (
+            linear_kl_divergence(a, weight, teacher_probs=labels, **how)
+            if linear
+            else kl_divergence(a, teacher_probs=labels, **how)
+        )
 
     value, (da, dprobs, dothers) = both_gradients(loss, cotangent, x if linear else student, probs, others)
     db, da_want = want.grads
@@ -404,10 +410,12 @@ def test_edges(rng, beta):
 def test_an_id_that_no_class_has_and_a_negative_probability_make_their_rows_nan():
     logits = jnp.zeros((3, 4))
     sparse = SparseLabels(jnp.array([[0, 1], [4, 1], [-1, 2]]), jnp.array([[0.5, 0.5], [0.5, 0.5], [0.0, 1.0]]))
-    value = kl_divergence(logits, sparse, reduction="none")
+    value = kl_divergence(logits, teacher_probs=sparse, reduction="none")
     np.testing.assert_allclose(value, [np.log(2), np.nan, np.log(4)], rtol=1e-6)
     dense = jnp.array([[0.5, 0.5, 0, 0], [0.7, 0.7, -0.4, 0], [0, 0, 0, 0]])
-    np.testing.assert_allclose(kl_divergence(logits, dense, reduction="none"), [np.log(2), np.nan, np.nan], rtol=1e-6)
+    np.testing.assert_allclose(
+        kl_divergence(logits, teacher_probs=dense, reduction="none"), [np.log(2), np.nan, np.nan], rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -454,7 +462,7 @@ def test_linear_memory_is_that_of_chunks_whatever_the_tokens(teacher):
     def temporary(tokens):
         def loss(x, w, tx, tw, ids, probs):
             given = {"teacher_x": tx, "teacher_weight": tw} if teacher == "states" else {
-                "teacher": SparseLabels(ids, probs)}  # fmt: skip
+                "teacher_probs": SparseLabels(ids, probs)}  # fmt: skip
             return linear_kl_divergence(x, w, chunk_size=256, **given)
 
         floats = [(tokens, 64), (64, 16000), (tokens, 32), (32, 16000)]
@@ -494,7 +502,9 @@ def test_over_8_devices(rng, how, kind):
         x, w, *others = operands[:-1]
         if kind == "states":
             return linear_kl_divergence(x, w, teacher_x=others[0], teacher_weight=others[1], chunk_size=7, **options)
-        return linear_kl_divergence(x, w, SparseLabels(others[1], others[0], None), chunk_size=7, **options)
+        return linear_kl_divergence(
+            x, w, teacher_probs=SparseLabels(others[1], others[0], None), chunk_size=7, **options
+        )
 
     mesh, count = (
         mesh_of("explicit" if how == "explicit" else "automatic"),
@@ -588,7 +598,7 @@ def test_optax_is_the_same_on_normalized_probabilities(rng):
     with jax.enable_x64(True):
         a, t = np.float64(student), np.float64(reference.softmax(teacher))
         want = optax.losses.kl_divergence(jax.nn.log_softmax(a), t)
-        np.testing.assert_allclose(kl_divergence(a, t, reduction="none"), want, rtol=1e-12)
+        np.testing.assert_allclose(kl_divergence(a, teacher_probs=t, reduction="none"), want, rtol=1e-12)
         np.testing.assert_allclose(kl_divergence(a, teacher_logits=np.log(t), reduction="none"), want, rtol=1e-12)
 
 
@@ -621,10 +631,16 @@ def test_refuses():
     z, x, w = jnp.zeros((2, 3)), jnp.zeros((2, 4)), jnp.zeros((4, 3))
     for call, message in [
         (lambda: kl_divergence(z), "there must be one teacher; got none"),
-        (lambda: kl_divergence(z, z, teacher_logits=z), "got ['teacher', 'teacher_logits']"),
+        (lambda: kl_divergence(z, teacher_probs=z, teacher_logits=z), "got ['teacher_probs', 'teacher_logits']"),
         (lambda: linear_kl_divergence(x, w, teacher_x=x), "got ['teacher_x']. Pass"),
-        (lambda: linear_kl_divergence(x, w, z, teacher_weight=w), "got ['teacher', 'teacher_weight']"),
-        (lambda: kl_divergence(z, jnp.zeros((2, 4))), "`teacher` must have the shape of the student's logits, (2, 3)"),
+        (
+            lambda: linear_kl_divergence(x, w, teacher_probs=z, teacher_weight=w),
+            "got ['teacher_probs', 'teacher_weight']",
+        ),
+        (
+            lambda: kl_divergence(z, teacher_probs=jnp.zeros((2, 4))),
+            "`teacher_probs` must have the shape of the student's logits, (2, 3)",
+        ),
         (
             lambda: linear_kl_divergence(x, w, teacher_x=x, teacher_weight=w.T),
             "`teacher_x` and `teacher_weight` must share",
@@ -633,8 +649,8 @@ def test_refuses():
             lambda: linear_kl_divergence(x, w, teacher_x=x, teacher_weight=jnp.zeros((4, 5))),
             "the student's shape (2, 3); got (2, 5)",
         ),
-        (lambda: kl_divergence(z, z, beta=1.5), "`beta` must be a finite number in [0.0, 1.0]"),
-        (lambda: kl_divergence(z, z, temperature=0.0), "`temperature` must be a finite number in (0.0"),
+        (lambda: kl_divergence(z, teacher_probs=z, beta=1.5), "`beta` must be a finite number in [0.0, 1.0]"),
+        (lambda: kl_divergence(z, teacher_probs=z, temperature=0.0), "`temperature` must be a finite number in (0.0"),
     ]:
         with pytest.raises(ValueError, match=re.escape(message)):
             call()
@@ -642,8 +658,8 @@ def test_refuses():
     with pytest.raises(TypeError, match="got SparseLabels, which are probabilities: pass `teacher`"):
         kl_divergence(z, teacher_logits=sparse)
     with pytest.raises(ValueError, match="`teacher_softcap` is of logits"):
-        kl_divergence(z, z, teacher_softcap=2.0)
-    with pytest.raises(ValueError, match="got .'teacher', 'teacher_transpose_weight'."):
-        linear_kl_divergence(x, w, z, teacher_transpose_weight=True)
+        kl_divergence(z, teacher_probs=z, teacher_softcap=2.0)
+    with pytest.raises(ValueError, match="got .'teacher_probs', 'teacher_transpose_weight'."):
+        linear_kl_divergence(x, w, teacher_probs=z, teacher_transpose_weight=True)
     with pytest.raises(TypeError, match="`teacher` must be floating; got dtype int32"):
-        kl_divergence(z, jnp.zeros((2, 3), jnp.int32))
+        kl_divergence(z, teacher_probs=jnp.zeros((2, 3), jnp.int32))

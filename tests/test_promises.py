@@ -159,8 +159,12 @@ def other_doors(rng):
         )
         yield f"kl_divergence {beta}", of_logits, (logits, teacher)
     probs = np.exp(finite, where=np.arange(7) != 5, out=np.zeros_like(finite))
-    yield "kl_divergence of probabilities", lambda a, t: kl_divergence(a, t, temperature=2.0), (finite, probs)
-    yield "kl_divergence of SparseLabels", lambda a: kl_divergence(a, few, **weighted), (finite,)
+    yield (
+        "kl_divergence of probabilities",
+        lambda a, t: kl_divergence(a, teacher_probs=t, temperature=2.0),
+        (finite, probs),
+    )
+    yield "kl_divergence of SparseLabels", lambda a: kl_divergence(a, teacher_probs=few, **weighted), (finite,)
     heads = {"chunk_size": 4, "weights": weights, "beta": 0.25}
     between = lambda x, w: linear_kl_divergence(x, w, teacher_x=2 * x, teacher_weight=w, **heads)  # noqa: E731
     yield "linear_kl_divergence", between, (states, head)
