@@ -26,7 +26,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
 from softmax_jax._dtypes import upcast
-from softmax_jax._sharding import buffer_for, empty_as, same_on_devices, vary, varying, zeros_as
+from softmax_jax._sharding import buffer_for, same_on_devices, vary, varying, zeros_as
 
 PyTree = Any
 
@@ -90,21 +90,28 @@ def _loop(body: Callable, init: PyTree, chunks: PyTree) -> PyTree:
     return lax.scan(lambda carry, index: (body(index, carry), None), init, jnp.arange(count))[0]
 
 
-# An operand is carried as two pytrees of one shape, (asked, given): each leaf stands in `asked` where its gradient is
-# asked for and in `given` otherwise, with None in the other. The None of a gradient's pytree is then a gradient that
-# nobody asked for, and it is never made.
+# Which gradients are asked for differs from call to call, but the structure of what a rule keeps may not: JAX reads it
+# off one trace and uses it with the program of another (jax#16614). So an operand is carried as two pytrees of its own
+# structure, (asked, given): each leaf stands in `asked` where its gradient is asked for and in `given` otherwise, and
+# has no elements in the other. What has no elements in `asked` gets no gradient.
 
 
 def _split(operand: PyTree) -> tuple[PyTree, PyTree]:
     """(asked, given) of an operand as custom_vjp hands it over with `symbolic_zeros`."""
     is_leaf = lambda a: hasattr(a, "perturbed")  # noqa: E731
-    asks = lambda a: a.perturbed and jnp.issubdtype(a.value.dtype, jnp.floating)  # noqa: E731
-    asked = jax.tree.map(lambda a: a.value if asks(a) else None, operand, is_leaf=is_leaf)
-    return asked, jax.tree.map(lambda a: None if asks(a) else a.value, operand, is_leaf=is_leaf)
+    asks = lambda a: a.perturbed and a.value.size and jnp.issubdtype(a.value.dtype, jnp.floating)  # noqa: E731
+    asked = jax.tree.map(lambda a: a.value if asks(a) else _emptied(a.value), operand, is_leaf=is_leaf)
+    return asked, jax.tree.map(lambda a: _emptied(a.value) if asks(a) else a.value, operand, is_leaf=is_leaf)
+
+
+def _emptied(array: Array) -> Array:
+    """None of an array's elements, on the same devices, in a dtype that may have a gradient."""
+    array = array if jnp.issubdtype(array.dtype, jnp.floating) else array.astype(jnp.float32)
+    return array[:0] if array.ndim else array[None][:0]
 
 
 def _joined(asked: PyTree, given: PyTree) -> PyTree:
-    return jax.tree.map(lambda a, b: b if a is None else a, asked, given, is_leaf=lambda a: a is None)
+    return jax.tree.map(lambda a, b: a if a.size else b, asked, given)
 
 
 def _pull(f, shared, chunks, cotangents: PyTree | None) -> tuple[Array | None, PyTree, PyTree]:
@@ -145,10 +152,11 @@ def _zeros(f, shared, chunks) -> PyTree:
 
 
 def _cast(gradients: PyTree, operands: PyTree, factor: Array | float = 1.0) -> PyTree:
-    """Gradients in their operands' dtype; multiplied by `factor`, and summed over the devices that share an operand,
-    before that one cast."""
+    """Gradients in the dtype of their operands, which may be emptied; multiplied by `factor`, and summed over the
+    devices that share an operand, before that one cast. None for what was not asked for."""
     scaled = lambda g: g * jnp.asarray(factor, g.dtype)  # noqa: E731
-    return jax.tree.map(lambda g, a: same_on_devices(scaled(g), a).astype(a.dtype), gradients, operands)
+    cast = lambda g, a: same_on_devices(scaled(g), a).astype(a.dtype) if g.size else None  # noqa: E731
+    return jax.tree.map(cast, gradients, operands)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -159,7 +167,7 @@ def _sum(f, shared, chunks):
 def _sum_fwd(f, shared, chunks):
     shared, chunks = _split(shared), _split(chunks)
     total, dshared, dchunks = _pull(f, shared, chunks, None)
-    return total, (dshared, dchunks, *jax.tree.map(empty_as, (shared[0], chunks[0])))
+    return total, (dshared, dchunks, *jax.tree.map(_emptied, (shared[0], chunks[0])))
 
 
 def _sum_bwd(f, residuals, cotangent):

@@ -93,11 +93,6 @@ def zeros_as(kind: Any) -> Array:
     return vary(jnp.zeros(kind.shape, kind.dtype), tuple(kind.mat.varying))
 
 
-def empty_as(array: Array) -> Array:
-    """Nothing of an array but its dtype, and over which devices it varies."""
-    return vary(jnp.zeros((0,), array.dtype), varying(array))
-
-
 # Automatic sharding: the compiler's choice, from what the operands tell it.
 
 
