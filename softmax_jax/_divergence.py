@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from softmax_jax._adjustment import minus
 from softmax_jax._class_passes import is_at
 from softmax_jax._divergence_sums import (
     At,
@@ -88,7 +89,7 @@ def _divergence_bwd(axis, class_axes, residuals, cotangent):
     (z_b, z_a), pull = jax.vjp(zs, b._replace(raw=b_raw), a._replace(raw=a_raw))
     shared, first = rows.shared, offset(z_b.shape[axis], class_axes)
     place = lambda half: is_at(jnp.squeeze(half.top, axis) - first, z_b, axis)  # noqa: E731
-    t, p = jnp.exp(z_b - shared.b_m) * shared.b_top, jnp.exp(z_a - shared.a_m) * shared.a_top
+    t, p = jnp.exp(minus(z_b, shared.b_m)) * shared.b_top, jnp.exp(minus(z_a, shared.a_m)) * shared.a_top
     r = log_ratio(z_b, z_a, shared, lowest_ratio(n, beta is not None), n.log_highest, n)
     at = jax.tree.map(partial(jnp.where, place(rows.of_t)), rows.at_pivot, At(t, p, r))
     db, da = pull(tuple(cotangent * slope for slope in _slopes(at, rows, beta, place)))

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from softmax_jax._adjustment import Adjustment, adjust, row_shift
+from softmax_jax._adjustment import Adjustment, adjust, minus, row_shift
 from softmax_jax._class_passes import distance, pick_of_all, sum_of_others, top_class
 from softmax_jax._dtypes import nan_unless, upcast
 from softmax_jax._passes import apart, as_operands, sum_over_classes
@@ -159,7 +159,7 @@ def of_ratio(n: Numbers) -> Numbers:
 
 def log_ratio(b, a, shared: Shared, lowest, highest, n: Numbers):
     """r of the z of every class but the pivot, from `lowest`, where p = 0, to `highest`, where t = 0."""
-    away = (a - shared.a_shift) - jnp.maximum(b - shared.b_shift, n.lowest)  # -inf - -inf is NaN
+    away = minus(a, shared.a_shift) - jnp.maximum(minus(b, shared.b_shift), n.lowest)  # -inf - -inf is NaN
     return jnp.maximum(jnp.minimum(away - shared.gap, highest), lowest)
 
 
@@ -203,8 +203,8 @@ def _sum(f, n: Numbers, b: Logits, a: Logits, where, shared: Shared, shares: Sha
         shared = jax.tree.map(lambda row: jnp.expand_dims(row, axis), shared)
         z_b, z_a = z_of(b._replace(raw=b_raw), where), z_of(a._replace(raw=a_raw), where)
         away = distance(pivot, z_b, axis)  # 0 at the pivot, else at least 1
-        t = jnp.exp(z_b - shared.b_m) * jnp.minimum(away, shared.b_top)
-        p = jnp.exp(z_a - shared.a_m) * jnp.minimum(away, shared.a_top)
+        t = jnp.exp(minus(z_b, shared.b_m)) * jnp.minimum(away, shared.b_top)
+        p = jnp.exp(minus(z_a, shared.a_m)) * jnp.minimum(away, shared.a_top)
         bound = n.highest * jnp.minimum(lax.stop_gradient(t) * n.highest, n.highest)  # large, and 0 where t is
         highest = jnp.minimum(bound, n.log_highest)
         lowest = n.lowest * jnp.minimum(bound, n.highest) if shares is None else -highest  # -inf, or exp(-r) is finite

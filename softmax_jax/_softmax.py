@@ -24,7 +24,7 @@ def softmax(
     """softmax(x)_v = exp(x_v) / Σ_u exp(x_u), over `axis`: same signature and values as `jax.nn.softmax`.
 
     float32 inside for 16-bit inputs, the input's dtype outside. The backward pass keeps the result y alone and
-    computes dx = y · (g - Σ g·y).
+    computes dx = y · (g - Σ g·y), whose difference does not cancel where y → 1.
 
     Args:
       x: of any shape; integers count as float32. -inf has probability zero; a row that holds +inf or NaN, or
@@ -95,6 +95,10 @@ def _shifted(x: Array, where: Array | None, axes: Axes) -> tuple[Array, Array]:
 # y = exp(x - m) / Σ exp(x - m), and with the whole Jacobian ∂y_v/∂x_u = y_v (δ_uv - y_u)
 #
 #     dx_v = y_v (g_v - Σ_u g_u y_u)
+#
+# which cancels where y_v → 1. Since Σ y = 1, the same holds of g - c for any number c of the row. With c = Σ g y as it
+# is rounded, g - c at such a v is exact and no larger than Σ_{u≠v} |g_u - g_v| y_u and a rounding of c, so that the
+# second difference loses a rounding of that alone.
 
 
 def _softmax_value(x, where, axes):
@@ -119,6 +123,7 @@ def _softmax_fwd(x, where, axes):
 
 def _softmax_bwd(axes, y, g):
     p, g = upcast(y), upcast(g)
+    g = g - jnp.sum(g * p, axes, keepdims=True)
     return (p * (g - jnp.sum(g * p, axes, keepdims=True))).astype(y.dtype), None
 
 
