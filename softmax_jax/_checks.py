@@ -151,8 +151,7 @@ def one_teacher(
     if isinstance(teacher_probs, SparseLabels):
         return "probabilities", (labels_of(teacher_probs, shape, axis), None, None)
     if isinstance(teacher_logits, SparseLabels):
-        raise TypeError(
-            "`teacher_logits` must be an array; got SparseLabels, which are probabilities: pass them as `teacher_probs`.")
+        raise TypeError("`teacher_logits` must be an array; got SparseLabels. Pass those as `teacher_probs`.")
     array = jnp.asarray(teacher_probs if teacher_logits is None else teacher_logits)
     floating(given[0], array)
     if array.shape != shape:

@@ -57,16 +57,30 @@ def finite(z: Array, unused: Array) -> Array:
     return jnp.where(jnp.isinf(z) & unused, 0, z)
 
 
-def sum_of_others(logits: Array, m: Array, pivot: Array, adjustment: Adjustment, axis: int) -> Array:
-    """Σ_{v≠pivot} exp(z_v - m). (By a factor that is 0 at the pivot and 1 elsewhere: a NaN comes through, which XLA's
-    maximum and minimum of a row on the CPU drop.)"""
+@jax.custom_jvp
+def scaled(z: Array, scale: Array | None) -> Array:
+    """scale · z of a scale > 0; that of z = -inf has no gradient."""
+    return z if scale is None else scale * z
+
+
+@scaled.defjvp
+def _scaled_jvp(primals, tangents):
+    (z, scale), (dz, dscale) = primals, tangents
+    return scaled(z, scale), dz if scale is None else scale * dz + dscale * jnp.where(jnp.isinf(z), 0, z)
+
+
+def sum_of_others(
+    logits: Array, m: Array, pivot: Array, adjustment: Adjustment, axis: int, scale: Array | None = None
+) -> Array:
+    """Σ_{v≠pivot} exp(scale · (z_v - m)). (By a factor that is 0 at the pivot and 1 elsewhere: a NaN comes through,
+    which XLA's maximum and minimum of a row on the CPU drop.)"""
 
     def others(arrays, m, pivot, axis):
-        *arrays, (one,) = arrays
-        e = jnp.exp(z_of(arrays, adjustment, m, axis))
+        *arrays, scale, (one,) = arrays
+        e = jnp.exp(scaled(z_of(arrays, adjustment, m, axis), scale))
         return e * jnp.minimum(distance(pivot, e, axis), one)
 
-    arrays = logits, adjustment.where, as_operands(m.dtype, (1,))
+    arrays = logits, adjustment.where, scale, as_operands(m.dtype, (1,))
     return sum_over_classes(others, arrays, m, pivot, axis)
 
 

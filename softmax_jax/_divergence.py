@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from softmax_jax._adjustment import minus
 from softmax_jax._class_passes import is_at
 from softmax_jax._divergence_sums import (
     At,
@@ -19,6 +18,7 @@ from softmax_jax._divergence_sums import (
     lowest_ratio,
     numbers_of,
     of_ratio,
+    probabilities,
     rows_of,
     shares_of,
     z_of,
@@ -39,6 +39,7 @@ def _value(rows: Rows, beta):
 #     KL(t ‖ p)    db = -t (r + K)                   da = p - t = -p expm1(-r)
 #     mixture      db = -β t (log(m/t) + K_t)        da = -γ p (log(m/p) + K_p)          dβ = K_t - K_p
 #
+# (of scale · b and scale · a),
 # elementwise, and pulled back through `adjust`, where they are cast once. At the top class of t the sum in -t (r + K)
 # cancels, so that there stands minus the sum of all others, Σ_{v≠c} t_v r_v + (1 - t_c) K. Kept: the operands as they
 # came, and a few numbers a token.
@@ -61,21 +62,21 @@ def _slopes(at: At, rows: Rows, beta, place):
     return shares.beta * db, shares.gamma * da
 
 
-def _forward(b, a, where, beta, unused, axis, class_axes):
-    rows = rows_of(b, a, where, beta, unused, axis, class_axes)
+def _forward(b, a, where, scale, beta, unused, axis, class_axes):
+    rows = rows_of(b, a, where, scale, beta, unused, axis, class_axes)
     if unused is not None:
         rows = jax.tree.map(lambda row: jnp.where(unused, jnp.zeros_like(row), row), rows)
     return _value(rows, beta), rows
 
 
-def _divergence_fwd(b, a, where, beta, unused, axis, class_axes):
+def _divergence_fwd(b, a, where, scale, beta, unused, axis, class_axes):
     check_gradient(class_axes)
-    value, rows = _forward(b, a, where, beta, unused, axis, class_axes)
-    return value, (b, a, where, beta, unused, rows)
+    value, rows = _forward(b, a, where, scale, beta, unused, axis, class_axes)
+    return value, (b, a, where, scale, beta, unused, rows)
 
 
 def _divergence_bwd(axis, class_axes, residuals, cotangent):
-    b, a, where, beta, unused, rows = residuals
+    b, a, where, scale, beta, unused, rows = residuals
     dbeta = None if beta is None else jnp.sum(cotangent * (rows.of_t.divergence - rows.of_p.divergence))
     n = as_operands(cotangent.dtype, of_ratio(numbers_of(cotangent.dtype)))
     cotangent = vary(cotangent, varying((b, a)))
@@ -85,15 +86,16 @@ def _divergence_bwd(axis, class_axes, residuals, cotangent):
     if unused is not None:
         b_raw, a_raw = (jnp.where(jnp.expand_dims(unused, axis), 0, raw) for raw in (b_raw, a_raw))
 
-    zs = lambda b, a: (z_of(b, where), z_of(a, where))  # noqa: E731
-    (z_b, z_a), pull = jax.vjp(zs, b._replace(raw=b_raw), a._replace(raw=a_raw))
+    b, a = b._replace(raw=b_raw), a._replace(raw=a_raw)
+    z_b, z_a = z_of(b, where), z_of(a, where)
+    _, pull = jax.vjp(lambda b, a, scale: (z_of(b, where, scale), z_of(a, where, scale)), b, a, scale)
     shared, first = rows.shared, offset(z_b.shape[axis], class_axes)
     place = lambda half: is_at(jnp.squeeze(half.top, axis) - first, z_b, axis)  # noqa: E731
-    t, p = jnp.exp(minus(z_b, shared.b_m)) * shared.b_top, jnp.exp(minus(z_a, shared.a_m)) * shared.a_top
-    r = log_ratio(z_b, z_a, shared, lowest_ratio(n, beta is not None), n.log_highest, n)
+    t, p = probabilities(z_b, z_a, scale, shared, shared.b_top, shared.a_top)
+    r = log_ratio(z_b, z_a, scale, shared, lowest_ratio(n, beta is not None), n.log_highest, n)
     at = jax.tree.map(partial(jnp.where, place(rows.of_t)), rows.at_pivot, At(t, p, r))
-    db, da = pull(tuple(cotangent * slope for slope in _slopes(at, rows, beta, place)))
-    return db, da, None, dbeta, None
+    db, da, dscale = pull(tuple(cotangent * slope for slope in _slopes(at, rows, beta, place)))
+    return db, da, None, dscale, dbeta, None
 
 
 def _finite(half: Half | None, cotangent):
@@ -108,9 +110,9 @@ def _if_finite(sum_, cotangent):
     return nan_unless(finite | (cotangent == 0), jnp.where(finite, sum_, 0))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _divergence(b, a, where, beta, unused, axis, class_axes):
-    return _forward(b, a, where, beta, unused, axis, class_axes)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _divergence(b, a, where, scale, beta, unused, axis, class_axes):
+    return _forward(b, a, where, scale, beta, unused, axis, class_axes)[0]
 
 
 _divergence.defvjp(_divergence_fwd, _divergence_bwd)
@@ -120,13 +122,14 @@ def divergence(
     b: Logits,
     a: Logits,
     where: Array | None,
+    scale: Array | None,
     beta: Array | None,
     unused: Array | None,
     axis: int,
     class_axes: Names,
 ) -> Array:
-    """KL(t ‖ p), or of a number `beta` the mixture, of every token; 0 in `unused` rows, whatever they hold. A token
-    without any class must be one of them."""
+    """KL(t ‖ p) of t = softmax(scale · b) and p = softmax(scale · a), or of a number `beta` the mixture, of every
+    token; 0 in `unused` rows, whatever they hold. A token without any class must be one of them."""
     over = varying(b, a, where)
-    (b, a, where), beta = vary((b, a, where), over), vary(beta, tuple(name for name in over if name not in class_axes))
-    return _divergence(b, a, where, beta, unused, axis, class_axes)
+    (b, a, where, scale), others = vary((b, a, where, scale), over), tuple(n for n in over if n not in class_axes)
+    return _divergence(b, a, where, scale, vary(beta, others), unused, axis, class_axes)

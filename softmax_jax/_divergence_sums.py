@@ -18,6 +18,9 @@ r itself is (a_v - b_v) - (max a - max b) - (nll_a - nll_b), where nll = -log of
 where the two nearly agree the first difference is exact, once the larger is rid of the offset between them by a number
 of its own grid. At the top class c of b, the pivot, all this is done by itself from numbers of the token: if c is also
 the top of a, then r_c = nll_b - nll_a, however close both are to 0.
+
+What both are multiplied by, the inverse temperature `scale`, comes after the differences: t = softmax(scale · b), and
+scale · (a_v - b_v) stands where (a_v - b_v) does above. Scaled first, each would be rounded by itself.
 """
 
 import math
@@ -29,7 +32,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from softmax_jax._adjustment import Adjustment, adjust, minus, row_shift
-from softmax_jax._class_passes import distance, pick_of_all, sum_of_others, top_class
+from softmax_jax._class_passes import distance, pick_of_all, scaled, sum_of_others, top_class
 from softmax_jax._dtypes import nan_unless, upcast
 from softmax_jax._passes import apart, as_operands, sum_over_classes
 from softmax_jax._sharding import count, offset, psum
@@ -79,8 +82,12 @@ class At(NamedTuple):
     r: Array
 
 
-def z_of(logits: Logits, where) -> Array:
-    return upcast(adjust(logits.raw, logits.adjustment._replace(where=where)))
+def z_of(logits: Logits, where, scale=None) -> Array:
+    _, *_, softcap = logits.adjustment
+    adjustment = logits.adjustment._replace(where=where)
+    if scale is not None:
+        adjustment = Adjustment(where, scale, None if softcap is None else scale * softcap)
+    return upcast(adjust(logits.raw, adjustment))
 
 
 class Top(NamedTuple):
@@ -91,30 +98,30 @@ class Top(NamedTuple):
     place: Array
 
 
-def _top(logits: Logits, where, unused, axis, class_axes) -> Top:
+def _top(logits: Logits, where, scale, unused, axis, class_axes) -> Top:
     raw, adjustment = logits.raw, logits.adjustment._replace(where=where)
     (m,) = apart(row_shift(adjust(raw, adjustment), axis, class_axes))
     top = top_class(raw, m, adjustment, axis, class_axes)
-    rest = sum_of_others(raw, m, top - offset(raw.shape[axis], class_axes), adjustment, axis)
+    rest = sum_of_others(raw, m, top - offset(raw.shape[axis], class_axes), adjustment, axis, scale)
     highest = pick_of_all(raw, top, adjustment, axis, class_axes)
     exists = top < count(raw.shape[axis], class_axes)
     own = jnp.where(exists, highest - lax.stop_gradient(highest), 0)  # 0, with the slope that second derivatives need
-    nll = negative_log_likelihood(psum(rest, class_axes), nan_unless(exists, own, unused))
+    nll = negative_log_likelihood(psum(rest, class_axes), nan_unless(exists, scaled(own, scale), unused))
     return Top(m + own, nll, top)
 
 
-def shared_by(b: Top, a: Top) -> Shared:
+def shared_by(b: Top, a: Top, scale) -> Shared:
     size = jnp.maximum(jnp.abs(a.m), jnp.abs(b.m))
     (rounded,) = apart((a.m - b.m) + size)
     shift, of_a = rounded - size, jnp.abs(a.m) >= jnp.abs(b.m)  # on the grid of the larger, which loses nothing by it
     b_shift, a_shift = jnp.where(of_a, 0, -shift), jnp.where(of_a, shift, 0)
-    gap = ((a.m - a_shift) - (b.m - b_shift)) + (a.nll - b.nll)
+    gap = scaled((a.m - a_shift) - (b.m - b_shift), scale) + (a.nll - b.nll)
     return Shared(b.m, a.m, jnp.exp(-b.nll), jnp.exp(-a.nll), b_shift, a_shift, gap)
 
 
-def _at_pivot(b: Top, a: Top, logits: Logits, where, axis, class_axes) -> At:
+def _at_pivot(b: Top, a: Top, logits: Logits, where, scale, axis, class_axes) -> At:
     there = pick_of_all(logits.raw, b.place, logits.adjustment._replace(where=where), axis, class_axes)
-    nll = a.nll + jnp.where(b.place == a.place, 0, a.m - there)
+    nll = a.nll + jnp.where(b.place == a.place, 0, scaled(a.m - there, scale))
     return At(jnp.exp(-b.nll), jnp.exp(-nll), b.nll - nll)
 
 
@@ -157,10 +164,16 @@ def of_ratio(n: Numbers) -> Numbers:
     return n._replace(zero=None, near=None, minus_near=None, e_log_highest=None, series=())
 
 
-def log_ratio(b, a, shared: Shared, lowest, highest, n: Numbers):
+def probabilities(b, a, scale, shared: Shared, b_top, a_top):
+    """(t, p), with what stands for the probabilities of the tops."""
+    t = jnp.exp(scaled(minus(b, shared.b_m), scale)) * b_top
+    return t, jnp.exp(scaled(minus(a, shared.a_m), scale)) * a_top
+
+
+def log_ratio(b, a, scale, shared: Shared, lowest, highest, n: Numbers):
     """r of the z of every class but the pivot, from `lowest`, where p = 0, to `highest`, where t = 0."""
     away = minus(a, shared.a_shift) - jnp.maximum(minus(b, shared.b_shift), n.lowest)  # -inf - -inf is NaN
-    return jnp.maximum(jnp.minimum(away - shared.gap, highest), lowest)
+    return jnp.maximum(jnp.minimum(scaled(away, scale) - shared.gap, highest), lowest)
 
 
 def lowest_ratio(n: Numbers, mixture: bool):
@@ -195,22 +208,24 @@ def _first_moment(at: At, shares: Shares | None, _: Numbers):
     return at.t * log_mixture(at.r, shares)
 
 
-def _sum(f, n: Numbers, b: Logits, a: Logits, where, shared: Shared, shares: Shares | None, pivot, axis, class_axes):
+def _sum(
+    f, n: Numbers, b: Logits, a: Logits, where, scale, shared: Shared, shares: Shares | None, pivot, axis, class_axes
+):
     """Σ_{v≠pivot} f(At(t, p, r), shares, n). r is 0 where t is: 0 · inf is NaN, in a derivative too."""
 
     def others(arrays, shared, pivot, axis):
-        b_raw, a_raw, where, shares, n = arrays
+        b_raw, a_raw, where, scale, shares, n = arrays
         shared = jax.tree.map(lambda row: jnp.expand_dims(row, axis), shared)
         z_b, z_a = z_of(b._replace(raw=b_raw), where), z_of(a._replace(raw=a_raw), where)
         away = distance(pivot, z_b, axis)  # 0 at the pivot, else at least 1
-        t = jnp.exp(minus(z_b, shared.b_m)) * jnp.minimum(away, shared.b_top)
-        p = jnp.exp(minus(z_a, shared.a_m)) * jnp.minimum(away, shared.a_top)
+        tops = jnp.minimum(away, shared.b_top), jnp.minimum(away, shared.a_top)
+        t, p = probabilities(z_b, z_a, scale, shared, *tops)
         bound = n.highest * jnp.minimum(lax.stop_gradient(t) * n.highest, n.highest)  # large, and 0 where t is
         highest = jnp.minimum(bound, n.log_highest)
         lowest = n.lowest * jnp.minimum(bound, n.highest) if shares is None else -highest  # -inf, or exp(-r) is finite
-        return f(At(t, p, log_ratio(z_b, z_a, shared, lowest, highest, n)), shares, n)
+        return f(At(t, p, log_ratio(z_b, z_a, scale, shared, lowest, highest, n)), shares, n)
 
-    arrays = b.raw, a.raw, where, shares, as_operands(shared.b_m.dtype, n)
+    arrays = b.raw, a.raw, where, scale, shares, as_operands(shared.b_m.dtype, n)
     here = pivot - offset(b.raw.shape[axis], class_axes)
     return psum(sum_over_classes(others, arrays, shared, here, axis), class_axes)
 
@@ -234,15 +249,15 @@ class Rows(NamedTuple):
     of_p: Half | None  # of a mixture
 
 
-def rows_of(b: Logits, a: Logits, where, beta, unused, axis, class_axes) -> Rows:
-    top_b, top_a = (_top(logits, where, unused, axis, class_axes) for logits in (b, a))
-    shared, pivot = shared_by(top_b, top_a), _at_pivot(top_b, top_a, a, where, axis, class_axes)
+def rows_of(b: Logits, a: Logits, where, scale, beta, unused, axis, class_axes) -> Rows:
+    top_b, top_a = (_top(logits, where, scale, unused, axis, class_axes) for logits in (b, a))
+    shared, pivot = shared_by(top_b, top_a, scale), _at_pivot(top_b, top_a, a, where, scale, axis, class_axes)
     n, shares = numbers_of(shared.b_m.dtype), shares_of(beta)
     finite = pivot._replace(r=jnp.maximum(pivot.r, lowest_ratio(n, shares is not None)))
 
     def half(b, a, shared, shares, top, at_pivot):
         sums = [
-            _sum(f, of_f, b, a, where, shared, shares, place, axis, class_axes)
+            _sum(f, of_f, b, a, where, scale, shared, shares, place, axis, class_axes)
             for f, of_f, place in ((_term, n, top_b.place), (_first_moment, of_ratio(n), top.place))
         ]
         return Half(top.place, -jnp.expm1(-top.nll), sums[0] + _term(at_pivot, shares, n), sums[1])

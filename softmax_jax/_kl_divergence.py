@@ -176,8 +176,9 @@ class _Side(NamedTuple):
 class _Operands(NamedTuple):
     student: _Side
     teacher: _Side
-    options: Options  # with the student's temperature and softcap
+    options: Options  # with the student's softcap and what else is its own
     of_teacher: Adjustment  # its own
+    scale: Any  # of both sides' logits, 1 / temperature
     beta: Any
     normalizer: Any
 
@@ -203,18 +204,18 @@ def _checked(student: _Side, teacher: _Side, shape, where, weights, numbers, nor
     scale = None if scale is None else jnp.asarray(1 / scale)
     caps = zip(("softcap", "teacher_softcap"), softcaps, strict=True)
     caps = [_checks.unless(None, name, cap, dtype, 0.0, math.inf, open_low=True) for name, cap in caps]
-    caps = [cap if cap is None else jnp.asarray(cap if scale is None else cap * scale) for cap in caps]
+    caps = [None if cap is None else jnp.asarray(cap) for cap in caps]
     options = _checks.options_for(shape, dtype, how.axis, teacher.x, where=where, weights=weights)
-    options = options._replace(logit_scale=scale, softcap=caps[0])
-    of_teacher = Adjustment(None, scale, caps[1])
-    if how.kind == "probabilities":
+    options, of_teacher = options._replace(softcap=caps[0]), Adjustment(softcap=caps[1])
+    if how.kind == "probabilities":  # which have no temperature
         if caps[1] is not None:
             raise ValueError(f"`teacher_softcap` is of logits; got {softcaps[1]!r} and probabilities. Leave it out.")
-        of_teacher = Adjustment()
+        cap = caps[0] if caps[0] is None or scale is None else caps[0] * scale
+        options, scale = options._replace(logit_scale=scale, softcap=cap), None
     reverse, beta = _checks.mixture("beta", beta, dtype)
     divisor = _checks.reduction_of(how.reduction, normalizer, dtype)
     return _kl_divergence(
-        _Operands(student, teacher, options, of_teacher, beta, divisor), how._replace(reverse=reverse)
+        _Operands(student, teacher, options, of_teacher, scale, beta, divisor), how._replace(reverse=reverse)
     )
 
 
@@ -247,7 +248,7 @@ def _specs(operands: _Operands, how: _How) -> tuple[tuple[Names, ...], Names, tu
     else:
         of_weight = exactly((classes, ()) if how.transposed[1] else ((), classes))
         of_teacher = exactly((*batch, ())), of_weight, fit(teacher.bias, (classes,))
-    scalars = jax.tree.map(lambda a: fit(a, ()), (operands.of_teacher, operands.beta, operands.normalizer))
+    scalars = jax.tree.map(lambda a: fit(a, ()), operands[3:])
     options = option_specs(operands.options, batch, classes, axis)
     return batch, classes, (_Side(*of_student), _Side(*of_teacher), options, *scalars)
 
@@ -258,14 +259,22 @@ class _OfTeacher(NamedTuple):
     weight: Array | None
     bias: Array | None
     adjustment: Adjustment
+    scale: Array | None
     beta: Array | None
 
 
 def _of_device(
-    student: _Side, teacher: _Side, options: Options, of_teacher: Adjustment, beta: Any, normalizer: Any, how: _How
+    student: _Side,
+    teacher: _Side,
+    options: Options,
+    of_teacher: Adjustment,
+    scale: Any,
+    beta: Any,
+    normalizer: Any,
+    how: _How,
 ) -> Array:
     """The loss of one device's part."""
-    axis, (of_teacher, beta) = how.axis, jax.tree.map(jnp.asarray, (of_teacher, beta))
+    axis, (of_teacher, scale, beta) = how.axis, jax.tree.map(jnp.asarray, (of_teacher, scale, beta))
     every = student.x.shape
     classes = every[axis] if student.weight is None else classes_of(student.weight, how.transposed[0])
     batch = every[:axis] + every[axis + 1 :]
@@ -273,12 +282,12 @@ def _of_device(
     labels, weights, options = prepare(teacher.x, options, shape, dtype, axis, how.class_axes)
     if student.weight is None and how.kind == "logits":
         target = Logits(teacher.x, of_teacher)
-        loss = _losses(student.x, target, weights, options, beta, axis, how)
+        loss = _losses(student.x, target, weights, options, scale, beta, axis, how)
         loss = loss if how.reduction == "none" else psum(jnp.sum(loss), how.token_axes)
     else:
         heads = [None if s.weight is None else product_dtype(s.x.dtype, s.weight.dtype) for s in (student, teacher)]
         shared, each = dealt(*student, labels, weights, options, dtype, classes, how.chunk_size)
-        shared = shared, _OfTeacher(teacher.weight, teacher.bias, of_teacher, beta)
+        shared = shared, _OfTeacher(teacher.weight, teacher.bias, of_teacher, scale, beta)
         loss = reduced(partial(_chunk_losses, how, tuple(heads)), shared, each, batch, how.reduction, how.token_axes)
     if how.reduction != "mean":
         return loss
@@ -297,10 +306,11 @@ def _chunk_losses(how: _How, dtypes: tuple, shared: tuple[Shared, _OfTeacher], c
         if isinstance(target, SparseLabels):
             target = probabilities_of(target, options.where, logits.shape[1], 1, how.class_axes)
         target = _log(existing(upcast(target), options.where))
-    return _losses(logits, Logits(target, teacher.adjustment), chunk.weights, options, teacher.beta, 1, how)
+    target = Logits(target, teacher.adjustment)
+    return _losses(logits, target, chunk.weights, options, teacher.scale, teacher.beta, 1, how)
 
 
-def _losses(logits, teacher: Logits, weights, options: Options, beta, axis: int, how: _How) -> Array:
+def _losses(logits, teacher: Logits, weights, options: Options, scale, beta, axis: int, how: _How) -> Array:
     """weights · divergence of every token."""
     dtype = accumulator(product_dtype(logits.dtype, teacher.raw.dtype))
     wide = lambda a: a if accumulator(a.dtype) == dtype else a.astype(dtype)  # noqa: E731
@@ -308,7 +318,7 @@ def _losses(logits, teacher: Logits, weights, options: Options, beta, axis: int,
     teacher = teacher._replace(raw=wide(teacher.raw))
     both = (student, teacher) if how.reverse else (teacher, student)
     unused = unused_by(weights)
-    losses = divergence(*both, options.where, beta, unused, axis, how.class_axes)
+    losses = divergence(*both, options.where, scale, beta, unused, axis, how.class_axes)
     return losses if weights is None else weights * losses
 
 

@@ -655,7 +655,7 @@ def test_refuses():
         with pytest.raises(ValueError, match=re.escape(message)):
             call()
     sparse = SparseLabels(jnp.zeros((2, 1), int), jnp.ones((2, 1)))
-    with pytest.raises(TypeError, match="got SparseLabels, which are probabilities: pass them as `teacher_probs`"):
+    with pytest.raises(TypeError, match="got SparseLabels. Pass those as `teacher_probs`"):
         kl_divergence(z, teacher_logits=sparse)
     with pytest.raises(ValueError, match="`teacher_softcap` is of logits"):
         kl_divergence(z, teacher_probs=z, teacher_softcap=2.0)
