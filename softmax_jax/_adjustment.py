@@ -41,15 +41,16 @@ def adjust(logits: Array, adjustment: Adjustment) -> Array:
 
 def shifted(logits: Array, adjustment: Adjustment, shift: Array, axis: int | tuple[int, ...]) -> Array:
     """z - m in float32."""
-    return minus(upcast(adjust(logits, adjustment)), jnp.expand_dims(shift, axis))
+    shift = jnp.expand_dims(shift, axis)
+    return rounded(upcast(adjust(logits, adjustment)), shift) - shift
 
 
-def minus(z: Array, shift: Array) -> Array:
-    """z - shift, of z as it is by itself. Of logits that are a product made in the same program, a · b - shift would
+def rounded(z: Array, of_row: Array) -> Array:
+    """z as it is by itself, for a subtraction. Of logits that are a product made in the same program, a · b - m would
     become one fused multiply-add, which leaves the rounding of a · b at the maximum: half an ulp, 8 from |z| = 2^27 on.
-    Between the two stands an addition of 0 that no compiler knows to be one, as shift may be NaN."""
-    fixed = lax.stop_gradient(shift)
-    return (z + (fixed - fixed)) - shift
+    Between the two stands an addition of 0 that no compiler knows to be one: `of_row` less itself, as it may be NaN."""
+    of_row = lax.stop_gradient(of_row)
+    return z + (of_row - of_row)
 
 
 def row_shift(z: Array, axis: int | tuple[int, ...], class_axes: Names = ()) -> Array:

@@ -65,13 +65,27 @@ def axes_of(name: str, shape: tuple[int, ...], axis: Any) -> tuple[int, ...]:
     return indices
 
 
-def mask(name: str, where: ArrayLike, shape: tuple[int, ...]) -> Array:
+RESHAPE = "Reshape it, or add axes of size 1."
+
+
+def mask(name: str, where: ArrayLike, shape: tuple[int, ...], way_out: str = RESHAPE) -> Array:
     """`where` as a bool array of the rank of `shape`."""
     where = jnp.asarray(where)
     if where.dtype != bool:
         raise TypeError(f"`{name}` must be bool; got dtype {where.dtype}. Pass `{name} != 0`.")
-    broadcastable(name, where.shape, shape, "the shape")
+    broadcastable(name, where.shape, shape, "the shape", way_out)
     return where.reshape((1,) * (len(shape) - where.ndim) + where.shape)
+
+
+def existing_classes(name: str, where: ArrayLike, shape: tuple[int, ...], axis: int) -> Array:
+    """`where` of logits of `shape`: which classes exist."""
+    of_tokens = np.shape(where) == shape[:axis] + shape[axis + 1 :]
+    return mask(
+        name,
+        where,
+        shape,
+        "Which tokens count is said by `weights`, in `label_statistics` by `ignore_index`." if of_tokens else RESHAPE,
+    )
 
 
 def floating(name: str, x: Array) -> None:
@@ -171,14 +185,14 @@ def mixture(name: str, value: Any, dtype: Any) -> tuple[bool, Array | np.ndarray
     return False, nan_unless((number > 0) & (number < 1), number)
 
 
-def broadcastable(name: str, shape: tuple[int, ...], target: tuple[int, ...], what: str) -> None:
+def broadcastable(
+    name: str, shape: tuple[int, ...], target: tuple[int, ...], what: str, way_out: str = RESHAPE
+) -> None:
     fits = len(shape) <= len(target) and all(
         s in (1, t) for s, t in zip(reversed(shape), reversed(target), strict=False)
     )
     if not fits:
-        raise ValueError(
-            f"`{name}` must broadcast to {what} {target}; got {name}.shape={shape}. Reshape it, or add axes of size 1."
-        )
+        raise ValueError(f"`{name}` must broadcast to {what} {target}; got {name}.shape={shape}. {way_out}")
 
 
 def scalar(name: str, value: Any, dtype: Any, low: float, high: float, open_low: bool = False) -> Array | np.ndarray:
@@ -246,12 +260,14 @@ def options_for(
     """The options of logits of `shape` and `dtype`, checked; the neutral ones None."""
     batch = shape[:axis] + shape[axis + 1 :]
     if where is not None:
-        where = mask("where", where, shape)
+        where = existing_classes("where", where, shape, axis)
     if weights is not None:
         weights = jnp.asarray(weights)
         if jnp.issubdtype(weights.dtype, jnp.complexfloating):
             raise TypeError(f"`weights` must be bool, integer or floating; got {weights.dtype}. Pass its `.real`.")
-        broadcastable("weights", weights.shape, batch, "the batch shape")
+        of_classes = weights.shape == (shape[axis],)
+        way_out = "One number a class is `class_weights`, of the cross-entropies." if of_classes else RESHAPE
+        broadcastable("weights", weights.shape, batch, "the batch shape", way_out)
     if class_weights is not None:
         class_weights = jnp.asarray(class_weights)
         if class_weights.shape != (shape[axis],) or jnp.issubdtype(class_weights.dtype, jnp.complexfloating):
@@ -348,6 +364,21 @@ def head_size(x: Array, weight: Array, bias: ArrayLike | None, transpose_weight:
                 f"{weight_name}.shape={weight.shape}, {layout}. Reshape it."
             )
     return classes
+
+
+def fixed_sizes(batch: tuple[Any, ...], embed: Any, classes: Any, chunk_size: int | None) -> None:
+    """That the number of chunks can be known: sizes may be symbols, as `jax.export` has them."""
+    if not all(isinstance(n, int) for n in batch):
+        raise ValueError(
+            f"tokens go through in chunks of equal size, and their number must be fixed; got a batch of shape {batch}. "
+            "Export it with a fixed batch, or use what takes symbolic sizes: `cross_entropy(x @ weight, labels)`, "
+            "`label_statistics`, `kl_divergence` with `teacher_logits`."
+        )
+    if chunk_size is None and not (isinstance(embed, int) and isinstance(classes, int)):
+        raise ValueError(
+            f"the default `chunk_size` follows from the sizes of the head; got {embed} x {classes} classes. Pass "
+            "`chunk_size`, the most tokens a chunk may have."
+        )
 
 
 def chunk_size_of(chunk_size: Any) -> int | None:

@@ -34,7 +34,8 @@ def until(pivot: Array, like: Array, axis: int) -> Array:
 
 def _until(pivot: Array, like: Array, axis: int, largest: int) -> Array:
     """pivot - v, in the dtype of `like` where integers up to `largest` are exact: up to 2**24 in float32."""
-    ids = lax.broadcasted_iota(like.dtype if largest <= 2**24 else jnp.int32, like.shape, axis)
+    exact = isinstance(largest, int) and largest <= 2**24
+    ids = lax.broadcasted_iota(like.dtype if exact else jnp.int32, like.shape, axis)
     return jnp.expand_dims(pivot, axis).astype(ids.dtype) - ids
 
 

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from softmax_jax._adjustment import Adjustment, adjust, minus, row_shift, shifted
+from softmax_jax._adjustment import Adjustment, adjust, rounded, row_shift, shifted
 from softmax_jax._class_passes import (
     beyond_exp,
     finite,
@@ -102,7 +102,7 @@ def _sums(logits, labels, class_weights, adjustment, unused, axis, asked, class_
 
     # An id that no class has makes its row NaN, if it is used.
     in_range, exists = jnp.clip(here, 0, size - 1), (pivot >= 0) & (pivot < count(size, class_axes))
-    own = jnp.where(in_range == here, minus(pick_logit(logits, in_range, adjustment, axis), m), 0)
+    own = jnp.where(in_range == here, rounded(pick_logit(logits, in_range, adjustment, axis), m) - m, 0)
 
     mass = rest_mass = label_sum = None
     if isinstance(labels, SparseLabels):

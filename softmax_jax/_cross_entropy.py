@@ -73,9 +73,12 @@ def cross_entropy(
       axis_name: inside `jax.shard_map`, the mesh axis or axes that the classes are sharded over. `logits`, dense
         labels, `where` and `class_weights` are then this device's part of the classes (`where` may pad them to even
         parts), integer labels ids among all of them; the loss is that of the whole, the same on all these devices.
-        Gradients need check_vma=True, the default. Under plain `jit` sharded arrays need no `axis_name`.
+        Gradients need check_vma=True, the default. Under plain `jit` sharded arrays need no `axis_name`. Leave it out
+        where the tokens are sharded: each device's would count as further classes of the same tokens, a wrong number
+        that no type tells. To see it, look at the loss of `0 * logits`: it must be the log of the number of classes.
       forward_mode: True makes `jax.jvp`, `jax.jacfwd` and `jax.linearize` work, which JAX refuses for a function with a
-        reverse rule. The same values; `jax.grad` works too, but makes more passes over the logits.
+        reverse rule ("can't apply forward-mode autodiff (jvp) to a custom_vjp function"). The same values;
+        `jax.grad` works too, but makes more passes over the logits.
 
     Every float option may be a traced scalar, and has a gradient; `weights`, `class_weights` and dense labels too.
     Of traced options, a value out of range gives NaN.

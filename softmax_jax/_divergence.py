@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from softmax_jax._adjustment import rounded
 from softmax_jax._class_passes import is_at
 from softmax_jax._divergence_sums import (
     At,
@@ -87,7 +88,7 @@ def _divergence_bwd(axis, class_axes, residuals, cotangent):
         b_raw, a_raw = (jnp.where(jnp.expand_dims(unused, axis), 0, raw) for raw in (b_raw, a_raw))
 
     b, a = b._replace(raw=b_raw), a._replace(raw=a_raw)
-    z_b, z_a = z_of(b, where), z_of(a, where)
+    z_b, z_a = (rounded(z_of(x, where), rows.shared.b_m) for x in (b, a))
     _, pull = jax.vjp(lambda b, a, scale: (z_of(b, where, scale), z_of(a, where, scale)), b, a, scale)
     shared, first = rows.shared, offset(z_b.shape[axis], class_axes)
     place = lambda half: is_at(jnp.squeeze(half.top, axis) - first, z_b, axis)  # noqa: E731

@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from softmax_jax._adjustment import Adjustment, adjust, minus, row_shift
+from softmax_jax._adjustment import Adjustment, adjust, row_shift
 from softmax_jax._class_passes import distance, pick_of_all, scaled, sum_of_others, top_class
 from softmax_jax._dtypes import nan_unless, upcast
 from softmax_jax._passes import apart, as_operands, sum_over_classes
@@ -161,18 +161,18 @@ def numbers_of(dtype) -> Numbers:
 
 def of_ratio(n: Numbers) -> Numbers:
     """What `log_ratio` and its bounds need of them."""
-    return n._replace(zero=None, near=None, minus_near=None, e_log_highest=None, series=())
+    return n._replace(near=None, minus_near=None, e_log_highest=None, series=())
 
 
 def probabilities(b, a, scale, shared: Shared, b_top, a_top):
     """(t, p), with what stands for the probabilities of the tops."""
-    t = jnp.exp(scaled(minus(b, shared.b_m), scale)) * b_top
-    return t, jnp.exp(scaled(minus(a, shared.a_m), scale)) * a_top
+    t = jnp.exp(scaled(b - shared.b_m, scale)) * b_top
+    return t, jnp.exp(scaled(a - shared.a_m, scale)) * a_top
 
 
 def log_ratio(b, a, scale, shared: Shared, lowest, highest, n: Numbers):
     """r of the z of every class but the pivot, from `lowest`, where p = 0, to `highest`, where t = 0."""
-    away = minus(a, shared.a_shift) - jnp.maximum(minus(b, shared.b_shift), n.lowest)  # -inf - -inf is NaN
+    away = (a - shared.a_shift) - jnp.maximum(b - shared.b_shift, n.lowest)  # -inf - -inf is NaN
     return jnp.maximum(jnp.minimum(scaled(away, scale) - shared.gap, highest), lowest)
 
 
@@ -217,6 +217,8 @@ def _sum(
         b_raw, a_raw, where, scale, shares, n = arrays
         shared = jax.tree.map(lambda row: jnp.expand_dims(row, axis), shared)
         z_b, z_a = z_of(b._replace(raw=b_raw), where), z_of(a._replace(raw=a_raw), where)
+        if shares is None:  # `rounded`, in one step less; a mixture has none left
+            z_b, z_a = z_b + n.zero, z_a + n.zero
         away = distance(pivot, z_b, axis)  # 0 at the pivot, else at least 1
         tops = jnp.minimum(away, shared.b_top), jnp.minimum(away, shared.a_top)
         t, p = probabilities(z_b, z_a, scale, shared, *tops)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from softmax_jax._checks import Options, Reduction
+from softmax_jax._checks import Options, Reduction, fixed_sizes
 from softmax_jax._chunks import PyTree, map_over_chunks, sum_over_chunks
 from softmax_jax._dtypes import accumulator, product_dtype
 from softmax_jax._projection import project
@@ -72,6 +72,7 @@ def dealt(
     """The operands of all chunks."""
     batch, tokens = x.shape[:-1], math.prod(x.shape[:-1])
     embed = 1 if weight is None else x.shape[-1]
+    fixed_sizes(batch, embed, classes, chunk_size)
     chunks = chunk_count(batch, chunk_size or default_chunk(embed, classes, dtype))
     if weights is None and tokens % chunks:
         weights = jnp.ones(batch, accumulator(dtype))

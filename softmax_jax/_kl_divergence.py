@@ -66,7 +66,8 @@ def kl_divergence(
 
     Gradients flow to the teacher too: `jax.lax.stop_gradient` it, unless you mean that. inf where one has probability
     0 and the other, which weights it, has not; the gradient of the logits that weight is NaN there. Under `jit`, a
-    gradient that nobody asks for is not computed. Forward mode (`jax.jvp`): use `optax.losses.kl_divergence`.
+    gradient that nobody asks for is not computed. Forward mode (`jax.jvp`), which JAX refuses here: use
+    `optax.losses.kl_divergence(jax.nn.log_softmax(logits), teacher_probs)`.
 
     Returns:
       A scalar, or the batch shape for `reduction="none"`.
@@ -91,7 +92,7 @@ def kl_divergence(
     kind, (target, *_) = _checks.one_teacher(
         logits.shape, axis, teacher_probs=teacher_probs, teacher_logits=teacher_logits
     )
-    where = None if where is None else _checks.mask("where", where, logits.shape)
+    where = None if where is None else _checks.existing_classes("where", where, logits.shape, axis)
     class_axes = _checks.mesh_axes(axis_name)
     _checks.sharded("logits", logits, class_axes)
     if kind == "logits":
@@ -134,7 +135,7 @@ def linear_kl_divergence(
     The two may have hidden states of different sizes and heads of different layouts: `transpose_weight` and
     `teacher_transpose_weight` say `[classes, embed]`. The other arguments are those of the two doors; there is one
     teacher, of `teacher_probs`, `teacher_logits` and `teacher_x` with `teacher_weight`. A teacher of whom no gradient
-    is asked costs one matrix product.
+    is asked costs one matrix product. Forward mode: as there, with the logits `x @ weight`.
 
     >>> import jax, jax.numpy as jnp
     >>> from softmax_jax import linear_kl_divergence

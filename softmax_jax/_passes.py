@@ -52,8 +52,8 @@ loop over the tokens. A row sum takes 2-5 ns for each of ten classes, this 0.5 (
 
 @cache
 def _blocks(classes: int) -> int:
-    """The fewest equal blocks; 1 where the number of classes has no such divisor."""
-    sizes = range(BLOCK, BLOCK // 32 - 1, -1) if classes > BLOCK else ()
+    """The fewest equal blocks; 1 where the number of classes has no such divisor, or is a symbol."""
+    sizes = range(BLOCK, BLOCK // 32 - 1, -1) if isinstance(classes, int) and classes > BLOCK else ()
     return next((classes // size for size in sizes if classes % size == 0), 1)
 
 
@@ -68,7 +68,8 @@ def over_classes(combine: Any, f: Callable, arrays: PyTree, rows: PyTree, pivot:
     """
     sized = [array for array in jax.tree.leaves(arrays) if array.ndim]
     classes, tokens = max(array.shape[axis] for array in sized), pivot.size
-    if classes <= FEW and tokens >= MANY and not any(entries_of(array)[axis] for array in sized):
+    few = isinstance(classes, int) and isinstance(tokens, int) and classes <= FEW and tokens >= MANY
+    if few and not any(entries_of(array)[axis] for array in sized):
         return alone(partial(_class_by_class, combine, f, classes, axis=axis), arrays, rows, pivot)
     blocks = _blocks(classes)
     if blocks == 1:

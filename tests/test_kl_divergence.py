@@ -661,5 +661,5 @@ def test_refuses():
         kl_divergence(z, teacher_probs=z, teacher_softcap=2.0)
     with pytest.raises(ValueError, match="got .'teacher_probs', 'teacher_transpose_weight'."):
         linear_kl_divergence(x, w, teacher_probs=z, teacher_transpose_weight=True)
-    with pytest.raises(TypeError, match="`teacher` must be floating; got dtype int32"):
+    with pytest.raises(TypeError, match="`teacher_probs` must be floating; got dtype int32"):
         kl_divergence(z, teacher_probs=jnp.zeros((2, 3), jnp.int32))
