@@ -21,7 +21,7 @@ from meshes import (
 
 from softmax_jax import cross_entropy, linear_cross_entropy, log_softmax, softmax, softmax_cross_entropy
 
-pytestmark = pytest.mark.compiled
+pytestmark = [pytest.mark.compiled, pytest.mark.unoptimized]
 
 kinds = pytest.mark.parametrize("kind", ["automatic", "explicit"])
 both = pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])

@@ -1,6 +1,7 @@
 """How rows are summed depends on how many and how long they are: the same truth, every option, any kind of labels.
 
-Many rows of few classes are summed class by class, rows longer than a block in blocks (test_exactness.py too).
+Many rows of few classes are summed class by class, rows longer than a block in blocks (test_exactness.py too). Last,
+more than 2**31 logits, where 32-bit indices wrap (`pytest -m slow`, 13 GiB), and more than 2**24 classes.
 """
 
 import jax
@@ -51,6 +52,12 @@ def test_no_option_unusual_rows_and_another_axis(device, rng, dense):
     check_against_reference(jax.jit, rng, np.ascontiguousarray(logits.T), labels, {"axis": 0, "reduction": "none"})
 
 
+@jax.jit
+def losses_and_gradient(z, labels, cotangent):
+    losses, pull = jax.vjp(lambda z: cross_entropy(z, labels, reduction="none"), z)
+    return losses, pull(cotangent)[0]
+
+
 @pytest.mark.nan
 @pytest.mark.parametrize("shape", [(MANY + 7, 10), (MANY, 17), (64, 64), (8, 1000), (8, 65536)], ids=str)
 def test_rows_that_have_no_loss(device, rng, shape):
@@ -66,8 +73,7 @@ def test_rows_that_have_no_loss(device, rng, shape):
     cotangent = rng.normal(size=len(z)).astype(np.float32)
     for given in (labels, targets, sparse):
         broken = [0, 1, 3, 4, 5] + [6] * (given is not targets)
-        loss, pull = jax.vjp(lambda z, t=given: cross_entropy(z, t, reduction="none"), z)
-        (grad,) = pull(cotangent)
+        loss, grad = losses_and_gradient(z, given, cotangent)
         assert np.flatnonzero(np.isnan(loss)).tolist() == broken and np.isnan(grad).any(-1)[broken].all()
         good = np.setdiff1d(np.arange(len(z)), broken)
         want = reference.cross_entropy(z[good], targets[good], reduction="none", cotangent=np.float64(cotangent[good]))
@@ -78,7 +84,7 @@ def test_rows_that_have_no_loss(device, rng, shape):
     assert all(np.isnan(value)[[0, 1, 3, 4, 5]].all() for value in found[:3])
 
 
-@pytest.mark.parametrize("classes", [1_800_000, 2**21])
+@pytest.mark.parametrize("classes", [1_800_000, pytest.param(2**21, marks=pytest.mark.thorough)])
 def test_the_top_of_millions_of_classes(rng, classes):
     """Where a class times the ten steps of `top_class` is no float32 any more."""
     z = np.zeros((3, classes), np.float32)
@@ -111,11 +117,11 @@ def test_sparse_labels_and_statistics(device, rng):
     ids = rng.permuted(np.tile(np.arange(1, 10), (len(z), 1)), axis=-1)[:, :3]
     probs = rng.gamma(0.5, size=ids.shape).astype(np.float32)
     cotangent = rng.normal(size=len(z)).astype(np.float32)
-    loss, pull = jax.vjp(lambda z: cross_entropy(z, SparseLabels(ids, probs), reduction="none"), z)
+    loss, grad = losses_and_gradient(z, SparseLabels(ids, probs), cotangent)
     dense = reference.dense_labels(ids, probs, None, np.ones(z.shape, bool))
     want = reference.cross_entropy(z, dense, reduction="none", cotangent=np.float64(cotangent))
     assert_within(loss, want.loss, want.loss_condition, 8)
-    assert_within(pull(cotangent)[0], want.grad, want.grad_condition, 8)
+    assert_within(grad, want.grad, want.grad_condition, 8)
 
     labels, cotangents = ids[:, 0], tuple(rng.normal(size=(3, len(z))).astype(np.float32))
     found = label_statistics(z, labels)
@@ -132,16 +138,23 @@ def test_sparse_labels_and_statistics(device, rng):
 def test_divergences(device, rng, beta):
     teacher, student = (3 * rng.normal(size=(2, *SHAPES[0]))).astype(np.float32)
     cotangent = rng.normal(size=len(student)).astype(np.float32)
-    f = lambda a, b: kl_divergence(a, teacher_logits=b, beta=beta, reduction="none")  # noqa: E731
-    value, pull = jax.vjp(f, student, teacher)
+
+    @jax.jit
+    def both(a, b):
+        value, pull = jax.vjp(lambda a, b: kl_divergence(a, teacher_logits=b, beta=beta, reduction="none"), a, b)
+        return value, pull(jnp.asarray(cotangent))
+
+    value, grads = both(student, teacher)
     want = reference.divergence(teacher, student, beta)
     assert_within(value, want.loss, want.loss_condition, 16)
-    for got, grad, condition in zip(pull(jnp.asarray(cotangent))[::-1], want.grads, want.grad_conditions, strict=True):
+    for got, grad, condition in zip(grads[::-1], want.grads, want.grad_conditions, strict=True):
         factor = np.float64(cotangent)[:, None]
         assert_within(got, grad * factor, np.abs(factor) * condition, 16)
 
 
 @pytest.mark.compiled
+@pytest.mark.unoptimized
+@pytest.mark.cpu_compiler
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the older compiler fuses less")
 @dtypes
 @both
@@ -154,6 +167,7 @@ def test_nothing_of_the_logits_size_is_made(dtype, dense):
 
 
 @pytest.mark.compiled
+@pytest.mark.unoptimized
 @pytest.mark.parametrize("kind", ["automatic", "explicit"])
 @pytest.mark.parametrize("layout", [(P("data"), None), (P(), "model")], ids=["batch", "classes"])
 @both
@@ -174,3 +188,43 @@ def test_the_same_as_rows_of_a_small_batch(rng):
     losses = cross_entropy(z, labels, reduction="none")
     part = cross_entropy(z[: MANY - 1], labels[:-1], reduction="none")
     np.testing.assert_allclose(losses[:-1], part, rtol=FEW * epsilon(jnp.float32))
+
+
+ROWS, CLASSES = 65537, 32768  # the last row begins at entry 2**31
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [slice(-3, None), slice(0, 3)], ids=["beyond 2**31", "before"])
+def test_beyond_two_to_the_31_logits(rng, rows):
+    some = (3 * rng.normal(size=(3, CLASSES))).astype(jnp.bfloat16)
+    labels, cotangents = rng.integers(0, CLASSES, ROWS).astype(np.int32), rng.normal(size=ROWS).astype(np.float32)
+
+    @jax.jit
+    def at(some, labels, cotangents):
+        logits = jnp.zeros((ROWS, CLASSES), jnp.bfloat16).at[rows].set(some)
+        losses, pull = jax.vjp(lambda z: cross_entropy(z, labels, reduction="none"), logits)
+        return losses, pull(cotangents)[0][rows]
+
+    losses, gradient = at(some, labels, cotangents)
+    want = reference.cross_entropy(some, labels[rows], reduction="none", cotangent=np.float64(cotangents[rows]))
+    assert_within(losses[rows], want.loss, want.loss_condition, 8)
+    assert_within(gradient, want.grad, want.grad_condition, 8, jnp.bfloat16)
+    others = np.delete(np.asarray(losses), np.arange(ROWS)[rows])
+    np.testing.assert_allclose(others, np.log(CLASSES), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
+@pytest.mark.parametrize("classes", [2**24 + 4, 2**24 + 43], ids=["blocks", "prime"])
+def test_more_classes_than_float32_has_integers(dense, classes):
+    """Beyond 2²⁴ an id is no float32 any more: the label's neighbours must not be taken for it."""
+    label = 2**24 + 1  # odd: in float32 it would be one of its neighbours
+    logits = np.full((1, classes), -200, np.float32)  # all others are 0 beside these three
+    logits[0, label - 1 : label + 2] = 0.5, 1.0, 0.25
+    labels = np.array([label], np.int32)
+    if dense:
+        labels = np.zeros_like(logits)
+        labels[0, label] = 1
+    loss, gradient = jax.jit(jax.value_and_grad(cross_entropy))(logits, labels)
+    odds = np.exp([-0.5, 0, -0.75])
+    np.testing.assert_allclose(loss, np.log(odds.sum()), rtol=1e-6)
+    np.testing.assert_allclose(gradient[0, label - 1 : label + 2], odds / odds.sum() - [0, 1, 0], rtol=1e-6)

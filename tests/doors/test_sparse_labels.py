@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from helpers import FLOATS, assert_within, epsilon, relative_error
+from helpers import FLOATS, MARGINS, PROMISE, assert_within, at_margins, epsilon, relative_error, unoptimized
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import collectives, mesh_of
-from test_exactness import MARGINS, PROMISE, at_margins
 
 from softmax_jax import SparseLabels, cross_entropy, linear_cross_entropy
 
@@ -41,7 +40,7 @@ def dense(labels, shape, where=None):
 
 def in_float64(loss, *operands):
     """The gradients of the same library's loss on dense labels, whose truth is NumPy's, in float64."""
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), unoptimized():
         wide = jax.tree.map(lambda a: np.float64(a) if a.dtype == np.float32 else a, operands)
         return jax.tree.map(np.asarray, jax.jit(jax.grad(loss, tuple(range(len(operands))), allow_int=True))(*wide))
 
@@ -189,6 +188,8 @@ def test_linear_is_plain(rng, reduction, transpose):
 
 
 @pytest.mark.compiled
+@pytest.mark.unoptimized
+@pytest.mark.cpu_compiler
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: d.__name__)
 def test_nothing_of_logits_size_is_made_for_them(dtype):
     """The gradient of the logits is written once, in its own format."""
@@ -204,6 +205,7 @@ def test_nothing_of_logits_size_is_made_for_them(dtype):
 
 
 @pytest.mark.compiled
+@pytest.mark.unoptimized
 @pytest.mark.parametrize("linear", [False, True], ids=["logits", "linear"])
 def test_over_8_devices(rng, linear):
     """Tokens over two, classes over four, in each of JAX's ways: the loss and the gradients of the whole."""

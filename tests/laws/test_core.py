@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 import reference
 
-from softmax_jax import SparseLabels
+from softmax_jax import SparseLabels, _targets
 from softmax_jax._adjustment import Adjustment, adjust, row_shift
 from softmax_jax._class_passes import moment_of_others, pick_of_all, sum_of_others, top_class
 from softmax_jax._targets import (
     dense_sums,
     existing_classes,
     few,
-    merged,
     own_mass,
     probabilities_of,
     sparse_sums,
@@ -21,13 +20,15 @@ from softmax_jax._targets import (
 )
 
 INF, NONE = np.inf, Adjustment(None, None, None)
+merged = jax.jit(_targets.merged, static_argnums=2)
+largest = jax.jit(lambda z, adjustment, axis: row_shift(adjust(z, adjustment), axis), static_argnums=2)
+top = jax.jit(top_class, static_argnums=3)
 
 
 def top_of(z, adjustment=NONE, axis=-1):
     z = jnp.asarray(z)
     axis = axis % z.ndim
-    m = row_shift(adjust(z, adjustment), axis)
-    return np.asarray(jax.jit(lambda z, m, a: top_class(z, m, a, axis))(z, m, adjustment))
+    return np.asarray(top(z, largest(z, adjustment, axis), adjustment, axis))
 
 
 @pytest.mark.nan
@@ -65,7 +66,7 @@ def test_top_class_where_rounding_leaves_no_maximum(rng):
     z = np.float32(100 * rng.normal(size=(50, 33)))
     m = z.max(-1)
     for off in (m, np.nextafter(m, np.float32(INF)), np.nextafter(m, np.float32(-INF))):
-        at = np.asarray(top_class(jnp.asarray(z), jnp.asarray(off), NONE, 1))
+        at = np.asarray(top(jnp.asarray(z), jnp.asarray(off), NONE, 1))
         assert np.all(m - z[np.arange(50), at] <= 8 * np.spacing(np.abs(m)))
 
 

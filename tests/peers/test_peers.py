@@ -1,4 +1,5 @@
-"""Optax's doors against Optax and softmax against jax.nn: every door by every kind of mask and of axis that it takes.
+"""Optax's doors against Optax and softmax against jax.nn: every door by every kind of mask and of axis that it takes;
+last, the loss against autodiff of what everybody writes: log_softmax, then the label's entry.
 
 The formats take turns; only shapes and values are left to chance. The peers are evaluated in float64, on the inputs as
 the format rounds them: there their own cancellation is far below what is asked.
@@ -12,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import assert_within, epsilon
+from helpers import assert_within, epsilon, loss_and_grad, random_case, random_cotangent, unoptimized
 
 import softmax_jax
+from softmax_jax import cross_entropy
 
 INTEGER, DENSE, POLY, SAFE = (
     "softmax_cross_entropy_with_integer_labels",
@@ -90,7 +92,7 @@ def results(rng, ours, theirs, operands):
 
     got = both(ours, *operands)
     with jax.enable_x64(True), jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        with jax.debug_nans(False):
+        with jax.debug_nans(False), unoptimized():
             want = [np.asarray(w) for w in both(theirs, *(jnp.asarray(a, jnp.float64) for a in operands))]
     assert all(w.dtype == np.float64 for w in want)
     return got, want
@@ -179,3 +181,69 @@ def test_jax_nn_refuses_what_is_refused_here(name):
         for module in (softmax_jax, jax.nn):
             with pytest.raises(ValueError):
                 getattr(module, name)(x, axis)
+
+
+def naive(logits, labels, options):
+    axis = options["axis"]
+    z = logits.astype(jnp.float32)
+    if "logit_scale" in options:
+        z = z * options["logit_scale"]
+    if "softcap" in options:
+        z = options["softcap"] * jnp.tanh(z / options["softcap"])
+    log_p = jax.nn.log_softmax(z, axis)
+    if jnp.issubdtype(labels.dtype, jnp.integer):
+        labels = jax.nn.one_hot(labels, z.shape[axis], axis=axis, dtype=z.dtype)
+    c, smoothing = options.get("class_weights", np.ones(z.shape[axis], np.float32)), options.get("label_smoothing", 0)
+    c = c.reshape([-1 if a == axis else 1 for a in range(z.ndim)])
+    target = jnp.broadcast_to(c, z.shape) * ((1 - smoothing) * labels + smoothing / z.shape[axis])
+    log_normalizer = jax.nn.logsumexp(z, axis)
+    losses = -jnp.sum(target * log_p, axis) + options.get("z_loss", 0) * log_normalizer**2
+    weights = options.get("weights", jnp.ones_like(losses))
+    shares = weights * jnp.sum(jnp.broadcast_to(c, z.shape) * labels, axis) if options["shared"] else weights
+    reduced = {"none": weights * losses, "sum": jnp.sum(weights * losses)}
+    return reduced.get(options["reduction"], jnp.sum(weights * losses) / jnp.sum(shares))
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
+@pytest.mark.parametrize(
+    ("shape", "axis", "reduction"), [((6, 41), -1, "mean"), ((13, 5), 0, "sum"), ((3, 7, 2), 1, "none")], ids=str
+)
+def test_loss_and_gradient_are_those_of_the_naive_loss(device, rng, shape, axis, reduction, dense):
+    dtype = jnp.bfloat16 if axis == 0 else jnp.float32
+    names = ["weights", "class_weights", "label_smoothing", "z_loss", "logit_scale", "softcap"]
+    logits, labels, options = random_case(rng, shape, axis, dtype, dense, names)
+    options["reduction"] = reduction
+    cotangent = random_cotangent(rng, shape, axis, reduction)
+    loss, grad = loss_and_grad(jax.jit, logits, labels, cotangent, options)
+    # Both are computed in float32, then the gradient is rounded once by each.
+
+    @jax.jit
+    def both(logits):
+        plain, pull = jax.vjp(lambda x: naive(x, jnp.asarray(labels), options | {"shared": not dense}), logits)
+        return plain, pull(jnp.asarray(cotangent))[0]
+
+    for got, want in zip((loss, grad), both(logits), strict=True):
+        want = np.asarray(want, np.float32)
+        # The naive one rounds log_normalizer (≤ 10), so p to 10 eps; times the number of roundings.
+        tolerance = 2 * epsilon(got.dtype) + 100 * epsilon(jnp.float32)
+        atol = 100 * epsilon(jnp.float32) * abs(want).max()
+        np.testing.assert_allclose(np.asarray(got, np.float32), want, rtol=tolerance, atol=atol)
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
+def test_gradients_of_all_operands_are_those_of_the_naive_loss(rng, dense):
+    names = ["weights", "class_weights", "label_smoothing", "z_loss", "logit_scale", "softcap"]
+    logits, labels, options = random_case(rng, (6, 9), -1, jnp.float32, dense, names)
+    options["weights"] = rng.uniform(0.5, 2, 6).astype(np.float32)  # of a weight of 0 only the divisor's part counts
+    static, rest = {"axis": 1, "reduction": "mean"}, {k: options[k] for k in names}
+
+    def ours(logits, rest):
+        return cross_entropy(logits, labels, **static, **rest)
+
+    def plain(logits, rest):
+        return naive(logits, jnp.asarray(labels), static | rest | {"shared": not dense})
+
+    scale = np.float32(rng.normal())
+    got, want = (jax.jit(jax.grad(lambda x, r, f=f: scale * f(x, r), (0, 1)))(logits, rest) for f in (ours, plain))
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-4, atol=100 * epsilon(jnp.float32) * abs(w).max())

@@ -97,18 +97,18 @@ def test_a_traced_number_out_of_range_is_nan(option):
 
 
 @pytest.mark.parametrize("names", [[], ["label_smoothing"], ["class_weights", "z_loss"], ["softcap"]], ids=str)
-@pytest.mark.parametrize("label", [-1, -7, -100, 7, 8, 2**31 - 1, -(2**31)])
 @pytest.mark.nan
-def test_a_label_out_of_range_is_nan_in_its_row_only(rng, label, names):
+def test_a_label_out_of_range_is_nan_in_its_row_only(rng, names):
     logits, labels, options = random_case(rng, (4, 7), names=names)
-    labels[2] = label
     cotangent = rng.normal(size=4).astype(np.float32)
     options["reduction"] = "none"
-    want = reference.cross_entropy(logits, labels, cotangent=np.float64(cotangent), **options)
-    assert np.isnan(want.loss[2]) and np.all(np.isnan(want.grad[2])) and np.isnan(want.grad).sum() == 7
-    loss, grad = loss_and_grad(jax.jit, logits, labels, cotangent, options)
-    assert_within(loss, want.loss, want.loss_condition, 8)
-    assert_within(grad, want.grad, want.grad_condition, 8)
+    for label in (-1, -7, -100, 7, 8, 2**31 - 1, -(2**31)):
+        labels[2] = label
+        want = reference.cross_entropy(logits, labels, cotangent=np.float64(cotangent), **options)
+        assert np.isnan(want.loss[2]) and np.all(np.isnan(want.grad[2])) and np.isnan(want.grad).sum() == 7
+        loss, grad = loss_and_grad(jax.jit, logits, labels, cotangent, options)
+        assert_within(loss, want.loss, want.loss_condition, 8, err_msg=str(label))
+        assert_within(grad, want.grad, want.grad_condition, 8, err_msg=str(label))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The loss from hidden states: against float64, against the plain door, at every chunk size."""
 
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,15 @@ def head_case(rng, batch, embed, classes, dtype, dense=False, names=()):
     return (x, weight, bias), labels, options
 
 
+@partial(jax.jit, static_argnums=0)  # one for all tests: equal cases compile once
+def loss_and_gradients(static, operands, labels, traced, cotangent):
+    def loss(x, weight, bias):
+        return linear_cross_entropy(x, weight, labels, bias=bias, **dict(static), **traced)
+
+    value, pull = jax.vjp(loss, *operands)
+    return value, pull(cotangent.astype(value.dtype))
+
+
 def check(rng, operands, labels, options, chunk_size=None, k=8):
     """Loss, dx, dweight, dbias within k eps of their conditions, under a random cotangent.
 
@@ -36,11 +47,11 @@ def check(rng, operands, labels, options, chunk_size=None, k=8):
     size = 1 + np.max(np.abs(x) @ np.abs(weight) + np.abs(bias), initial=0)
     want = reference.cross_entropy(logits, labels, cotangent=cotangent, **options)
 
-    def loss(x, weight, bias):
-        return linear_cross_entropy(x, weight, labels, bias=bias, chunk_size=chunk_size, **options)
-
-    got, pull = jax.vjp(loss, *map(jnp.asarray, operands))
-    dx, dweight, dbias = pull(jnp.asarray(cotangent, got.dtype))
+    static = tuple((name, options[name]) for name in ("reduction", "ignore_index") if name in options)
+    traced = {name: option for name, option in options.items() if name not in dict(static)}
+    got, (dx, dweight, dbias) = loss_and_gradients(
+        (("chunk_size", chunk_size), *static), operands, labels, traced, np.float32(cotangent)
+    )
     assert_within(got, want.loss, want.loss_condition * size, k, got.dtype, "loss")
 
     rounding = 0 if dtype == jnp.float32 else epsilon(dtype) / epsilon(jnp.float32) / k
@@ -116,7 +127,7 @@ def test_gradients_of_every_other_operand_are_those_of_the_plain_door(rng, reduc
             rest = {k: v for k, v in floats.items() if k != "labels"}
             return jnp.sum(cotangent * door(floats.get("labels", labels), reduction=reduction, **options, **rest))
 
-        return jax.grad(loss)(floats)
+        return jax.jit(jax.grad(loss))(floats)
 
     got = gradients(lambda y, **o: linear_cross_entropy(x, weight, y, bias=bias, chunk_size=6, **o))
     want = gradients(lambda y, **o: cross_entropy(logits, y, **o))
@@ -144,25 +155,29 @@ def test_hessian_vector_products_and_transforms(rng, reduction):
     plain = lambda x, w, y: jnp.sum(cross_entropy(x @ w, y, reduction=reduction) ** 2)  # noqa: E731
     x, weight, heads = jnp.asarray(x), jnp.asarray(weight), jnp.stack([weight, -weight])
 
-    def product(f):
+    def product(f, x, weight, heads):
         g = jax.grad(f, (0, 1))
         return jax.jvp(lambda x, w: g(x, w, labels), (x, weight), (0.5 * x, x[0, 0, :, None] * weight))
 
-    def scanned(f):
+    def scanned(f, x, weight, heads):
         step = lambda w, xy: (w - 0.1 * jax.grad(jax.checkpoint(f), 1)(xy[0], w, xy[1]), f(xy[0], w, xy[1]))  # noqa: E731
         return jax.lax.scan(step, weight, (x, labels))
 
     transforms = [
         product,
         scanned,
-        lambda f: jax.vmap(jax.grad(f, (0, 1)), (0, None, 0))(x, weight, labels),
-        lambda f: jax.vmap(jax.grad(f, (0, 1)), (None, 0, None))(x, heads, labels),
-        lambda f: jax.vmap(jax.value_and_grad(f), (0, 0, 0))(x, heads, labels),
+        lambda f, x, weight, heads: jax.vmap(jax.grad(f, (0, 1)), (0, None, 0))(x, weight, labels),
+        lambda f, x, weight, heads: jax.vmap(jax.grad(f, (0, 1)), (None, 0, None))(x, heads, labels),
+        lambda f, x, weight, heads: jax.vmap(jax.value_and_grad(f), (0, 0, 0))(x, heads, labels),
     ]
-    for transform in transforms:
-        for got, want in zip(jax.tree.leaves(transform(linear)), jax.tree.leaves(transform(plain)), strict=True):
-            # Two orders of a sum of 12 tokens: 128 eps of the largest entry.
-            np.testing.assert_allclose(got, want, rtol=0, atol=128 * epsilon(jnp.float32) * np.max(np.abs(want)))
+
+    @partial(jax.jit, static_argnums=0)
+    def every(f, *operands):
+        return [transform(f, *operands) for transform in transforms]
+
+    for got, want in zip(*(jax.tree.leaves(every(f, x, weight, heads)) for f in (linear, plain)), strict=True):
+        # Two orders of a sum of 12 tokens: 128 eps of the largest entry.
+        np.testing.assert_allclose(got, want, rtol=0, atol=128 * epsilon(jnp.float32) * np.max(np.abs(want)))
 
 
 def test_bitwise_repeatable(rng):

@@ -14,12 +14,12 @@ from meshes import collectives, mesh_of
 
 from softmax_jax import linear_cross_entropy
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import scaling  # noqa: E402
 
-pytestmark = pytest.mark.compiled
+pytestmark = [pytest.mark.compiled, pytest.mark.unoptimized]
 
 SCALARS = 64  # bytes: the loss
 
