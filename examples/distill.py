@@ -25,8 +25,9 @@ from tqdm import tqdm
 from softmax_jax import SparseLabels, cross_entropy
 
 plt.switch_backend("Agg")
-BATCH, SEEN, TEMPERATURE = 128, 100, 4.0
+BATCH, STEPS, SEEN, TEMPERATURE = 128, 600, 100, 4.0
 COLOURS = {"labels": "#999999", "3 probabilities": "#d98c21", "3 and what is left": "#1f6fb4", "all 10": "#2d8a4e"}
+OPTIMIZER = optax.adamw(optax.cosine_decay_schedule(5e-3, STEPS), weight_decay=1e-2)
 
 
 class Teacher(eqx.Module):
@@ -61,14 +62,10 @@ def loss(net: Any, images: Array, targets: Any, scale: float) -> Float[Array, ""
     return cross_entropy(jax.vmap(net)(images), targets, logit_scale=scale)
 
 
-def optimizer_of(steps: int) -> optax.GradientTransformation:
-    return optax.adamw(optax.cosine_decay_schedule(5e-3, steps), weight_decay=1e-2)
-
-
 @eqx.filter_jit
-def step(net, state, images, targets, scale, steps):
+def step(net, state, images, targets, scale):
     gradient = eqx.filter_grad(loss)(net, images, targets, scale)
-    updates, state = optimizer_of(steps).update(gradient, state, eqx.filter(net, eqx.is_array))
+    updates, state = OPTIMIZER.update(gradient, state, eqx.filter(net, eqx.is_array))
     return eqx.apply_updates(net, updates), state
 
 
@@ -77,15 +74,16 @@ def logits_of(net, images):
     return jax.vmap(net)(images)
 
 
-def trained(net, images, targets, test, seed, steps, bar, scale=1.0):
+def trained(net, images, targets, test, seed, bar, scale=1.0):
     """The network after all steps, and its accuracy on held-out digits every 20 of them."""
-    state, rng, accuracy = optimizer_of(steps).init(eqx.filter(net, eqx.is_array)), np.random.default_rng(seed), []
-    for done in range(steps + 1):
+    state, rng, accuracy = OPTIMIZER.init(eqx.filter(net, eqx.is_array)), np.random.default_rng(seed), []
+    for done in range(STEPS + 1):
         if done % 20 == 0:
             accuracy.append(np.mean(np.asarray(logits_of(net, test[0])).argmax(-1) == test[1]))
         rows = rng.choice(len(images), BATCH)
-        some = jax.tree.map(lambda a, rows=rows: a[rows], (images, targets))
-        net, state = step(net, state, *some, np.float32(scale), steps)
+        net, state = step(
+            net, state, images[rows], jax.tree.map(lambda a, rows=rows: a[rows], targets), np.float32(scale)
+        )
         bar.update()
     return net, np.array(accuracy)
 
@@ -100,7 +98,7 @@ def draw(curves: dict[str, np.ndarray], best: float, top: SparseLabels, images: 
     """Accuracy by step, mean and range of the students; what the teacher says of the digits it is least sure of."""
     figure = plt.figure(figsize=(11, 7.4), layout="constrained")
     above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[1.6, 1])[:, 0]
-    axes, steps = above.subplots(), 20 * np.arange(len(next(iter(curves.values()))[0]))
+    axes, steps = above.subplots(), 20 * np.arange(STEPS // 20 + 1)
     axes.axhline(100 * best, color="#111111", ls="--", label=f"the teacher: {100 * best:.1f} %")
     for name, accuracy in curves.items():
         mean = 100 * accuracy.mean(0)
@@ -124,7 +122,6 @@ def draw(curves: dict[str, np.ndarray], best: float, top: SparseLabels, images: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--students", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--out", type=Path, default=Path("out/distill.png"))
     options = parser.parse_args()
 
@@ -133,9 +130,8 @@ def main() -> None:
     training, held_out = train_test_split(np.arange(len(digits)), test_size=0.25, stratify=digits, random_state=0)
     test, seen = (images[held_out], digits[held_out]), training[:SEEN]
 
-    with tqdm(total=(1 + 4 * options.students) * (options.steps + 1), unit="step") as bar:
-        of_all = images[training], digits[training], test, 0, options.steps
-        teacher, curve = trained(Teacher(jax.random.key(0)), *of_all, bar)
+    with tqdm(total=(1 + 4 * options.students) * (STEPS + 1), unit="step") as bar:
+        teacher, curve = trained(Teacher(jax.random.key(0)), images[training], digits[training], test, 0, bar)
         three, everything = (top_of(teacher, images[seen], k) for k in (3, 10))
         targets = {
             "labels": (digits[seen], 1.0),
@@ -146,7 +142,7 @@ def main() -> None:
         curves = {}
         for name, (what, scale) in targets.items():
             each = [(Student(jax.random.key(seed)), images[seen], what, test, seed) for seed in range(options.students)]
-            curves[name] = np.array([trained(*arguments, options.steps, bar, scale)[1] for arguments in each])
+            curves[name] = np.array([trained(*arguments, bar, scale)[1] for arguments in each])
     draw(curves, curve[-1], three, images[seen], options.out)
     print(f"teacher: {curve[-1]:.2%} of {len(test[1])} held-out digits")
     for name, accuracy in curves.items():

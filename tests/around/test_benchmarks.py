@@ -79,6 +79,7 @@ def with_ratio(found, ratio):
     return changed
 
 
+@pytest.mark.thorough
 def test_every_part_leaves_records(quick):
     assert quick["quick"]
     assert quick["parts"].keys() == command.PARTS.keys()
@@ -90,6 +91,7 @@ def test_every_part_leaves_records(quick):
         assert len(set(keys)) == len(keys)
 
 
+@pytest.mark.thorough
 def test_ratios_are_ordered_and_positive(quick):
     for run in quick["parts"].values():
         for record in run["records"]:
@@ -97,6 +99,7 @@ def test_ratios_are_ordered_and_positive(quick):
                 assert 0 < spread[0] <= spread[1] <= spread[2]
 
 
+@pytest.mark.thorough
 def test_tables_and_pictures_are_made(folder, quick):
     page = (folder / "benchmarks.md").read_text()
     for part in command.PARTS:
@@ -109,6 +112,7 @@ def test_tables_and_pictures_are_made(folder, quick):
     assert OPTAX in show.means(quick)
 
 
+@pytest.mark.thorough
 def test_a_part_replaces_its_own_records_only(folder, quick, tmp_path):
     path = tmp_path / "kept.json"
     results.merge(quick, path)
@@ -119,6 +123,7 @@ def test_a_part_replaces_its_own_records_only(folder, quick, tmp_path):
     assert merged["parts"]["logits"] == quick["parts"]["logits"]
 
 
+@pytest.mark.thorough
 def test_a_part_of_a_part_replaces_its_own_cells_only(quick, tmp_path):
     path = tmp_path / "kept.json"
     old = copy.deepcopy(quick)
@@ -135,6 +140,7 @@ def test_a_part_of_a_part_replaces_its_own_cells_only(quick, tmp_path):
         assert f"{len(others)} cells are from 2001-01-01" in show.source(results.load(path), "linear")
 
 
+@pytest.mark.thorough
 def test_quick_results_are_never_written_over_kept_ones(quick, tmp_path):
     path = tmp_path / "kept.json"
     results.merge({**quick, "quick": False}, path)
@@ -163,6 +169,7 @@ def test_peers_compute_the_same(what, rng):
         np.testing.assert_allclose(np.asarray(y), np.asarray(found[OURS]), rtol=1e-5, err_msg=name)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("ratio", "fell"), [(1.14, False), (0.5, False), (1.16, True)])
 def test_guard(quick, tmp_path, capsys, ratio, fell):
     for name, number in (("kept", 1.0), ("fresh", ratio)):
@@ -171,6 +178,7 @@ def test_guard(quick, tmp_path, capsys, ratio, fell):
     assert ("1.00 -> 1.16" in capsys.readouterr().out) == fell
 
 
+@pytest.mark.thorough
 def test_aims_are_met_or_missed(quick):
     def verdict(ratio):
         (aim,) = [aim for aim in aims(with_ratio(quick, ratio)) if aim.text.startswith("linear, of optax")]

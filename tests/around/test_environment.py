@@ -13,7 +13,7 @@ from helpers import FLOATS, epsilon
 import softmax_jax
 from softmax_jax import cross_entropy, linear_cross_entropy
 
-FORMATS = [np.float32, jnp.bfloat16, np.float16]
+formats = [jnp.bfloat16, *(pytest.param(dtype, marks=pytest.mark.thorough) for dtype in (np.float32, np.float16))]
 OPTIONS = {name: float(value) for name, value in FLOATS.items()}
 
 
@@ -48,7 +48,7 @@ def results(dtype):
     return {name: jax.eval_shape(lambda *a, f=f: both(f, *a), *operands) for name, (f, *operands) in cases.items()}
 
 
-@pytest.mark.parametrize("dtype", FORMATS, ids=lambda d: np.dtype(d).name)
+@pytest.mark.parametrize("dtype", formats, ids=lambda d: np.dtype(d).name)
 @pytest.mark.compiled
 def test_no_type_changes_with_x64(dtype):
     with jax.enable_x64(False):

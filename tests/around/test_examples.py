@@ -36,25 +36,25 @@ def _vmap_batches(printed: str) -> None:
 
 
 def _char_lm(printed: str) -> None:
-    """Before the first step it guesses: log 8192 = 9.01. In 40 steps it learns which tokens are frequent."""
+    """Before the first step it guesses: log 4096 = 8.32. In 30 steps it learns which tokens are frequent."""
     linear, logits = (float(number) for number in re.findall(r"--loss \w+ (\S+) MiB", printed))
     assert linear < 0.6 * logits
     before, after = (float(number) for number in re.findall(r"training loss: (\S+) -> (\S+) nats", printed)[0])
-    assert 8.9 < before < 9.2
-    assert after < 7.5
-    assert float(re.findall(r"held-out perplexity: (\S+)", printed)[0]) < 8192 / 2
+    assert 8.2 < before < 8.5
+    assert after < 6.8
+    assert float(re.findall(r"held-out perplexity: (\S+)", printed)[0]) < 4096 / 2
     assert "class " in printed
 
 
 def _vocab_parallel(printed: str, processes: int = 1, parts: int = 4) -> None:
-    """log 8185 = 9.01. Sums in another order differ by 4e-7 after 25 steps; without `where`, it would be 4e-5."""
-    assert f"processes: {processes}; 8185 classes, padded to {8185 + -8185 % parts}\n" in printed
+    """log 4093 = 8.32. Sums in another order differ by 2e-7 after 15 steps; without `where`, it would be 4e-5."""
+    assert f"processes: {processes}; 4093 classes, padded to {4093 + -4093 % parts}\n" in printed
     assert f"{8 // parts} data x {parts} model: training loss" in printed
     pattern = r"training loss: (\S+) -> (\S+) nats; each device: head (\S+) MiB, temporary memory of one step (\S+) MiB"
     one, spread = (tuple(map(float, numbers)) for numbers in re.findall(pattern, printed))
     for before, after, *_ in (one, spread):
-        assert 8.9 < before < 9.2
-        assert after < 7.5
+        assert 8.2 < before < 8.5
+        assert after < 7
     assert float(re.findall(r"differ by (\S+) of themselves", printed)[0]) < 1e-5
     assert abs(spread[2] - one[2] / parts) < 0.02
     assert spread[3] < 0.4 * one[3]
@@ -87,19 +87,23 @@ def _percentages(printed: str) -> list[float]:
     return [float(number) for number in re.findall(r"([\d.]+)%", printed)]
 
 
+FEW = "--files 16"  # of the standard library: more are more to read
+longer = partial(pytest.param, marks=pytest.mark.thorough)
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "check"),
     [
         pytest.param("digits", "--epochs 10", _digits, id="digits"),
-        pytest.param("vmap_batches", "--epochs 10 --members 4", _vmap_batches, id="vmap_batches"),
-        pytest.param("char_lm", "--steps 40 --batch 8 --length 64 --files 40", _char_lm, id="char_lm"),
-        pytest.param("vocab_parallel", "--steps 25 --files 40", _vocab_parallel, id="vocab_parallel"),
-        pytest.param("distill", "--students 2", _distill, id="distill"),
-        pytest.param("tail", "--steps 1000", _tail, id="tail"),
-        pytest.param("policy_gradient", "--updates 20", _policy_gradient, id="policy_gradient"),
-        pytest.param(
+        longer("vmap_batches", "--epochs 10 --members 4", _vmap_batches, id="vmap_batches"),
+        longer("char_lm", f"--steps 30 --batch 8 --length 64 {FEW} --vocabulary 4096", _char_lm, id="char_lm"),
+        longer("vocab_parallel", f"--steps 15 {FEW} --vocabulary 4093", _vocab_parallel, id="vocab_parallel"),
+        longer("distill", "--students 2", _distill, id="distill"),
+        longer("tail", "--steps 1000", _tail, id="tail"),
+        longer("policy_gradient", "--updates 20", _policy_gradient, id="policy_gradient"),
+        longer(
             "vocab_parallel",
-            "--steps 25 --files 40 --processes 2 --model 8 --seconds 800",
+            f"--steps 15 {FEW} --vocabulary 4093 --processes 2 --model 8 --seconds 800",
             partial(_vocab_parallel, processes=2, parts=8),  # each process has one half of the head
             id="vocab_parallel_in_two_processes",
         ),
@@ -123,6 +127,7 @@ def test_an_example_learns_and_draws(name: str, arguments: str, check: Callable[
     assert 0.02 < (shown < 0.9).mean() < 0.6  # there is ink, on mostly white
 
 
+@pytest.mark.thorough
 def test_both_doors_train_the_same_language_model(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     char_lm = importlib.import_module("char_lm")

@@ -179,7 +179,7 @@ def test_token_weights_beyond_float16_cancel_in_its_gradients(rng, reduction):
     p = np.exp(x.astype(np.float64) @ weight.astype(np.float64))
     d = (p / p.sum(1, keepdims=True) - np.eye(16)[labels]) / 64
     truths = d @ weight.astype(np.float64).T, x.astype(np.float64).T @ d
-    for weight_of_all in np.float32([1e-9, 1e-6, 1, 1e5, 1e8]):
+    for weight_of_all in np.array([1e-9, 1e-6, 1, 1e5, 1e8], np.float32):
         for got, truth in zip(gradients(x, weight, weight_of_all), truths, strict=True):
             # dlogits is rounded to float16 and so is the result: eps/2 each, at random; its subnormals beside.
             error = np.linalg.norm(np.asarray(got, np.float64) - truth) / np.linalg.norm(truth)

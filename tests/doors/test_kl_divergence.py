@@ -101,7 +101,7 @@ def test_every_pair_of_margins(rng, beta):
         value, pull = jax.vjp(loss, b, a)
         return value, pull(cotangent)
 
-    for scale in np.float32([1, 1.37]):
+    for scale in np.array([1, 1.37], np.float32):
         product = scale != 1
         value, grads = both(teacher, student, scale)
         want = truth(*((np.float32(scale * z)) for z in (teacher, student)), beta, cotangent)

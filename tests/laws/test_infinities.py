@@ -193,7 +193,7 @@ def test_infinities_are_judged_on_the_raw_logit(rng, softcap):
     through_scale = jax.jit(
         jax.grad(lambda s: cross_entropy(logits[:3], labels[:3], reduction="sum", logit_scale=s, **capped))
     )
-    for scale in np.float32([0.7, -0.7, 0.0]):
+    for scale in np.array([0.7, -0.7, 0.0], np.float32):
         options = {"logit_scale": scale, "reduction": "none", **capped}
         want = reference.cross_entropy(logits, labels, cotangent=np.float64(cotangent), **options)
         loss, grad = loss_and_grad(jax.jit, logits, labels, cotangent, options)

@@ -65,6 +65,7 @@ def test_flax_nnx_training_step(digits):
     assert falls([float(step(model, optimizer)) for _ in range(40)])
 
 
+@pytest.mark.thorough
 def test_equinox_training_step(digits):
     images, labels = digits
     model = eqx.nn.MLP(64, 10, 32, 1, key=jax.random.key(0))
@@ -84,6 +85,7 @@ def test_equinox_training_step(digits):
     assert falls(losses)
 
 
+@pytest.mark.thorough
 def test_accumulated_gradients_are_those_of_the_whole_batch(digits):
     """optax.MultiSteps averages the micro-batches' gradients: with the whole batch's count over their number as the
     `normalizer` that is the gradient of the mean over all tokens that count, however they are spread."""
@@ -107,6 +109,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(digits):
     chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.thorough
 def test_a_solver_finds_the_optimum_of_multinomial_regression(digits):
     """optimistix takes derivatives forward; scikit-learn's float64 solution is the truth."""
     images, labels = digits
@@ -126,6 +129,7 @@ def test_a_solver_finds_the_optimum_of_multinomial_regression(digits):
     np.testing.assert_allclose(found.value, want.coef_.T, atol=2e-2)
 
 
+@pytest.mark.thorough
 def test_training_resumed_from_an_orbax_checkpoint_is_bitwise_the_same(digits, tmp_path):
     images, labels = digits
     optimizer = optax.adamw(1e-2)
