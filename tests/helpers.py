@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import reference
 
 from softmax_jax import cross_entropy
@@ -21,6 +22,11 @@ DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 # The argument of the largest exponential that matters is about -margin, rounded to float32: ≤ 100 · 2^-24 = 6e-6
 # relative, and a few roundings more. That is the budget of the promise.
 PROMISE = 1e-5
+
+
+def few_of(values, quick=1):
+    """Parameters of which the first are quick and the others thorough."""
+    return [*values[:quick], *(pytest.param(value, marks=pytest.mark.thorough) for value in values[quick:])]
 
 
 def epsilon(dtype) -> float:

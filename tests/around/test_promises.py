@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import ALONE, FLOATS, compilations, random_case
+from helpers import ALONE, FLOATS, compilations, few_of, random_case
 
 from softmax_jax import (
     SparseLabels,
@@ -173,14 +173,13 @@ def other_doors(rng):
     yield "linear_kl_divergence", between, (states, head)
 
 
-OTHERS = [name for name, *_ in other_doors(np.random.default_rng(0))]
-FIRST = ("log_softmax", "label_statistics", "kl_divergence 0.0")
+OTHERS = sorted(
+    (name for name, *_ in other_doors(np.random.default_rng(0))), key=lambda name: name != "label_statistics"
+)
 
 
 @pytest.mark.unoptimized
-@pytest.mark.parametrize(
-    "name", [name if name in FIRST else pytest.param(name, marks=pytest.mark.thorough) for name in OTHERS]
-)
+@pytest.mark.parametrize("name", few_of(OTHERS, 3))
 def test_debug_nans_stays_silent_at_every_other_door(rng, name):
     """As above, value and gradients, also operation by operation."""
     ((_, f, operands),) = (case for case in other_doors(rng) if case[0] == name)

@@ -60,6 +60,7 @@ def test_cross_entropy(rng, kind, dense, batch, classes):
     assert_moves_little(program, per_token=8 * 12)
 
 
+@pytest.mark.thorough
 @kinds
 @both
 def test_rows_longer_than_a_block_over_sharded_classes(rng, kind, dense):
@@ -70,6 +71,7 @@ def test_rows_longer_than_a_block_over_sharded_classes(rng, kind, dense):
     assert_moves_little(program, per_token=8 * 2)
 
 
+@pytest.mark.thorough
 @kinds
 @both
 def test_cross_entropy_with_all_options(rng, kind, dense):
@@ -84,6 +86,7 @@ def test_cross_entropy_with_all_options(rng, kind, dense):
     assert_moves_little(program, per_token=4 * 6)
 
 
+@pytest.mark.thorough
 @kinds
 @pytest.mark.parametrize("axis", [0, 1])
 def test_classes_on_another_axis(rng, kind, axis):
@@ -142,6 +145,7 @@ def test_linear_cross_entropy_with_all_options(rng, kind, dense):
     assert_moves_little(program, per_token=128, gradients=gradients)
 
 
+@pytest.mark.thorough
 @kinds
 def test_chunks_that_do_not_divide_the_tokens(rng, kind):
     """7 x 14 tokens in chunks of at most 20: padded, on each device where the layout is known."""
@@ -226,6 +230,7 @@ def test_explicit_batch_around_manual_classes_is_refused(rng):
             mapped(arrays["logits"], arrays["labels"])
 
 
+@pytest.mark.thorough
 @kinds
 @pytest.mark.parametrize("transform", ["vmap", "hessian-vector product", "scan"])
 def test_transforms(rng, kind, transform):
@@ -251,6 +256,7 @@ def test_transforms(rng, kind, transform):
     np.testing.assert_allclose(got, want, rtol=0, atol=64 * 1.2e-7 * np.max(np.abs(want)))
 
 
+@pytest.mark.thorough
 def test_vmap_over_an_axis_that_is_sharded_itself(rng):
     """Explicit: inside of `vmap` the other mesh axis is left."""
     asked = problem(rng, (8, 6, 64))
@@ -262,6 +268,7 @@ def test_vmap_over_an_axis_that_is_sharded_itself(rng):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("embed", [None, 4], ids=["logits", "linear"])
 def test_one_class_over_a_mesh_axis_of_one_device(rng, embed):
     asked = problem(rng, (8, 1), embed=embed)
@@ -269,6 +276,7 @@ def test_one_class_over_a_mesh_axis_of_one_device(rng, embed):
     assert_equal(got, truth(asked, 1.0))
 
 
+@pytest.mark.thorough
 @kinds
 def test_doors_with_optaxs_names(rng, kind):
     asked = problem(rng, (8, 6, 64), dense=True)
@@ -280,6 +288,7 @@ def test_doors_with_optaxs_names(rng, kind):
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
+@pytest.mark.thorough
 @kinds
 def test_temporary_bytes_of_a_device_are_an_eighth(rng, kind):
     """Of what is sharded: a chunk's logits and their gradient, the batch over `data`, the classes over `model`."""

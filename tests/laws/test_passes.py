@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from helpers import ALONE, assert_within, check_against_reference, epsilon, random_case
+from helpers import ALONE, assert_within, check_against_reference, epsilon, few_of, random_case
 from jax.sharding import PartitionSpec as P
 from meshes import assert_equal, collectives, mesh_of, problem, truth, under_jit
 
@@ -84,7 +84,7 @@ def test_rows_that_have_no_loss(device, rng, shape):
     assert all(np.isnan(value)[[0, 1, 3, 4, 5]].all() for value in found[:3])
 
 
-@pytest.mark.parametrize("classes", [1_800_000, pytest.param(2**21, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("classes", few_of([1_800_000, 2**21]))
 def test_the_top_of_millions_of_classes(rng, classes):
     """Where a class times the ten steps of `top_class` is no float32 any more."""
     z = np.zeros((3, classes), np.float32)
