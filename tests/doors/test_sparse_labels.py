@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from helpers import FLOATS, MARGINS, PROMISE, assert_within, at_margins, epsilon, relative_error, unoptimized
+from helpers import FLOATS, MARGINS, PROMISE, assert_within, at_margins, epsilon, few_of, relative_error, unoptimized
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import collectives, mesh_of
@@ -63,6 +63,7 @@ def test_they_are_the_dense_labels_that_they_mean(rng, others, names, dtype):
     assert_within(grad, want.grad, want.grad_condition, 16, dtype, "gradient")
 
 
+@pytest.mark.thorough
 def test_classes_on_another_axis(rng):
     """The k entries stay last."""
     logits, labels, options = random_case(rng, (4, 5), 61, 7, True, ("where", "class_weights", "label_smoothing"))
@@ -81,7 +82,7 @@ def test_classes_on_another_axis(rng):
         np.testing.assert_allclose(same, dprobs, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("others", [False, True], ids=["few", "spread"])
+@pytest.mark.parametrize("others", few_of([True, False]), ids=["spread", "few"])
 def test_gradients_of_probabilities_and_options(rng, others):
     """Of each entry, of duplicates each; of what is spread; of every option."""
     logits, labels, options = random_case(rng, (4, 5), 61, 7, others, tuple(ALL))
@@ -160,8 +161,9 @@ def test_a_few_of_probability_zero(rng):
     np.testing.assert_allclose(got, cross_entropy(logits[2:, :2], np.full((1, 2), 0.5, np.float32)), rtol=1e-6)
 
 
-@pytest.mark.parametrize(("reduction", "transpose"), [("mean", True), ("none", False)])
-def test_linear_is_plain(rng, reduction, transpose):
+@pytest.mark.parametrize("how", few_of([("mean", True), ("none", False)]), ids=str)
+def test_linear_is_plain(rng, how):
+    reduction, transpose = how
     _, labels, options = random_case(rng, (3, 5), 61, 7, True, tuple(ALL))
     x, weight = (rng.normal(size=shape).astype(np.float32) for shape in [(3, 5, 24), (24, 61)])
     weight /= 5
@@ -204,11 +206,16 @@ def test_nothing_of_logits_size_is_made_for_them(dtype):
     assert program.memory_analysis().temp_size_in_bytes < 0.05 * size
 
 
+OF_ONE_DEVICE = {}  # the gradients of the whole, once for each form
+
+
 @pytest.mark.compiled
 @pytest.mark.unoptimized
-@pytest.mark.parametrize("linear", [False, True], ids=["logits", "linear"])
-def test_over_8_devices(rng, linear):
+@pytest.mark.parametrize("how", few_of(["axis_name", "automatic", "explicit"]))
+@pytest.mark.parametrize("linear", few_of([True, False]), ids=["linear", "logits"])
+def test_over_8_devices(how, linear):
     """Tokens over two, classes over four, in each of JAX's ways: the loss and the gradients of the whole."""
+    rng = np.random.default_rng(0)
     logits, labels, options = random_case(rng, (8, 6), 64, 7, True, tuple(ALL))
     x, weight = (rng.normal(size=shape).astype(np.float32) for shape in [(8, 6, 24), (24, 64)])
     weight /= 5
@@ -225,22 +232,23 @@ def test_over_8_devices(rng, linear):
 
     operands = ((x, weight) if linear else (logits,), labels.probs, labels.others, c)
     fixed = labels.ids, where
-    want = in_float64(lambda *o: total(cotangent, losses, *o, *fixed), *operands)
+    if linear not in OF_ONE_DEVICE:
+        OF_ONE_DEVICE[linear] = in_float64(lambda *o: total(cotangent, losses, *o, *fixed), *operands)
+    want = OF_ONE_DEVICE[linear]
     of_logits, tokens = P("data", None, "model"), P("data")
     specs = ((tokens, P(None, "model")) if linear else (of_logits,), tokens, tokens, P("model"), tokens, of_logits)
-    for how in ("automatic", "explicit", "axis_name"):
-        mesh = mesh_of("explicit" if how == "explicit" else "automatic")
-        local = partial(losses, axis_name="model")
-        run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=tokens) if how == "axis_name" else losses
-        put = lambda a, spec, mesh=mesh: jax.device_put(a, NamedSharding(mesh, spec))  # noqa: E731
-        with jax.set_mesh(mesh):
-            every = jax.tree.map(put, (*operands, *fixed), specs, is_leaf=lambda a: isinstance(a, np.ndarray))
-            of = partial(total, put(cotangent, tokens), run)
-            program = jax.jit(jax.grad(of, (0, 1, 2, 3))).lower(*every).compile()
-            got = program(*every)
-        assert {found.op for found in collectives(program)} <= {"all-reduce"}, how
-        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-            assert np.max(abs(np.asarray(a) - b)) < 64 * epsilon(jnp.float32) * np.max(abs(b)), how
+    mesh = mesh_of("explicit" if how == "explicit" else "automatic")
+    local = partial(losses, axis_name="model")
+    run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=tokens) if how == "axis_name" else losses
+    put = lambda a, spec, mesh=mesh: jax.device_put(a, NamedSharding(mesh, spec))  # noqa: E731
+    with jax.set_mesh(mesh):
+        every = jax.tree.map(put, (*operands, *fixed), specs, is_leaf=lambda a: isinstance(a, np.ndarray))
+        of = partial(total, put(cotangent, tokens), run)
+        program = jax.jit(jax.grad(of, (0, 1, 2, 3))).lower(*every).compile()
+        got = program(*every)
+    assert {found.op for found in collectives(program)} <= {"all-reduce"}, how
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert np.max(abs(np.asarray(a) - b)) < 64 * epsilon(jnp.float32) * np.max(abs(b)), how
 
 
 def test_vmap_and_second_derivatives(rng):
@@ -299,7 +307,7 @@ def test_one_class_here_and_over_devices(rng):
 
 
 @pytest.mark.nan
-@pytest.mark.parametrize("held", [np.nan, np.inf])
+@pytest.mark.parametrize("held", few_of([np.nan, np.inf]))
 def test_a_row_of_weight_zero_may_hold_anything_in_others(rng, held):
     """Every gradient is that of the batch without the row, but for the weight's own part in the divisor."""
     logits, labels, _ = random_case(rng, (3,), 5, 4, True)
