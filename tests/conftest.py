@@ -1,7 +1,7 @@
 """Strict settings, simulated devices, and the fixtures that every file shares."""
 
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from importlib.metadata import entry_points
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
@@ -56,8 +56,22 @@ def _settings_that_a_test_cannot_have(request):
             stack.enter_context(jax.debug_nans(False))
         if request.node.get_closest_marker("compiled"):
             stack.enter_context(jax.disable_jit(False))
-        if request.node.get_closest_marker("unoptimized"):
-            stack.enter_context(unoptimized())
+        yield
+
+
+LAST = {"optimized": True}  # how the test before was compiled
+
+
+@pytest.fixture(autouse=True)
+def _optimized_or_not(request):
+    """What laws/ asks of every door, and what has the mark `optimized`, is compiled as users compile, the rest in half
+    of the time. JAX would take one for the other: it forgets its programs in between."""
+    marked = request.node.get_closest_marker
+    optimized = bool(marked("optimized") or (request.path.parent.name == "laws" and not marked("unoptimized")))
+    if optimized != LAST["optimized"]:
+        jax.clear_caches()
+        LAST["optimized"] = optimized
+    with nullcontext() if optimized else unoptimized():
         yield
 
 

@@ -2,8 +2,8 @@
 
 Stacked `parametrize` and parametrized fixtures multiply. Kept are cells in which every two of them meet in each way
 that the product lets them meet (of two that is all of it); `--full-products` keeps the rest too. The cells of a
-diagonal, in which every value of every name comes once, are quick; the others have the mark `thorough`, but for a test
-with the mark `whole`, whose every cell is quick. A cell that is named on the command line runs.
+diagonal, in which every value of every name comes once, are quick; the others have the mark `thorough`. With the mark
+`diagonal` that is all of a test's cells, with the mark `whole` every cell is quick.
 """
 
 from collections import defaultdict
@@ -42,7 +42,8 @@ def select(config, items: list[pytest.Item]) -> None:
         values = [frozenset((n, repr(v)) for n, v in p.items()) for p in parameters]
         may = [i for i, item in enumerate(group) if not item.get_closest_marker("thorough")]
         quick = {may[i] for i in covering([values[i] for i in may], 1)}
-        kept = range(len(group)) if config.getoption("--full-products") else quick | covering(places, 2)
+        wanted = 1 if group[0].get_closest_marker("diagonal") else 2
+        kept = range(len(group)) if config.getoption("--full-products") else quick | covering(places, wanted)
         for i, item in enumerate(group):
             if i not in kept:
                 dropped.add(item)

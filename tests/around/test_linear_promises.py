@@ -26,7 +26,6 @@ def temporary(tokens, dtype):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: d.__name__)
 @pytest.mark.compiled
-@pytest.mark.unoptimized
 @pytest.mark.cpu_compiler
 def test_memory_is_a_chunk_its_gradient_and_the_heads_gradient_whatever_the_tokens(dtype):
     chunk, head = 4 * CHUNK * CLASSES, 4 * EMBED * CLASSES
@@ -38,7 +37,6 @@ def test_memory_is_a_chunk_its_gradient_and_the_heads_gradient_whatever_the_toke
 
 @pytest.mark.parametrize(("asked", "products"), [((0, 1), 3), ((0,), 2), ((1,), 2), ((), 1)], ids=str)
 @pytest.mark.compiled
-@pytest.mark.unoptimized
 def test_a_frozen_head_or_backbone_is_not_paid_for(asked, products):
     """The product whose result nobody asked for is not in the program."""
     shapes = (((64, 128), jnp.float32), ((128, 1000), jnp.float32), ((64,), jnp.int32))
@@ -48,7 +46,6 @@ def test_a_frozen_head_or_backbone_is_not_paid_for(asked, products):
 
 
 @pytest.mark.compiled
-@pytest.mark.unoptimized
 @pytest.mark.cpu_compiler
 def test_no_gradient_of_dense_labels_unless_asked_for():
     """It is as large as the logits."""
@@ -59,7 +56,6 @@ def test_no_gradient_of_dense_labels_unless_asked_for():
 
 
 @pytest.mark.compiled
-@pytest.mark.unoptimized
 @pytest.mark.cpu_compiler
 def test_tied_embeddings_are_not_copied():
     """[classes, embed] goes into the product as it is."""

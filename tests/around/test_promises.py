@@ -48,7 +48,6 @@ def test_options_keep_no_array_of_logits_size_but_the_operands(variant, rng, den
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: d.__name__)
-@pytest.mark.unoptimized
 @pytest.mark.cpu_compiler
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_compiled_gradient_needs_at_most_a_twentieth_of_the_logits(device, dtype, label_smoothing):
@@ -99,7 +98,6 @@ def test_python_numbers_do_not_change_the_dtype(rng, x64):
 @pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
 @pytest.mark.parametrize("names", [[], ["label_smoothing"], ALONE], ids=len)
 @pytest.mark.parametrize("door", ["logits", "linear"])
-@pytest.mark.unoptimized
 def test_debug_nans_stays_silent_on_valid_input(rng, door, names, dense):
     """With logits of -inf, hidden classes, rows of weight 0, rows without any class and an id of -100 that is ignored.
     Nor does one operation, run by itself, make a NaN that a `where` then hides."""
@@ -178,8 +176,7 @@ OTHERS = sorted(
 )
 
 
-@pytest.mark.unoptimized
-@pytest.mark.parametrize("name", few_of(OTHERS, 3))
+@pytest.mark.parametrize("name", few_of(OTHERS, 2))
 def test_debug_nans_stays_silent_at_every_other_door(rng, name):
     """As above, value and gradients, also operation by operation."""
     ((_, f, operands),) = (case for case in other_doors(rng) if case[0] == name)
@@ -223,7 +220,6 @@ def test_bitwise_the_same_whatever_the_other_rows_hold(rng, names):
 
 
 @pytest.mark.compiled
-@pytest.mark.unoptimized
 @pytest.mark.cpu_compiler
 def test_two_losses_in_one_program_share_nothing_of_logits_size():
     """XLA on the CPU writes out at the logits' size what two row sums share, be it a constant."""

@@ -23,7 +23,7 @@ from meshes import (
 
 from softmax_jax import cross_entropy, linear_cross_entropy
 
-pytestmark = [pytest.mark.compiled, pytest.mark.unoptimized]
+pytestmark = pytest.mark.compiled
 
 MESH = mesh_of("automatic")
 both = pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])

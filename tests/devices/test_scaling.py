@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import scaling  # noqa: E402
 
-pytestmark = [pytest.mark.compiled, pytest.mark.unoptimized]
+pytestmark = pytest.mark.compiled
 
 SCALARS = 64  # bytes: the loss
 

@@ -21,7 +21,7 @@ from meshes import (
 
 from softmax_jax import cross_entropy, linear_cross_entropy, log_softmax, softmax, softmax_cross_entropy
 
-pytestmark = [pytest.mark.compiled, pytest.mark.unoptimized]
+pytestmark = pytest.mark.compiled
 
 kinds = pytest.mark.parametrize("kind", ["automatic", "explicit"])
 both = pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
@@ -129,6 +129,7 @@ def test_linear_cross_entropy(rng, kind, batch, classes, embed):
     assert_moves_little(program, per_token=128, gradients=gradients, gathered={head} if embed else ())
 
 
+@pytest.mark.thorough
 @kinds
 @both
 def test_linear_cross_entropy_with_all_options(rng, kind, dense):

@@ -74,6 +74,7 @@ def test_first_and_second_derivatives_are_those_of_the_reverse_rule(rng, dense):
         assert_close(got, want_it)
 
 
+@pytest.mark.thorough
 @pytest.mark.nan
 @pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
 @pytest.mark.parametrize("what", few_of(["-inf", "bfloat16", "hidden NaN", "float16", "other axis"], 2))
@@ -105,6 +106,7 @@ def test_a_row_of_weight_zero_that_holds_nan_has_derivative_zero(rng, dense):
     assert_close(gradient, reverse)
 
 
+@pytest.mark.optimized
 def test_exact_in_the_tail():
     logits = jnp.array([[0.0, 0.0], [40.0, 0.0], [60.0, 0.0]])
     odds = np.exp(-np.array([0.0, 40, 60]))

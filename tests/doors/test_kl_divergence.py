@@ -82,6 +82,7 @@ def test_every_direction_option_and_format(rng, case):
         assert_within(got, grad, condition, 16, dtype, name)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("beta", few_of([0.25, 0.0, 1.0]))
 def test_every_pair_of_margins(rng, beta):
     """Student and teacher, each from hopeless to certain, of the same label and of another: relative errors. Also of
@@ -115,6 +116,7 @@ def test_every_pair_of_margins(rng, beta):
             assert_within(got, grad * scale, condition * scale + lost, 32 if product else 16)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("beta", few_of([0.0, 1e-6, 0.25, 1.0], 2))
 def test_what_the_top_class_learns_does_not_cancel(rng, beta):
     """Relative errors of both gradients: the top's are the sum of all others', however confident either is."""
@@ -132,6 +134,8 @@ def test_what_the_top_class_learns_does_not_cancel(rng, beta):
         assert np.max(np.abs(np.asarray(got) - grad) / size) < PROMISE
 
 
+@pytest.mark.optimized
+@pytest.mark.thorough
 @pytest.mark.compiled
 @pytest.mark.parametrize("sharded", few_of([True, False]), ids=["8 devices", "alone"])
 @pytest.mark.parametrize("beta", few_of([0.25, 0.0, 1.0]))
@@ -160,6 +164,7 @@ def test_every_pair_of_margins_in_linear_form_and_over_devices(rng, beta, sharde
         assert np.max(error / np.where(size > 0, size, 1)) < PROMISE
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("offset", [0, 30, -1e4, 1e6])
 @pytest.mark.parametrize("beta", few_of([0.25, 0.0, 1.0]))
 def test_offsets_between_the_two_are_of_no_matter(rng, beta, offset):
@@ -175,6 +180,7 @@ def test_offsets_between_the_two_are_of_no_matter(rng, beta, offset):
             assert np.max(np.abs(np.asarray(got) - grad)) < PROMISE * np.abs(grad).max() + 6 * epsilon(jnp.float32)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("beta", BETAS)
 def test_students_that_nearly_agree(rng, beta):
     """At differences from 1 down to 1e-6 of logits, as exact as far from each other; never negative. What remains is
@@ -319,6 +325,7 @@ def test_two_heads(rng, case):
     check_heads(value, grads, want, truths)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("beta", few_of([0.25, 0.0, 1.0]))
 def test_reductions_weights_and_teacher_logits_of_a_head(rng, beta):
     (x, weight, bias), _ = random_heads(rng, (12,), 31)
@@ -352,6 +359,7 @@ def textbook(b, a, temperature, softcap, teacher_softcap, beta, where):
     return beta * of(t, log_t) + (1 - beta) * of(p, log_p)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("linear", few_of([True, False]), ids=["linear", "logits"])
 def test_gradients_of_numbers_and_weights(rng, linear):
     """Temperature, both caps, beta, weights: traced, against autodiff of the textbook in float64."""
@@ -458,7 +466,6 @@ def test_logits_near_the_largest_number():
 
 
 @pytest.mark.compiled
-@pytest.mark.unoptimized
 @pytest.mark.cpu_compiler
 @pytest.mark.parametrize("beta", few_of([0.25, 0.0, 1.0]))
 def test_nothing_of_logits_size_is_kept(beta):
@@ -472,7 +479,6 @@ def test_nothing_of_logits_size_is_kept(beta):
 
 @pytest.mark.thorough
 @pytest.mark.compiled
-@pytest.mark.unoptimized
 @pytest.mark.cpu_compiler
 @pytest.mark.parametrize("teacher", ["states", "sparse"])
 def test_linear_memory_is_that_of_chunks_whatever_the_tokens(teacher):
@@ -499,7 +505,7 @@ OF_ONE_DEVICE = {}  # the numbers of the whole, once for each kind of teacher
 
 
 @pytest.mark.compiled
-@pytest.mark.unoptimized
+@pytest.mark.diagonal
 @pytest.mark.parametrize("how", few_of(["automatic", "explicit", "axis_name"]))
 @pytest.mark.parametrize("kind", few_of(["states", "logits", "sparse"]))
 def test_over_8_devices(how, kind):
@@ -581,6 +587,7 @@ def _hessians_of_rows(beta, students, teachers):
     return jax.vmap(jax.hessian(naive, (0, 1)))(students, teachers)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("beta", few_of([0.25, 0.0, 1.0]))
 def test_vmap_and_second_derivatives(rng, beta):
     """A row at a time as all at once; Hessians by autodiff of the textbook in float64."""
@@ -640,6 +647,7 @@ def test_optax_is_the_same_on_normalized_probabilities(rng):
         np.testing.assert_allclose(kl_divergence(a, teacher_logits=np.log(t), reduction="none"), want, rtol=1e-12)
 
 
+@pytest.mark.thorough
 def test_dtypes_of_student_and_teacher_may_differ(rng):
     teacher, student, _ = random_case(rng, (5, 7))
     a, b = student.astype(jnp.bfloat16), jnp.asarray(teacher)

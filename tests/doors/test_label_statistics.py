@@ -71,6 +71,7 @@ def test_every_option_and_format(rng, case):
     assert_within(grad, want.grad, want.grad_condition, 16, dtype, "gradient")
 
 
+@pytest.mark.optimized
 def test_every_margin_from_minus_100_to_100(rng):
     """Relative errors, also of a confident token's entropy, and of its gradient where the three do not cancel."""
     logits, labels = at_margins(rng, MARGINS)
@@ -94,6 +95,7 @@ def test_every_margin_from_minus_100_to_100(rng):
     assert relative_error(got, truth).max() < PROMISE
 
 
+@pytest.mark.optimized
 @pytest.mark.compiled
 @pytest.mark.parametrize("sharded", [False, True], ids=["alone", "8 devices"])
 @pytest.mark.parametrize("linear", [False, True], ids=["logits", "linear"])
@@ -212,7 +214,6 @@ def test_linear_is_plain(rng, case):
 
 
 @pytest.mark.compiled
-@pytest.mark.unoptimized
 @pytest.mark.cpu_compiler
 def test_linear_memory_is_that_of_the_loss_whatever_the_tokens():
     """Two chunks of logits and the head's gradient, as `linear_cross_entropy` has."""
@@ -233,7 +234,6 @@ def test_linear_memory_is_that_of_the_loss_whatever_the_tokens():
 
 
 @pytest.mark.compiled
-@pytest.mark.unoptimized
 @pytest.mark.cpu_compiler
 def test_nothing_of_logits_size_is_kept_and_only_what_is_used_is_computed():
     logits, labels = jnp.zeros((64, 4096), jnp.float32), jnp.zeros(64, jnp.int32)
@@ -252,7 +252,7 @@ def test_nothing_of_logits_size_is_kept_and_only_what_is_used_is_computed():
 
 
 @pytest.mark.compiled
-@pytest.mark.unoptimized
+@pytest.mark.diagonal
 @pytest.mark.parametrize("how", few_of(["automatic", "explicit", "axis_name"]))
 @pytest.mark.parametrize("linear", few_of([True, False]), ids=["linear", "logits"])
 def test_over_8_devices(rng, how, linear):

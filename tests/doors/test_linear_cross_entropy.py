@@ -146,6 +146,7 @@ def test_tied_embeddings_are_the_transposed_head(rng):
     np.testing.assert_allclose(dweight, plain[1].T, rtol=0, atol=16 * epsilon(jnp.float32) * np.max(np.abs(x)))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("reduction", few_of(["mean", "none"]))
 def test_hessian_vector_products_and_transforms(rng, reduction):
     """jvp of grad, vmap over batches and over heads, scan, checkpoint: each against the plain door under the same."""

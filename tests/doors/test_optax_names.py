@@ -32,6 +32,7 @@ def test_a_row_mask_of_lower_rank_broadcasts_over_the_batch(rng):
     np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.optimized
 def test_exact_in_the_tail():
     """Odds e^-margin: -log p = log1p(odds), 1 - p = odds/(1 + odds), gradient -p' of both, in every door."""
     margins = np.array([0, 10, 20, 40, 60])

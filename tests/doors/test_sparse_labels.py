@@ -116,6 +116,7 @@ def test_gradients_of_probabilities_and_options(rng, others):
         np.testing.assert_allclose(spread[0], mean, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("k", [1, 3])
 def test_a_one_hot_target_is_exact_at_every_margin(rng, k):
     logits, ids = at_margins(rng, MARGINS)
@@ -190,7 +191,6 @@ def test_linear_is_plain(rng, how):
 
 
 @pytest.mark.compiled
-@pytest.mark.unoptimized
 @pytest.mark.cpu_compiler
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: d.__name__)
 def test_nothing_of_logits_size_is_made_for_them(dtype):
@@ -209,8 +209,9 @@ def test_nothing_of_logits_size_is_made_for_them(dtype):
 OF_ONE_DEVICE = {}  # the gradients of the whole, once for each form
 
 
+@pytest.mark.thorough
 @pytest.mark.compiled
-@pytest.mark.unoptimized
+@pytest.mark.diagonal
 @pytest.mark.parametrize("how", few_of(["axis_name", "automatic", "explicit"]))
 @pytest.mark.parametrize("linear", few_of([True, False]), ids=["linear", "logits"])
 def test_over_8_devices(how, linear):
@@ -251,6 +252,7 @@ def test_over_8_devices(how, linear):
         assert np.max(abs(np.asarray(a) - b)) < 64 * epsilon(jnp.float32) * np.max(abs(b)), how
 
 
+@pytest.mark.thorough
 def test_vmap_and_second_derivatives(rng):
     logits, labels, _ = random_case(rng, (4,), 6, 5, True)
     both = lambda z, labels: cross_entropy(z, labels, reduction="none")  # noqa: E731
@@ -261,6 +263,7 @@ def test_vmap_and_second_derivatives(rng):
     np.testing.assert_allclose(got, total * reference.hessian(logits[0]), rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.thorough
 def test_forward_mode(rng):
     logits, labels, options = random_case(rng, (4,), 11, 5, True, tuple(ALL))
     tangent = rng.normal(size=(4, 11)).astype(np.float32)
@@ -306,6 +309,7 @@ def test_one_class_here_and_over_devices(rng):
     np.testing.assert_allclose(grad, want.grad, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.thorough
 @pytest.mark.nan
 @pytest.mark.parametrize("held", few_of([np.nan, np.inf]))
 def test_a_row_of_weight_zero_may_hold_anything_in_others(rng, held):

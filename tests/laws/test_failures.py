@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from helpers import assert_within, check_against_reference, epsilon, loss_and_grad, random_case
+from helpers import assert_within, check_against_reference, epsilon, few_of, loss_and_grad, random_case
 
 from softmax_jax import cross_entropy, log_softmax
 
@@ -120,7 +120,7 @@ def test_label_out_of_range_is_never_clamped_wrapped_or_half_nan(rng, label):
 
 
 @pytest.mark.nan
-@both
+@pytest.mark.parametrize("dense", few_of([False, True]), ids=["integer", "dense"])
 def test_nothing_to_learn_from_is_zero_and_not_nan(rng, dense):
     """All ignored, all weights 0, weights of sum 0, class weights of 0, no class at all, an empty batch."""
     names = ["class_weights", "label_smoothing", "z_loss"]
@@ -145,7 +145,7 @@ def test_nothing_to_learn_from_is_zero_and_not_nan(rng, dense):
         assert loss == 0 and grad.shape == (0, 7)
 
 
-@both
+@pytest.mark.parametrize("dense", few_of([True, False]), ids=["dense", "integer"])
 def test_a_row_of_weight_zero_contributes_exactly_zero_whatever_it_holds(rng, dense):
     """To the loss, to the gradient of the logits, and to that of every other operand."""
     names = ["class_weights", "label_smoothing", "z_loss", "logit_scale", "softcap"]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from helpers import assert_within, check_against_reference, epsilon, loss_and_grad, random_case
+from helpers import assert_within, check_against_reference, epsilon, few_of, loss_and_grad, random_case
 
 from softmax_jax import cross_entropy, log_softmax
 
@@ -33,7 +33,9 @@ def test_very_large_logits(rng, offset, dtype, dense):
 
 
 @both
-@pytest.mark.parametrize("names", [[], ["logit_scale"], ["class_weights", "logit_scale", "where"], ["z_loss"]], ids=str)
+@pytest.mark.parametrize(
+    "names", few_of([[], ["class_weights", "logit_scale", "where"], ["logit_scale"], ["z_loss"]], 2), ids=str
+)
 def test_zero_times_infinity_is_zero(rng, names, dense):
     """Classes of probability zero (-inf) with target 0 are as if they did not exist."""
     logits, labels, options = random_case(rng, (5, 7), dense=dense, names=names)
