@@ -53,6 +53,7 @@ def test_bytes_that_are_moved(mesh, dtype):
     assert formula <= total <= formula + SCALARS
 
 
+@pytest.mark.cpu_compiler
 @pytest.mark.parametrize("mesh", few_of([(2, 4), (1, 1), (1, 2), (2, 2)]), ids=str)
 def test_temporary_bytes(mesh):
     """Of float32; the CPU's products of bfloat16 make float32 copies of their operands besides."""

@@ -289,6 +289,7 @@ def test_doors_with_optaxs_names(rng, kind):
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
+@pytest.mark.cpu_compiler
 @pytest.mark.thorough
 @kinds
 def test_temporary_bytes_of_a_device_are_an_eighth(rng, kind):
