@@ -33,17 +33,14 @@ def select(config, items: list[pytest.Item]) -> None:
     for item in items:
         spec = getattr(item, "callspec", None)
         if spec is not None and not item.get_closest_marker("whole"):
-            groups[item.nodeid.split("[")[0], *(spec.indices.get(name) for name in APART)].append(item)
+            groups[item.nodeid.split("[")[0], *(spec.params.get(name) for name in APART)].append(item)
     for group in groups.values():
-        parameters = [{n: v for n, v in item.callspec.params.items() if n not in APART} for item in group]
-        places = [
-            frozenset((n, item.callspec.indices[n]) for n in p) for item, p in zip(group, parameters, strict=True)
-        ]
-        values = [frozenset((n, repr(v)) for n, v in p.items()) for p in parameters]
+        named = [item.callspec.params.items() for item in group]
+        values = [frozenset((name, repr(v)) for name, v in some if name not in APART) for some in named]
         may = [i for i, item in enumerate(group) if not item.get_closest_marker("thorough")]
         quick = {may[i] for i in covering([values[i] for i in may], 1)}
         wanted = 1 if group[0].get_closest_marker("diagonal") else 2
-        kept = range(len(group)) if config.getoption("--full-products") else quick | covering(places, wanted)
+        kept = range(len(group)) if config.getoption("--full-products") else quick | covering(values, wanted)
         for i, item in enumerate(group):
             if i not in kept:
                 dropped.add(item)
