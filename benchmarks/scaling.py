@@ -1,6 +1,6 @@
 """Bytes per device and bytes moved per step of a sharded `linear_cross_entropy`, as formulas: docs/scaling.md.
 
-`tests/test_scaling.py` holds them against compiled programs. Nothing here needs a device.
+`tests/devices/test_scaling.py` holds them against compiled programs. Nothing here needs a device.
 """
 
 from typing import NamedTuple

@@ -1,23 +1,51 @@
 """Strict settings, simulated devices, and the fixtures that every file shares."""
 
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from importlib.metadata import entry_points
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-from hypothesis import settings  # noqa: E402
 
-settings.register_profile("normal", max_examples=30, derandomize=True, deadline=None, database=None)
-settings.register_profile("fuzz", max_examples=2400, derandomize=True, deadline=None, database=None)
-settings.load_profile("normal")
+jaxtyping.install_import_hook("softmax_jax", "beartype.beartype")
+
+import numpy as np  # noqa: E402
+import products  # noqa: E402
+import pytest  # noqa: E402
+from helpers import unoptimized  # noqa: E402
+from hypothesis import is_hypothesis_test, settings  # noqa: E402
+
+for name, examples in {"quick": 6, "thorough": 30, "fuzz": 2400}.items():
+    settings.register_profile(name, max_examples=examples, derandomize=True, deadline=None, database=None)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jaxtyping.install_import_hook("softmax_jax", "beartype.beartype")
+
+# Asked of the packages, not of JAX, which would take the GPU's memory for every process of the tests.
+GPU = bool(entry_points(group="jax_plugins"))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full-products", action="store_true", help="every cell of every product of parameters")
+
+
+def pytest_configure(config):
+    if not config.getoption("--hypothesis-profile"):
+        settings.load_profile("quick" if "not thorough" in config.option.markexpr else "thorough")
+
+
+def pytest_report_header():
+    return "" if GPU else "JAX has no plugin for a GPU here: what would run on one too runs on the CPU alone"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    products.select(config, items)
+    for item in items:  # properties are in either run, with examples of its own number
+        if is_hypothesis_test(getattr(item, "obj", None)) and "not thorough" not in config.option.markexpr:
+            item.add_marker("thorough")
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +59,22 @@ def _settings_that_a_test_cannot_have(request):
         yield
 
 
+LAST = {"optimized": True}  # how the test before was compiled
+
+
+@pytest.fixture(autouse=True)
+def _optimized_or_not(request):
+    """What laws/ asks of every door, and what has the mark `optimized`, is compiled as users compile, the rest in half
+    of the time. JAX would take one for the other: it forgets its programs in between."""
+    marked = request.node.get_closest_marker
+    optimized = bool(marked("optimized") or (request.path.parent.name == "laws" and not marked("unoptimized")))
+    if optimized != LAST["optimized"]:
+        jax.clear_caches()
+        LAST["optimized"] = optimized
+    with nullcontext() if optimized else unoptimized():
+        yield
+
+
 def _devices(backend):
     try:
         return jax.devices(backend)
@@ -38,7 +82,7 @@ def _devices(backend):
         return []
 
 
-@pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["cpu", *([pytest.param("gpu", marks=pytest.mark.gpu)] if GPU else [])])
 def device(request):
     """Every backend that JAX finds; computations run on it."""
     devices = _devices(request.param)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import reference
 
 from softmax_jax import cross_entropy
@@ -15,6 +16,17 @@ from softmax_jax import cross_entropy
 STATIC = ("axis", "ignore_index", "reduction")
 FLOATS = {"label_smoothing": 0.1, "z_loss": 1e-2, "logit_scale": 0.7, "softcap": 5.0}
 ALONE = ("where", "weights", "ignore_index", "class_weights", *FLOATS)
+MARGINS = np.linspace(-100, 100, 401)
+DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
+
+# The argument of the largest exponential that matters is about -margin, rounded to float32: ≤ 100 · 2^-24 = 6e-6
+# relative, and a few roundings more. That is the budget of the promise.
+PROMISE = 1e-5
+
+
+def few_of(values, quick=1):
+    """Parameters of which the first are quick and the others thorough."""
+    return [*values[:quick], *(pytest.param(value, marks=pytest.mark.thorough) for value in values[quick:])]
 
 
 def epsilon(dtype) -> float:
@@ -47,6 +59,17 @@ def random_case(
         else:
             options[name] = np.float32(FLOATS[name])
     return logits, labels, options
+
+
+def at_margins(rng, margins, dtype=jnp.float32, offset=0.0, classes=11):
+    """Logits, one row a margin: the label's logit is the log-sum of the others plus the margin. Rounded to `dtype`;
+    what the rounded ones give in float64 is the truth."""
+    logits = rng.normal(size=(len(margins), classes))
+    labels = rng.integers(0, classes, len(margins)).astype(np.int32)
+    rows = np.arange(len(margins))
+    others = np.exp(logits).sum(-1) - np.exp(logits[rows, labels])
+    logits[rows, labels] = np.log(others) + margins
+    return (logits + offset).astype(dtype), labels
 
 
 def loss_and_grad(variant, logits, labels, cotangent, options):
@@ -129,3 +152,15 @@ def compilations():
             yield names
     finally:
         logger.removeHandler(handler)
+
+
+@contextmanager
+def unoptimized():
+    """Programs are compiled without LLVM's optimizations, in half of the time: XLA's own, which decide what is fused,
+    kept and moved between devices, are as ever."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)

@@ -1,12 +1,13 @@
 """Losses over 2 x 4 devices, in each of the ways that JAX has: what is asked, how it lies, how it is run."""
 
 import re
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from helpers import FLOATS, epsilon, random_case
+from helpers import FLOATS, epsilon, random_case, unoptimized
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -105,9 +106,15 @@ def _differentiated(loss, arrays, cotangent):
 def truth(asked: Problem, cotangent):
     """Value and gradients of the same door on one device, in float64."""
     wide = {name: a.astype(np.float64) if a.dtype == np.float32 else a for name, a in asked.arrays.items()}
-    with jax.enable_x64(True):
-        value, gradients = _differentiated(asked.loss, jax.tree.map(jnp.asarray, wide), np.float64(cotangent))
+    with jax.enable_x64(True), unoptimized():
+        fixed = tuple(sorted(asked.fixed.items()))
+        value, gradients = _of_one_device(wide, np.float64(cotangent), fixed)
     return np.asarray(value), {name: np.asarray(g) for name, g in gradients.items()}
+
+
+@partial(jax.jit, static_argnums=2)  # one for all tests: equal problems compile once
+def _of_one_device(arrays, cotangent, fixed):
+    return _differentiated(Problem(arrays, dict(fixed)).loss, arrays, cotangent)
 
 
 def placed(asked: Problem, mesh, specs):
@@ -177,7 +184,7 @@ def collectives(program) -> list[Collective]:
         if line and not line[0].isspace():
             entry = line.startswith("ENTRY")
         match = re.search(r"= (.*?) (all-\w+|collective-\w+|reduce-scatter|ragged-\S+)(?:-start)?\(", line)
-        if match and not _of_one_device(line):
+        if match and not _within_one_device(line):
             shapes = re.findall(r"(?:pred|[a-z]+(\d+))\[([\d,]*)\]", match[1])
             sizes = [int(np.prod([int(n) for n in shape.split(",") if n])) for _, shape in shapes]
             total = sum(size * int(bits or 8) // 8 for size, (bits, _) in zip(sizes, shapes, strict=True))
@@ -185,7 +192,7 @@ def collectives(program) -> list[Collective]:
     return found
 
 
-def _of_one_device(line: str) -> bool:
+def _within_one_device(line: str) -> bool:
     """A reduction over a mesh axis of size 1 moves nothing; XLA drops it later, or runs it as a copy."""
     named = re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line)
     if named:

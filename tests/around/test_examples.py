@@ -1,0 +1,150 @@
+"""Each example runs in a process of its own, as its readers run it, only shorter; a warning there is an error."""
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import matplotlib.image
+import numpy as np
+import optax
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def _digits(printed: str) -> None:
+    before, after = (float(number) for number in re.findall(r"training loss: (\S+) -> (\S+) nats", printed)[0])
+    assert 2.2 < before < 2.6  # log 10 = 2.30 for a network that knows nothing yet
+    assert after < 0.3
+    assert _percentages(printed)[-1] > 93  # 10 epochs reach 96 to 97, the whole 50 reach 99
+
+
+def _vmap_batches(printed: str) -> None:
+    """10 epochs find nine tenths of the wrong labels; a random choice would find one in eight."""
+    rows = re.findall(r"^(\S+) +([\d.]+)% +(\d+) of (\d+) +([\d.]+)%$", printed, re.MULTILINE)
+    assert [row[0] for row in rows] == ["0.00", "0.12", "0.23", "0.35", "ensemble"]
+    for _, before, found, flipped, after in rows:
+        assert int(found) > 0.75 * int(flipped)
+        assert float(before) > 90 and float(after) > 90
+
+
+def _char_lm(printed: str) -> None:
+    """Before the first step it guesses: log 4096 = 8.32. In 30 steps it learns which tokens are frequent."""
+    linear, logits = (float(number) for number in re.findall(r"--loss \w+ (\S+) MiB", printed))
+    assert linear < 0.6 * logits
+    before, after = (float(number) for number in re.findall(r"training loss: (\S+) -> (\S+) nats", printed)[0])
+    assert 8.2 < before < 8.5
+    assert after < 6.8
+    assert float(re.findall(r"held-out perplexity: (\S+)", printed)[0]) < 4096 / 2
+    assert "class " in printed
+
+
+def _vocab_parallel(printed: str, processes: int = 1, parts: int = 4) -> None:
+    """log 4093 = 8.32. Sums in another order differ by 2e-7 after 15 steps; without `where`, it would be 4e-5."""
+    assert f"processes: {processes}; 4093 classes, padded to {4093 + -4093 % parts}\n" in printed
+    assert f"{8 // parts} data x {parts} model: training loss" in printed
+    pattern = r"training loss: (\S+) -> (\S+) nats; each device: head (\S+) MiB, temporary memory of one step (\S+) MiB"
+    one, spread = (tuple(map(float, numbers)) for numbers in re.findall(pattern, printed))
+    for before, after, *_ in (one, spread):
+        assert 8.2 < before < 8.5
+        assert after < 7
+    assert float(re.findall(r"differ by (\S+) of themselves", printed)[0]) < 1e-5
+    assert abs(spread[2] - one[2] / parts) < 0.02
+    assert spread[3] < 0.4 * one[3]
+
+
+def _distill(printed: str) -> None:
+    """Two students each; of three, the three probabilities with what is left were 3 points above the labels."""
+    read_right = dict(re.findall(r"^([\w ]+): ([\d.]+)%", printed, re.MULTILINE))
+    assert float(read_right["teacher"]) > 96
+    assert float(read_right["3 and what is left"]) > float(read_right["labels"]) + 1.5
+
+
+def _policy_gradient(printed: str) -> None:
+    before, after = (float(number) for number in re.findall(r"reward: (\S+)% -> (\S+)%", printed)[0])
+    assert 40 < before < 60 and after > before + 5
+    logits, linear = (float(number) for number in re.findall(r"([\d.]+) MiB", printed))
+    assert linear < 0.5 * logits
+
+
+def _tail(printed: str) -> None:
+    """1000 steps: a loss near 3e-10 in float64 and float32 alike, and a third or more of Optax's labels without a
+    gradient."""
+    rows = re.findall(r"^(.+): loss (\S+), ([\d.]+)%", printed, re.MULTILINE)
+    (truth, _), (ours, lost), (_, of_optax) = ((float(loss), float(share)) for _, loss, share in rows)
+    assert truth < 1e-8 and abs(ours / truth - 1) < 0.02
+    assert lost == 0 and of_optax > 30
+
+
+def _percentages(printed: str) -> list[float]:
+    return [float(number) for number in re.findall(r"([\d.]+)%", printed)]
+
+
+FEW = "--files 16"  # of the standard library: more are more to read
+longer = partial(pytest.param, marks=pytest.mark.thorough)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "check"),
+    [
+        pytest.param("digits", "--epochs 10", _digits, id="digits"),
+        longer("vmap_batches", "--epochs 10 --members 4", _vmap_batches, id="vmap_batches"),
+        longer("char_lm", f"--steps 30 --batch 8 --length 64 {FEW} --vocabulary 4096", _char_lm, id="char_lm"),
+        longer("vocab_parallel", f"--steps 15 {FEW} --vocabulary 4093", _vocab_parallel, id="vocab_parallel"),
+        longer("distill", "--students 2", _distill, id="distill"),
+        longer("tail", "--steps 1000", _tail, id="tail"),
+        longer("policy_gradient", "--updates 20", _policy_gradient, id="policy_gradient"),
+        longer(
+            "vocab_parallel",
+            f"--steps 15 {FEW} --vocabulary 4093 --processes 2 --model 8 --seconds 800",
+            partial(_vocab_parallel, processes=2, parts=8),  # each process has one half of the head
+            id="vocab_parallel_in_two_processes",
+        ),
+    ],
+)
+def test_an_example_learns_and_draws(name: str, arguments: str, check: Callable[[str], None], tmp_path: Path):
+    picture = tmp_path / "made" / f"{name}.png"
+    command = [sys.executable, "-W", "error", str(EXAMPLES / f"{name}.py"), *arguments.split(), "--out", str(picture)]
+    # JAX's defaults on one CPU device, whatever this process was told and whatever else the machine has.
+    kept = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS" and not key.startswith("JAX_")}
+    environment = kept | {"JAX_PLATFORMS": "cpu"}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "warning" not in run.stderr.lower()
+    check(run.stdout)
+
+    assert f"picture: {picture}" in run.stdout
+    pixels = matplotlib.image.imread(picture)
+    assert pixels.shape[0] > 800 and pixels.shape[1] > 1200
+    shown = pixels[..., :3].mean(-1)
+    assert 0.02 < (shown < 0.9).mean() < 0.6  # there is ink, on mostly white
+
+
+@pytest.mark.thorough
+def test_both_doors_train_the_same_language_model(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    char_lm = importlib.import_module("char_lm")
+    monkeypatch.setattr(char_lm, "LAYERS", 1)
+    tokens = np.random.default_rng(0).integers(1000, size=(3, 33), dtype=np.int32)
+    optimizer = optax.adamw(1e-3)
+    losses = {}
+    cpu = jax.default_device(jax.devices("cpu")[0])
+    with cpu, jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):  # as in a process of its own
+        for door in char_lm.DOORS:
+            model = char_lm.LanguageModel(1000, jax.random.key(0))
+            state = optimizer.init(eqx.filter(model, eqx.is_array))
+            losses[door] = []
+            for _ in range(4):
+                model, state, loss = char_lm.step(model, state, tokens, optimizer, door)
+                losses[door].append(float(loss))
+    assert losses["linear"][-1] < losses["linear"][0] - 0.1
+    # The first losses are two sums of the same 96 losses. The rounding of the gradients grows in later steps, as Adam
+    # divides by their size: measured: at most about 1 eps; 16 leave room for another order of the sums.
+    np.testing.assert_allclose(losses["linear"], losses["logits"], rtol=16 * float(np.finfo(np.float32).eps))

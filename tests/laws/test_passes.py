@@ -1,0 +1,230 @@
+"""How rows are summed depends on how many and how long they are: the same truth, every option, any kind of labels.
+
+Many rows of few classes are summed class by class, rows longer than a block in blocks (test_exactness.py too). Last,
+more than 2**31 logits, where 32-bit indices wrap (`pytest -m slow`, 13 GiB), and more than 2**24 classes.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from helpers import ALONE, assert_within, check_against_reference, epsilon, few_of, random_case
+from jax.sharding import PartitionSpec as P
+from meshes import assert_equal, collectives, mesh_of, problem, truth, under_jit
+
+from softmax_jax import SparseLabels, cross_entropy, kl_divergence, label_statistics, log_softmax
+from softmax_jax._passes import FEW, MANY
+
+SHAPES = [(MANY + 7, 10), (2, MANY // 2, FEW), (MANY, 1)]
+DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
+
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
+both = pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
+
+
+def _unusual(logits):
+    """Ties, -inf, and rows far apart, among the first."""
+    logits[..., :2] = np.where(np.arange(logits.shape[-2])[:, None] % 3 == 0, logits[..., :1], logits[..., :2])
+    logits[..., ::5, 0] = -np.inf
+    logits[..., 1::7, :] += logits.dtype.type(200)
+    return logits
+
+
+@shapes
+@dtypes
+@both
+def test_every_option_at_once(device, rng, shape, dtype, dense):
+    names = [name for name in ALONE if not (dense and name == "ignore_index")]
+    case = random_case(rng, shape, dtype=dtype, dense=dense, names=names)
+    check_against_reference(jax.jit, rng, *case[:2], {**case[2], "reduction": "none"}, k=16)
+
+
+@both
+def test_no_option_unusual_rows_and_another_axis(device, rng, dense):
+    logits, labels, _ = random_case(rng, SHAPES[0], dense=dense)
+    logits = _unusual(logits) if not dense else logits
+    if not dense:
+        labels = np.where(np.isneginf(logits[:, 0]) & (labels == 0), 1, labels)
+    check_against_reference(jax.jit, rng, logits, labels, {"reduction": "none"})
+    labels = labels.T if dense else labels
+    check_against_reference(jax.jit, rng, np.ascontiguousarray(logits.T), labels, {"axis": 0, "reduction": "none"})
+
+
+@jax.jit
+def losses_and_gradient(z, labels, cotangent):
+    losses, pull = jax.vjp(lambda z: cross_entropy(z, labels, reduction="none"), z)
+    return losses, pull(cotangent)[0]
+
+
+@pytest.mark.nan
+@pytest.mark.parametrize("shape", few_of([(MANY + 7, 10), (8, 65536), (MANY, 17), (64, 64), (8, 1000)], 2), ids=str)
+def test_rows_that_have_no_loss(device, rng, shape):
+    """NaN and +inf anywhere in a row make it NaN, though XLA's row maximum on the CPU may drop them. Its neighbours,
+    and those of a label of no class and of a row of -inf, are as they were."""
+    z = rng.normal(size=shape).astype(np.float32)
+    z[0, -1], z[1, 2], z[3, 5], z[4, 0], z[5] = np.nan, np.nan, np.inf, np.inf, -np.inf
+    labels = rng.integers(0, shape[1], len(z))
+    labels[6] = -1
+    targets = np.zeros(shape, np.float32)
+    targets[np.arange(len(z)), labels] = 1
+    sparse = SparseLabels(labels[:, None], np.ones((len(z), 1), np.float32))
+    cotangent = rng.normal(size=len(z)).astype(np.float32)
+    for given in (labels, targets, sparse):
+        broken = [0, 1, 3, 4, 5] + [6] * (given is not targets)
+        loss, grad = losses_and_gradient(z, given, cotangent)
+        assert np.flatnonzero(np.isnan(loss)).tolist() == broken and np.isnan(grad).any(-1)[broken].all()
+        good = np.setdiff1d(np.arange(len(z)), broken)
+        want = reference.cross_entropy(z[good], targets[good], reduction="none", cotangent=np.float64(cotangent[good]))
+        assert_within(loss[good], want.loss, want.loss_condition, 8)
+        assert_within(grad[good], want.grad, want.grad_condition, 8)
+    assert np.flatnonzero(np.isnan(log_softmax(z)).all(-1)).tolist() == [0, 1, 3, 4, 5]
+    found = label_statistics(z, labels)
+    assert all(np.isnan(value)[[0, 1, 3, 4, 5]].all() for value in found[:3])
+
+
+@pytest.mark.parametrize("classes", few_of([1_800_000, 2**21]))
+def test_the_top_of_millions_of_classes(rng, classes):
+    """Where a class times the ten steps of `top_class` is no float32 any more."""
+    z = np.zeros((3, classes), np.float32)
+    labels = np.array([1, classes // 2 + 1, classes - 1])
+    z[np.arange(3), labels] = 60
+    cotangent = rng.normal(size=3).astype(np.float32)
+    want = reference.cross_entropy(z, labels, reduction="none", cotangent=np.float64(cotangent))
+    log_p = log_softmax(z)[np.arange(3), labels]
+    loss, pull = jax.vjp(lambda z: cross_entropy(z, jax.nn.one_hot(labels, classes), reduction="none"), z)
+    np.testing.assert_allclose(loss, want.loss, rtol=1e-5)
+    np.testing.assert_allclose(-log_p, want.loss, rtol=1e-5)
+    np.testing.assert_allclose(pull(cotangent)[0][np.arange(3), labels], want.grad[np.arange(3), labels], rtol=1e-5)
+
+
+@dtypes
+def test_log_softmax_and_its_pullback(device, rng, dtype):
+    x = _unusual((3 * rng.normal(size=SHAPES[0])).astype(dtype))
+    g = jnp.asarray(rng.normal(size=x.shape), dtype)
+    y, pull = jax.vjp(log_softmax, jnp.asarray(x))
+    want, p = (f(np.float64(x)) for f in (reference.log_softmax, reference.softmax))
+    total = np.float64(g).sum(-1, keepdims=True)
+    size = 1 + np.abs(np.where(np.isinf(x), 0, np.float64(x))) + np.max(np.float64(x), -1, keepdims=True)
+    assert_within(y, want, size, 8, dtype)
+    condition = np.abs(np.float64(g)) + p * size * np.abs(np.float64(g)).sum(-1, keepdims=True)
+    assert_within(pull(g)[0], np.float64(g) - p * total, condition, 8, dtype)
+
+
+def test_sparse_labels_and_statistics(device, rng):
+    z = _unusual((3 * rng.normal(size=SHAPES[0])).astype(np.float32))
+    ids = rng.permuted(np.tile(np.arange(1, 10), (len(z), 1)), axis=-1)[:, :3]
+    probs = rng.gamma(0.5, size=ids.shape).astype(np.float32)
+    cotangent = rng.normal(size=len(z)).astype(np.float32)
+    loss, grad = losses_and_gradient(z, SparseLabels(ids, probs), cotangent)
+    dense = reference.dense_labels(ids, probs, None, np.ones(z.shape, bool))
+    want = reference.cross_entropy(z, dense, reduction="none", cotangent=np.float64(cotangent))
+    assert_within(loss, want.loss, want.loss_condition, 8)
+    assert_within(grad, want.grad, want.grad_condition, 8)
+
+    labels, cotangents = ids[:, 0], tuple(rng.normal(size=(3, len(z))).astype(np.float32))
+    found = label_statistics(z, labels)
+    _, pull = jax.vjp(lambda z: label_statistics(z, labels)[:3], z)
+    want = reference.label_statistics(z, labels, cotangents)
+    assert_within(pull(cotangents)[0], want.grad, want.grad_condition, 16)
+    for got, truth_of, condition in zip(found[:3], want.values, want.conditions, strict=False):
+        assert_within(got, truth_of, condition, 16)
+    np.testing.assert_array_equal(found.correct, want.values[3])
+    np.testing.assert_array_equal(found.rank, want.values[4])
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.25, 1.0])
+def test_divergences(device, rng, beta):
+    teacher, student = (3 * rng.normal(size=(2, *SHAPES[0]))).astype(np.float32)
+    cotangent = rng.normal(size=len(student)).astype(np.float32)
+
+    @jax.jit
+    def both(a, b):
+        value, pull = jax.vjp(lambda a, b: kl_divergence(a, teacher_logits=b, beta=beta, reduction="none"), a, b)
+        return value, pull(jnp.asarray(cotangent))
+
+    value, grads = both(student, teacher)
+    want = reference.divergence(teacher, student, beta)
+    assert_within(value, want.loss, want.loss_condition, 16)
+    for got, grad, condition in zip(grads[::-1], want.grads, want.grad_conditions, strict=True):
+        factor = np.float64(cotangent)[:, None]
+        assert_within(got, grad * factor, np.abs(factor) * condition, 16)
+
+
+@pytest.mark.compiled
+@pytest.mark.unoptimized
+@pytest.mark.cpu_compiler
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the older compiler fuses less")
+@dtypes
+@both
+def test_nothing_of_the_logits_size_is_made(dtype, dense):
+    """On the CPU: six numbers a token at the most, of float16 too, whose long rows are copied there."""
+    logits = jax.ShapeDtypeStruct((8192, 10), dtype)
+    labels = jax.ShapeDtypeStruct((8192, 10) if dense else (8192,), jnp.float32 if dense else jnp.int32)
+    memory = jax.jit(jax.value_and_grad(cross_entropy)).lower(logits, labels).compile().memory_analysis()
+    assert memory.temp_size_in_bytes <= (12 if dense else 6) * 4 * 8192
+
+
+@pytest.mark.compiled
+@pytest.mark.unoptimized
+@pytest.mark.parametrize("kind", ["automatic", "explicit"])
+@pytest.mark.parametrize("layout", [(P("data"), None), (P(), "model")], ids=["batch", "classes"])
+@both
+def test_over_devices(rng, kind, layout, dense):
+    """A sharded batch stays where it is. (Few classes that are sharded automatically are brought together.)"""
+    asked = problem(rng, (8 * MANY, 16), dense)
+    mesh, specs = mesh_of(kind), asked.specs(*layout)
+    got, program = under_jit(asked, mesh, specs, 1.7)
+    assert_equal(got, truth(asked, 1.7))
+    if layout[1] is None or kind == "explicit":
+        assert {found.op for found in collectives(program)} <= {"all-reduce"}
+
+
+def test_the_same_as_rows_of_a_small_batch(rng):
+    """Which are summed as a whole: up to the order of the sum, and so to the roundings of sixteen terms."""
+    z = (5 * rng.normal(size=(MANY, FEW))).astype(np.float32)
+    labels = rng.integers(0, FEW, MANY)
+    losses = cross_entropy(z, labels, reduction="none")
+    part = cross_entropy(z[: MANY - 1], labels[:-1], reduction="none")
+    np.testing.assert_allclose(losses[:-1], part, rtol=FEW * epsilon(jnp.float32))
+
+
+ROWS, CLASSES = 65537, 32768  # the last row begins at entry 2**31
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [slice(-3, None), slice(0, 3)], ids=["beyond 2**31", "before"])
+def test_beyond_two_to_the_31_logits(rng, rows):
+    some = (3 * rng.normal(size=(3, CLASSES))).astype(jnp.bfloat16)
+    labels, cotangents = rng.integers(0, CLASSES, ROWS).astype(np.int32), rng.normal(size=ROWS).astype(np.float32)
+
+    @jax.jit
+    def at(some, labels, cotangents):
+        logits = jnp.zeros((ROWS, CLASSES), jnp.bfloat16).at[rows].set(some)
+        losses, pull = jax.vjp(lambda z: cross_entropy(z, labels, reduction="none"), logits)
+        return losses, pull(cotangents)[0][rows]
+
+    losses, gradient = at(some, labels, cotangents)
+    want = reference.cross_entropy(some, labels[rows], reduction="none", cotangent=np.float64(cotangents[rows]))
+    assert_within(losses[rows], want.loss, want.loss_condition, 8)
+    assert_within(gradient, want.grad, want.grad_condition, 8, jnp.bfloat16)
+    others = np.delete(np.asarray(losses), np.arange(ROWS)[rows])
+    np.testing.assert_allclose(others, np.log(CLASSES), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
+@pytest.mark.parametrize("classes", [2**24 + 4, 2**24 + 43], ids=["blocks", "prime"])
+def test_more_classes_than_float32_has_integers(dense, classes):
+    """Beyond 2²⁴ an id is no float32 any more: the label's neighbours must not be taken for it."""
+    label = 2**24 + 1  # odd: in float32 it would be one of its neighbours
+    logits = np.full((1, classes), -200, np.float32)  # all others are 0 beside these three
+    logits[0, label - 1 : label + 2] = 0.5, 1.0, 0.25
+    labels = np.array([label], np.int32)
+    if dense:
+        labels = np.zeros_like(logits)
+        labels[0, label] = 1
+    loss, gradient = jax.jit(jax.value_and_grad(cross_entropy))(logits, labels)
+    odds = np.exp([-0.5, 0, -0.75])
+    np.testing.assert_allclose(loss, np.log(odds.sum()), rtol=1e-6)
+    np.testing.assert_allclose(gradient[0, label - 1 : label + 2], odds / odds.sum() - [0, 1, 0], rtol=1e-6)
