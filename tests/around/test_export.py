@@ -4,6 +4,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from helpers import ALONE, random_case
 from jax import export
@@ -73,3 +74,90 @@ def test_every_door_and_its_gradient_lower_for_every_platform(rng, dense, dtype)
         # Nothing but StableHLO: no kernel, callback or library call that another platform might lack.
         calls = set(re.findall(r"stablehlo.custom_call @(\w+)", exported.mlir_module()))
         assert calls <= {"Sharding"}, (name, calls)
+
+
+def symbolic(batch, classes):
+    """(name, function, operands) of every function that takes symbolic sizes."""
+    shape = lambda dtype, *sizes: jax.ShapeDtypeStruct(sizes, dtype)  # noqa: E731
+    z, t, y = shape(jnp.float32, batch, classes), shape(jnp.float32, batch, classes), shape(jnp.int32, batch)
+    weights, where, of_class = shape(jnp.float32, batch), shape(bool, batch, classes), shape(jnp.float32, classes)
+    sj = softmax_jax
+    options = {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 5.0, "ignore_index": -1, "logit_scale": 0.7}
+
+    def every(z, y, w, where, c):
+        return sj.cross_entropy(z, y, weights=w, where=where, class_weights=c, **options)
+
+    def few(z, y):
+        ids = jnp.stack([y, jnp.maximum(y - 1, 0)], -1)
+        probs = jnp.full_like(ids, 0.4, jnp.float32)
+        return sj.cross_entropy(z, sj.SparseLabels(ids, probs, jnp.full_like(probs[:, 0], 0.2)))
+
+    def statistics(z, y):
+        return sum(jnp.sum(a.astype(jnp.float32)) for a in sj.label_statistics(z, y))
+
+    yield "cross_entropy", sj.cross_entropy, (z, y)
+    yield "every option", every, (z, y, weights, where, of_class)
+    yield "dense labels", sj.cross_entropy, (z, t)
+    yield "SparseLabels", few, (z, y)
+    yield "forward_mode", lambda z, y: sj.cross_entropy(z, y, forward_mode=True), (z, y)
+    yield "softmax", lambda z: sj.softmax(z)[:, 0], (z,)
+    yield "log_softmax", lambda z: sj.log_softmax(z)[:, 0], (z,)
+    yield "label_statistics", statistics, (z, y)
+    yield "kl_divergence", lambda a, b: sj.kl_divergence(a, teacher_logits=b, temperature=2.0), (z, t)
+    yield "mixture", lambda a, b: sj.kl_divergence(a, teacher_logits=b, beta=0.5), (z, t)
+    for name in ("softmax_cross_entropy", "safe_softmax_cross_entropy", "poly_loss_cross_entropy"):
+        yield name, getattr(sj, name), (z, t)
+    name = "softmax_cross_entropy_with_integer_labels"
+    yield name, getattr(sj, name), (z, y)
+
+
+def exported(f, operands):
+    both = jax.jit(jax.value_and_grad(lambda *a: jnp.sum(f(*a))))
+    return both, export.export(both)(*operands)
+
+
+@pytest.mark.compiled
+@pytest.mark.usefixtures("untyped")  # a symbol is no int
+@pytest.mark.parametrize("sizes", ["b, 37", "b, k", "6, k"])
+def test_symbolic_sizes(sizes):
+    """Failure 31: every function on logits is exported for any batch, any number of classes."""
+    for name, f, operands in symbolic(*export.symbolic_shape(sizes)):
+        _, program = exported(f, operands)
+        assert [a.shape for a in program.out_avals] == [(), operands[0].shape], name
+
+
+@pytest.mark.thorough
+@pytest.mark.compiled
+@pytest.mark.usefixtures("untyped")
+def test_a_program_for_symbolic_sizes_gives_what_one_for_these_sizes_gives(rng):
+    fixed = {"b": 6, "k": 37}
+    draw = {"float32": lambda s: np.float32(rng.uniform(0.1, 2, s)), "bool": lambda s: rng.random(s) < 0.9}
+    draw["int32"] = lambda s: rng.integers(0, 37, s).astype(np.int32)
+    for name, f, operands in symbolic(*export.symbolic_shape("b, k")):
+        both, program = exported(f, operands)
+        values = [draw[str(a.dtype)]([fixed[str(n)] for n in a.shape]) for a in operands]
+        for got, want in zip(program.call(*values), both(*values), strict=True):
+            np.testing.assert_allclose(got, want, rtol=2e-6, atol=1e-7, err_msg=name)
+
+
+@pytest.mark.compiled
+@pytest.mark.usefixtures("untyped")
+def test_chunks_of_a_symbolic_size_are_refused_with_the_way_out():
+    batch, classes = export.symbolic_shape("b, k")
+    x, y = (jax.ShapeDtypeStruct(s, d) for s, d in (((batch, 8), jnp.float32), ((batch,), jnp.int32)))
+    weight, z = jax.ShapeDtypeStruct((8, 37), jnp.float32), jax.ShapeDtypeStruct((batch, 37), jnp.float32)
+    sj = softmax_jax
+    for f, operands in (
+        (sj.linear_cross_entropy, (x, weight, y)),
+        (sj.linear_label_statistics, (x, weight, y)),
+        (lambda x, w: sj.linear_kl_divergence(x, w, teacher_x=x, teacher_weight=w), (x, weight)),
+        (lambda z, t: sj.kl_divergence(z, teacher_probs=t), (z, z)),
+    ):
+        with pytest.raises(
+            ValueError, match=r"must be fixed; got a batch of shape \(b,\).*Export it with a fixed batch"
+        ):
+            jax.eval_shape(f, *operands)
+    x, weight, y = (jax.ShapeDtypeStruct(s, a.dtype) for s, a in (((6, 8), x), ((8, classes), weight), ((6,), y)))
+    with pytest.raises(ValueError, match="got 8 x k classes. Pass `chunk_size`"):
+        jax.eval_shape(sj.linear_cross_entropy, x, weight, y)
+    assert jax.eval_shape(lambda *a: sj.linear_cross_entropy(*a, chunk_size=4), x, weight, y).shape == ()

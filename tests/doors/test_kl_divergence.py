@@ -110,7 +110,10 @@ def test_every_pair_of_margins(rng, beta):
         value, grads = both(teacher, student, scale)
         want = truth(*((np.float32(scale * z)) for z in (teacher, student)), beta, cotangent)
         exact = 1 if not product else 1 + epsilon(jnp.float32)  # of what is rounded to float32 before
-        assert relative_error(value, want.loss).max() < PROMISE * exact
+        wrong = np.flatnonzero(relative_error(value, want.loss) >= PROMISE * exact)
+        # Three rows were wrong once, on a loaded machine, and never again: does the same program say so twice?
+        again = np.asarray(both(teacher, student, scale)[0])[wrong] if wrong.size else ()
+        assert not wrong.size, f"rows {wrong}: {np.asarray(value)[wrong]}, then {again}, for {want.loss[wrong]}"
         lost = 2e-38 * 200 / epsilon(jnp.float32)  # a p below the smallest number is 0, beside a log of up to 200
         for got, grad, condition in zip(grads, want.grads, want.grad_conditions, strict=True):
             assert_within(got, grad * scale, condition * scale + lost, 32 if product else 16)
@@ -709,3 +712,29 @@ def test_refuses():
         linear_kl_divergence(x, w, teacher_probs=z, teacher_transpose_weight=True)
     with pytest.raises(TypeError, match="`teacher_probs` must be floating; got dtype int32"):
         kl_divergence(z, teacher_probs=jnp.zeros((2, 3), jnp.int32))
+
+
+@pytest.mark.parametrize("form", ["logits", "states"])
+@pytest.mark.parametrize("beta", BETAS)
+def test_a_close_student_at_a_temperature(rng, beta, form):
+    """Failure 29: the logits are subtracted first and divided then. An error δ of log(p/t) that all classes share, that
+    of the two normalizers, comes in as δ²/2."""
+
+    @jax.jit
+    def losses(student, teacher, temperature):
+        how = {"beta": beta, "temperature": temperature, "reduction": "none"}
+        if form == "logits":
+            return kl_divergence(student, teacher_logits=teacher, **how)
+        one = jnp.eye(teacher.shape[1])
+        return linear_kl_divergence(student, one, teacher_x=teacher, teacher_weight=one, chunk_size=32, **how)
+
+    teacher = np.float32(4 * rng.normal(size=(64, 300)))
+    for temperature, distance in ((0.7, 1e-2), (0.7, 1e-4), (0.7, 1e-5), (1 / 3, 1e-4), (1.9, 1e-3)):
+        student = np.float32(teacher + distance * rng.normal(size=teacher.shape))
+        value = losses(student, teacher, np.float32(temperature))
+        temperature = np.float64(np.float32(temperature))
+        want = reference.divergence(teacher / temperature, student / temperature, beta)
+        nll = -np.max(reference.log_softmax(teacher / temperature), -1)
+        shared = (epsilon(jnp.float32) * (1 + nll)) ** 2 / 2
+        error = np.abs(np.asarray(value, np.float64) - want.loss)
+        assert np.all(error <= PROMISE * want.loss + shared), (temperature, distance)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from helpers import assert_within, compilations, epsilon, few_of, relative_error
+from helpers import assert_within, at_margins, compilations, epsilon, few_of, relative_error
 
 from softmax_jax import log_softmax, softmax
 
@@ -225,3 +225,17 @@ def test_vmap_and_no_retrace(rng, ours, truth, peer):
         ours(x + 0)
         ours(x, axis=-1)
     assert not [name for name in names if "softmax" in name]
+
+
+def test_the_gradient_of_softmax_does_not_cancel_at_the_top(variant, rng):
+    """Failure 30: at every margin each entry is right to roundings of its own terms, p_v p_u (g_v - g_u)."""
+    x, labels = at_margins(rng, np.linspace(-5, 70, 76))
+    g = rng.normal(size=x.shape).astype(np.float32)
+    _, dx = variant(lambda x, g: pullback(softmax, x, g))(jnp.asarray(x), jnp.asarray(g))
+    p, g = reference.softmax(x), np.float64(g)
+    terms = p[:, :, None] * p[:, None, :] * (g[:, :, None] - g[:, None, :])
+    condition = np.abs(terms).sum(-1) * (2 + np.abs(x).max(-1, keepdims=True))  # z - m is rounded, by eps of its size
+    assert np.all(condition[np.arange(len(x)), labels] > 0)
+    assert_within(dx, terms.sum(-1), condition, 4)
+    known = jax.grad(lambda z: softmax(z)[0])(jnp.float32([20, 0]))
+    np.testing.assert_allclose(known, [2.0611537e-9, -2.0611537e-9], rtol=1e-6)

@@ -20,7 +20,7 @@ from helpers import (
     relative_error,
 )
 
-from softmax_jax import cross_entropy, linear_cross_entropy, log_softmax
+from softmax_jax import cross_entropy, kl_divergence, label_statistics, linear_cross_entropy, log_softmax, softmax
 
 OFFSETS = [0, 1e4, -1e4, 1e7, -(2.0**24)]
 
@@ -102,6 +102,66 @@ def test_logits_that_are_a_product_made_in_the_same_program(rng, kind, made, row
     grad = jax.jit(jax.grad(lambda *operands: jnp.sum(loss(*operands) * cotangent)))(*operands)
     if made in ("constant", "traced"):
         assert relative_error(grad, want.grad * np.float64(np.float32(0.7))).max() < 2 * PROMISE
+
+
+HUGE = [1e4, 1e8, 1e9, 1e10, 3e20]
+
+
+def huge_rows(rng, made):
+    """(x, what is made of it): rows from 1e4 to 3e20, equal or random, of which some have two largest, equal or a
+    rounding apart; what `made` makes by itself."""
+    x = np.repeat(HUGE, 12)[:, None] * np.where(np.arange(60)[:, None] % 3 == 0, -1, rng.normal(size=(60, 37)))
+    x, rows = x.astype(np.float32), np.arange(60)
+    x[rows % 3 == 1, 5] = x.max(1)[rows % 3 == 1]
+    x[rows % 3 == 2, 6] = np.nextafter(x.max(1), np.float32(0))[rows % 3 == 2]
+    return x, np.asarray(jax.jit(made)(x, np.float32(0.7)))
+
+
+@pytest.mark.parametrize("made", ["scaled", pytest.param("capped", marks=pytest.mark.thorough)])
+def test_huge_logits_that_are_a_product_made_in_the_same_program(rng, made):
+    """Failure 28: from 2^27 on the rounding of a product is more than a nat. Every pass, forward and backward, reads
+    the number that the product is by itself."""
+    made = {"scaled": lambda x, c: c * x, "capped": lambda x, c: 3e20 * c * jnp.tanh(x / 3e20)}[made]
+    x, z = huge_rows(rng, made)
+    c, y, other = np.float32(0.7), rng.integers(0, 37, 60).astype(np.int32), np.float32(z[:, ::-1])
+    t, g = (np.float32(rng.dirichlet(np.ones(37), 60)) for _ in range(2))
+    cotangent = rng.normal(size=60).astype(np.float32)
+    none = {"reduction": "none"}
+    functions = {
+        "ids": lambda z: cross_entropy(z, y, **none),
+        "dense": lambda z: cross_entropy(z, t, **none),
+        "entropy": lambda z: label_statistics(z, y).entropy,
+        "log_normalizer": lambda z: label_statistics(z, y).log_normalizer,
+        "log_softmax": lambda z: jnp.sum(g * log_softmax(z), 1),
+        "softmax": lambda z: jnp.sum(g * softmax(z), 1),
+        "KL": lambda z: kl_divergence(z, teacher_logits=other, **none),
+        "reverse": lambda z: kl_divergence(z, teacher_logits=other, beta=1.0, **none),
+        "mixture": lambda z: kl_divergence(z, teacher_logits=other, beta=0.3, **none),
+    }
+    p, log_p, cot = reference.softmax(z), reference.log_softmax(z), np.float64(cotangent)[:, None]
+    zero = np.zeros(60)
+    entropies, normalizers = (
+        reference.label_statistics(z, y, of) for of in ((zero, zero, cotangent), (zero, cotangent, zero))
+    )
+    ids, dense = (reference.cross_entropy(z, label, cotangent=cot[:, 0], **none) for label in (y, t))
+    kl, reverse, mixture = (reference.divergence(other, z, beta) for beta in (0, 1, 0.3))
+    wanted = {
+        "ids": (ids.loss, ids.grad),
+        "dense": (dense.loss, dense.grad),
+        "entropy": (entropies.values[2], entropies.grad),
+        "log_normalizer": (normalizers.values[1], normalizers.grad),
+        "log_softmax": (np.sum(g * log_p, 1), cot * (g - p * g.sum(1, keepdims=True))),
+        "softmax": (np.sum(g * p, 1), cot * p * (g - np.sum(g * p, 1, keepdims=True))),
+        **{name: (d.loss, cot * d.grads[1]) for name, d in (("KL", kl), ("reverse", reverse), ("mixture", mixture))},
+    }
+    slope = np.asarray(jax.jit(jax.grad(lambda x: jnp.sum(made(x, c))))(x), np.float64)
+    for name, f in functions.items():
+        of_product = lambda x, c, f=f: f(made(x, c))  # noqa: E731
+        grad = jax.jit(jax.grad(lambda x, c, f=of_product: jnp.sum(f(x, c) * cotangent)))(x, c)
+        value, (want, dz) = np.asarray(jax.jit(of_product)(x, c), np.float64), wanted[name]
+        assert np.all(np.abs(value - want) <= PROMISE * np.abs(want) + 1e-30), name
+        size = np.max(np.abs(dz), 1, keepdims=True)
+        assert np.all(np.abs(np.asarray(grad, np.float64) - dz * slope) <= PROMISE * (1 + size)), name
 
 
 def test_one_feature_times_one_row_of_weights(rng):
