@@ -14,10 +14,10 @@ jaxtyping.install_import_hook("softmax_jax", "beartype.beartype")
 import numpy as np  # noqa: E402
 import products  # noqa: E402
 import pytest  # noqa: E402
-from helpers import unoptimized  # noqa: E402
+from helpers import few_of, unoptimized  # noqa: E402
 from hypothesis import is_hypothesis_test, settings  # noqa: E402
 
-for name, examples in {"quick": 6, "thorough": 30, "fuzz": 2400}.items():
+for name, examples in {"quick": 3, "thorough": 30, "fuzz": 2400}.items():
     settings.register_profile(name, max_examples=examples, derandomize=True, deadline=None, database=None)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -64,10 +64,10 @@ LAST = {"optimized": True}  # how the test before was compiled
 
 @pytest.fixture(autouse=True)
 def _optimized_or_not(request):
-    """What laws/ asks of every door, and what has the mark `optimized`, is compiled as users compile, the rest in half
-    of the time. JAX would take one for the other: it forgets its programs in between."""
+    """What has the mark `optimized` is compiled as users compile, the rest in half of the time. JAX would take one for
+    the other: it forgets its programs in between."""
     marked = request.node.get_closest_marker
-    optimized = bool(marked("optimized") or (request.path.parent.name == "laws" and not marked("unoptimized")))
+    optimized = bool(marked("optimized") and not marked("unoptimized"))
     if optimized != LAST["optimized"]:
         jax.clear_caches()
         LAST["optimized"] = optimized
@@ -92,7 +92,7 @@ def device(request):
         yield devices[0]
 
 
-@pytest.fixture(params=["eager", "jit"])
+@pytest.fixture(params=few_of(["jit", "eager"]))
 def variant(request):
     """A function that takes a function and gives its eager or its jitted form."""
     return jax.jit if request.param == "jit" else lambda f: f

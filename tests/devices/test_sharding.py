@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import few_of
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import (
@@ -158,7 +159,7 @@ def test_chunks_that_do_not_divide_the_tokens(rng, kind):
         assert_moves_little(program, 98, {EMBED * CLASSES // 4, 17 * EMBED, CLASSES // 4})  # 49 tokens in 3 chunks
 
 
-@pytest.mark.parametrize("batch", [P("data"), P(("data", "model"))], ids=str)
+@pytest.mark.parametrize("batch", few_of([P("data"), P(("data", "model"))]), ids=str)
 def test_one_chunk_a_device_is_no_loop(rng, batch):
     """The size of a chunk is judged on a device's own tokens, so that sharding a batch does not switch on the loop."""
     asked = problem(rng, (*TOKENS, CLASSES), embed=EMBED, chunk_size=64)

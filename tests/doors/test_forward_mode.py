@@ -50,6 +50,7 @@ def assert_close(got, want, atol=BUDGET):
     chex.assert_trees_all_close(scaled(got), scaled(want), rtol=0, atol=atol)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dense", few_of([True, False]), ids=["dense", "integer"])
 def test_first_and_second_derivatives_are_those_of_the_reverse_rule(rng, dense):
     f, point = both_modes(rng, dense)
@@ -74,10 +75,9 @@ def test_first_and_second_derivatives_are_those_of_the_reverse_rule(rng, dense):
         assert_close(got, want_it)
 
 
-@pytest.mark.thorough
 @pytest.mark.nan
-@pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
-@pytest.mark.parametrize("what", few_of(["-inf", "bfloat16", "hidden NaN", "float16", "other axis"], 2))
+@pytest.mark.parametrize("dense", few_of([False, True]), ids=["integer", "dense"])
+@pytest.mark.parametrize("what", few_of(["-inf", "bfloat16", "hidden NaN", "float16", "other axis"]))
 def test_derivatives_of_awkward_logits_are_those_of_the_reverse_rule(rng, what, dense):
     """Of the same numbers in float32: a gradient of 16-bit logits is rounded once more."""
     f, point = both_modes(rng, dense, what)

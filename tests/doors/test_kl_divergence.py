@@ -120,7 +120,7 @@ def test_every_pair_of_margins(rng, beta):
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize("beta", few_of([0.0, 1e-6, 0.25, 1.0], 2))
+@pytest.mark.parametrize("beta", few_of([0.0, 1e-6, 0.25, 1.0]))
 def test_what_the_top_class_learns_does_not_cancel(rng, beta):
     """Relative errors of both gradients: the top's are the sum of all others', however confident either is."""
     margins = np.linspace(-5, 60, 27)
@@ -184,7 +184,7 @@ def test_offsets_between_the_two_are_of_no_matter(rng, beta, offset):
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("beta", few_of([0.25, 0.0, 1.0]))
 def test_students_that_nearly_agree(rng, beta):
     """At differences from 1 down to 1e-6 of logits, as exact as far from each other; never negative. What remains is
     the square of an error that all classes share, that of log Σ exp: of each, terms are off by up to
