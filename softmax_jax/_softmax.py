@@ -1,10 +1,11 @@
 """softmax and log_softmax, each with its full Jacobian-vector product as a rule."""
 
+import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Num
 
@@ -121,7 +122,16 @@ def _softmax_fwd(x, where, axes):
     return y, y
 
 
+KERNEL = 2**14
+"""Entries of a row, up to which XLA makes one kernel of softmax on a GPU. Beyond, it makes a float32 copy of a 16-bit y
+that three sums and products read, unless y is fenced (H200: 14 instead of 11 times the logits moved, and 2 held; on
+the CPU the fence would be the copy)."""
+
+
 def _softmax_bwd(axes, y, g):
+    sizes = [y.shape[axis] for axis in axes]
+    if y.dtype.itemsize < 4 and all(isinstance(n, int) for n in sizes) and math.prod(sizes) > KERNEL:
+        y = lax.platform_dependent(y, cpu=lambda y: y, default=lambda y: apart(y)[0])
     p, g = upcast(y), upcast(g)
     g = g - jnp.sum(g * p, axes, keepdims=True)
     return (p * (g - jnp.sum(g * p, axes, keepdims=True))).astype(y.dtype), None
