@@ -239,3 +239,13 @@ def test_the_gradient_of_softmax_does_not_cancel_at_the_top(variant, rng):
     assert_within(dx, terms.sum(-1), condition, 4)
     known = jax.grad(lambda z: softmax(z)[0])(jnp.float32([20, 0]))
     np.testing.assert_allclose(known, [2.0611537e-9, -2.0611537e-9], rtol=1e-6)
+
+
+def test_the_gradient_of_wide_16_bit_rows(rng):
+    """Of more entries than XLA takes in one kernel on a GPU, where y is fenced; the CPU takes it as it is."""
+    x, g = (jnp.asarray(3 * rng.normal(size=(2, 20000)), jnp.bfloat16) for _ in range(2))
+    _, dx = jax.jit(lambda x, g: pullback(softmax, x, g))(x, g)
+    p, g = reference.softmax(np.float64(x)), np.float64(g)
+    row = lambda g: np.sum(g, -1, keepdims=True)  # noqa: E731
+    kept = p * epsilon(jnp.bfloat16) * (abs(g - row(p * g)) + row(p * abs(g)))  # y is rounded, and so is the result
+    assert np.all(abs(np.float64(dx) - p * (g - row(p * g))) <= kept)
