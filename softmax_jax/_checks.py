@@ -77,7 +77,7 @@ def mask(name: str, where: ArrayLike, shape: tuple[int, ...], way_out: str = RES
     return where.reshape((1,) * (len(shape) - where.ndim) + where.shape)
 
 
-def existing_classes(name: str, where: ArrayLike, shape: tuple[int, ...], axis: int) -> Array:
+def class_mask(name: str, where: ArrayLike, shape: tuple[int, ...], axis: int) -> Array:
     """`where` of logits of `shape`: which classes exist."""
     of_tokens = np.shape(where) == shape[:axis] + shape[axis + 1 :]
     return mask(
@@ -260,7 +260,7 @@ def options_for(
     """The options of logits of `shape` and `dtype`, checked; the neutral ones None."""
     batch = shape[:axis] + shape[axis + 1 :]
     if where is not None:
-        where = existing_classes("where", where, shape, axis)
+        where = class_mask("where", where, shape, axis)
     if weights is not None:
         weights = jnp.asarray(weights)
         if jnp.issubdtype(weights.dtype, jnp.complexfloating):
@@ -376,8 +376,8 @@ def fixed_sizes(batch: tuple[Any, ...], embed: Any, classes: Any, chunk_size: in
         )
     if chunk_size is None and not (isinstance(embed, int) and isinstance(classes, int)):
         raise ValueError(
-            f"the default `chunk_size` follows from the sizes of the head; got {embed} x {classes} classes. Pass "
-            "`chunk_size`, the most tokens a chunk may have."
+            f"the default `chunk_size` follows from the number of classes and the embed size of a head; got {classes} "
+            f"and {embed}. Pass `chunk_size`, the most tokens a chunk may have."
         )
 
 

@@ -1,8 +1,7 @@
 """What a token's sums are made of, by one pass over the classes at a time.
 
-Each pass reads the logits as they came and makes z - m again. That is the same number only up to rounding: where the
-logits are a product made in the same program, a compiler may take a · b - m in one step, and z - m at the maximum is
-then not 0. So nothing here or above asks whether it is.
+Each pass reads the logits as they came and makes z - m again, of z as it is `rounded`. Even so nothing here or above
+asks whether it is 0: a compiler may round what makes the logits otherwise in one pass than in another.
 """
 
 import math
@@ -60,14 +59,17 @@ def finite(z: Array, unused: Array) -> Array:
 
 @jax.custom_jvp
 def scaled(z: Array, scale: Array | None) -> Array:
-    """scale · z of a scale > 0; that of z = -inf has no gradient."""
+    """scale · z of a scale > 0. Its own gradient is 0 where z is infinite, or stands for that."""
     return z if scale is None else scale * z
 
 
 @scaled.defjvp
 def _scaled_jvp(primals, tangents):
     (z, scale), (dz, dscale) = primals, tangents
-    return scaled(z, scale), dz if scale is None else scale * dz + dscale * jnp.where(jnp.isinf(z), 0, z)
+    if scale is None:
+        return z, dz
+    finite_z = jnp.where(jnp.abs(z) < float(jnp.finfo(z.dtype).max) / 8, z, 0)
+    return scaled(z, scale), scale * dz + dscale * finite_z
 
 
 def sum_of_others(

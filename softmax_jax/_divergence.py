@@ -26,7 +26,7 @@ from softmax_jax._divergence_sums import (
 )
 from softmax_jax._dtypes import nan_unless
 from softmax_jax._passes import apart, as_operands
-from softmax_jax._sharding import Names, check_gradient, offset, vary, varying
+from softmax_jax._sharding import Names, check_gradient, offset, same_on_devices, vary, varying
 
 
 def _value(rows: Rows, beta):
@@ -89,14 +89,15 @@ def _divergence_bwd(axis, class_axes, residuals, cotangent):
 
     b, a = b._replace(raw=b_raw), a._replace(raw=a_raw)
     z_b, z_a = (rounded(z_of(x, where), rows.shared.b_m) for x in (b, a))
-    _, pull = jax.vjp(lambda b, a, scale: (z_of(b, where, scale), z_of(a, where, scale)), b, a, scale)
+    here = vary(scale, varying((b, a)))
+    _, pull = jax.vjp(lambda b, a, scale: (z_of(b, where, scale), z_of(a, where, scale)), b, a, here)
     shared, first = rows.shared, offset(z_b.shape[axis], class_axes)
     place = lambda half: is_at(jnp.squeeze(half.top, axis) - first, z_b, axis)  # noqa: E731
     t, p = probabilities(z_b, z_a, scale, shared, shared.b_top, shared.a_top)
     r = log_ratio(z_b, z_a, scale, shared, lowest_ratio(n, beta is not None), n.log_highest, n)
     at = jax.tree.map(partial(jnp.where, place(rows.of_t)), rows.at_pivot, At(t, p, r))
     db, da, dscale = pull(tuple(cotangent * slope for slope in _slopes(at, rows, beta, place)))
-    return db, da, None, dscale, dbeta, None
+    return db, da, None, jax.tree.map(same_on_devices, dscale, scale), dbeta, None
 
 
 def _finite(half: Half | None, cotangent):
@@ -132,5 +133,6 @@ def divergence(
     """KL(t ‖ p) of t = softmax(scale · b) and p = softmax(scale · a), or of a number `beta` the mixture, of every
     token; 0 in `unused` rows, whatever they hold. A token without any class must be one of them."""
     over = varying(b, a, where)
-    (b, a, where, scale), others = vary((b, a, where, scale), over), tuple(n for n in over if n not in class_axes)
-    return _divergence(b, a, where, scale, vary(beta, others), unused, axis, class_axes)
+    (b, a, where), others = vary((b, a, where), over), tuple(n for n in over if n not in class_axes)
+    scale, beta = vary((scale, beta), others)  # numbers of a token's sums are the same on its devices
+    return _divergence(b, a, where, scale, beta, unused, axis, class_axes)

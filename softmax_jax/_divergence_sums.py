@@ -35,7 +35,7 @@ from softmax_jax._adjustment import Adjustment, adjust, row_shift
 from softmax_jax._class_passes import distance, pick_of_all, scaled, sum_of_others, top_class
 from softmax_jax._dtypes import nan_unless, upcast
 from softmax_jax._passes import apart, as_operands, sum_over_classes
-from softmax_jax._sharding import count, offset, psum
+from softmax_jax._sharding import count, offset, psum, vary, varying
 from softmax_jax._token_loss import negative_log_likelihood
 
 
@@ -83,8 +83,7 @@ class At(NamedTuple):
 
 
 def z_of(logits: Logits, where, scale=None) -> Array:
-    _, *_, softcap = logits.adjustment
-    adjustment = logits.adjustment._replace(where=where)
+    softcap, adjustment = logits.adjustment.softcap, logits.adjustment._replace(where=where)
     if scale is not None:
         adjustment = Adjustment(where, scale, None if softcap is None else scale * softcap)
     return upcast(adjust(logits.raw, adjustment))
@@ -102,7 +101,8 @@ def _top(logits: Logits, where, scale, unused, axis, class_axes) -> Top:
     raw, adjustment = logits.raw, logits.adjustment._replace(where=where)
     (m,) = apart(row_shift(adjust(raw, adjustment), axis, class_axes))
     top = top_class(raw, m, adjustment, axis, class_axes)
-    rest = sum_of_others(raw, m, top - offset(raw.shape[axis], class_axes), adjustment, axis, scale)
+    here = top - offset(raw.shape[axis], class_axes)
+    rest = sum_of_others(raw, m, here, adjustment, axis, vary(scale, varying(raw)))
     highest = pick_of_all(raw, top, adjustment, axis, class_axes)
     exists = top < count(raw.shape[axis], class_axes)
     own = jnp.where(exists, highest - lax.stop_gradient(highest), 0)  # 0, with the slope that second derivatives need
@@ -227,7 +227,7 @@ def _sum(
         lowest = n.lowest * jnp.minimum(bound, n.highest) if shares is None else -highest  # -inf, or exp(-r) is finite
         return f(At(t, p, log_ratio(z_b, z_a, scale, shared, lowest, highest, n)), shares, n)
 
-    arrays = b.raw, a.raw, where, scale, shares, as_operands(shared.b_m.dtype, n)
+    arrays = b.raw, a.raw, where, vary(scale, varying(b.raw)), shares, as_operands(shared.b_m.dtype, n)
     here = pivot - offset(b.raw.shape[axis], class_axes)
     return psum(sum_over_classes(others, arrays, shared, here, axis), class_axes)
 

@@ -738,3 +738,54 @@ def test_a_close_student_at_a_temperature(rng, beta, form):
         shared = (epsilon(jnp.float32) * (1 + nll)) ** 2 / 2
         error = np.abs(np.asarray(value, np.float64) - want.loss)
         assert np.all(error <= PROMISE * want.loss + shared), (temperature, distance)
+
+
+def by_temperature(teacher, student, beta, temperature, cotangent):
+    """(value a token, gradients by teacher, student and temperature) in float64."""
+    b, a = (np.float64(z) / temperature for z in (teacher, student))
+    want = reference.divergence(b, a, beta)
+    db, da = (np.float64(cotangent)[:, None] * g for g in want.grads)
+    return want.loss, (db / temperature, da / temperature, -np.sum(db * b + da * a) / temperature)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("linear", [False, True], ids=["logits", "states"])
+@pytest.mark.parametrize("how", ["shard_map", "explicit"])
+@pytest.mark.parametrize("beta", [0.0, 0.25])
+def test_a_temperature_of_sharded_classes(rng, beta, how, linear):
+    """It is in the numbers of a token, which the devices share, and in the sums, which they do not."""
+    teacher, student = (np.float32(rng.normal(size=(6, 16))) for _ in range(2))
+    cotangent, temperature, one = rng.normal(size=6).astype(np.float32), np.float32(0.7), np.eye(16, dtype=np.float32)
+    mesh = mesh_of("explicit" if how == "explicit" else "automatic")
+    spec = P(None, "model")
+
+    def loss(b, a, temperature, one, axis_name=None):
+        options = {"beta": beta, "temperature": temperature, "reduction": "none", "axis_name": axis_name}
+        if linear:
+            return linear_kl_divergence(a, one, teacher_x=b, teacher_weight=one, chunk_size=2, **options)
+        return kl_divergence(a @ one, teacher_logits=b @ one, **options)
+
+    if how == "shard_map":
+        specs = P(), P(), P(), spec
+        loss = jax.shard_map(partial(loss, axis_name="model"), mesh=mesh, in_specs=specs, out_specs=P())
+        operands = teacher, student, temperature, one
+    else:
+        put = lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec))  # noqa: E731
+        operands = *(put(a, P()) for a in (teacher, student, temperature)), put(one, spec)
+    value, grads = both_gradients(loss, cotangent, *operands)
+    want, truths = by_temperature(teacher, student, beta, np.float64(temperature), cotangent)
+    np.testing.assert_allclose(value, want, rtol=PROMISE)
+    for got, grad in zip(grads, truths, strict=False):  # not by the identity
+        np.testing.assert_allclose(got, grad, rtol=0, atol=PROMISE * np.max(np.abs(grad)))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.25])
+def test_second_derivatives_by_the_temperature_beside_a_class_that_is_not_there(rng, beta):
+    """-inf stands as the smallest number in a difference: times 1/0.7 that is infinite."""
+    teacher, student = (rng.normal(size=(4, 7)).astype(np.float32) for _ in range(2))
+    teacher[:, 2] = -np.inf
+    total = lambda t: kl_divergence(student, teacher_logits=teacher, temperature=t, beta=beta)  # noqa: E731
+    exact = lambda t: reference.divergence(np.float64(teacher) / t, np.float64(student) / t, beta).loss.mean()  # noqa: E731
+    step, at = 1e-4, np.float64(np.float32(0.7))
+    want = (exact(at + step) - 2 * exact(at) + exact(at - step)) / step**2
+    np.testing.assert_allclose(jax.hessian(total)(jnp.float32(0.7)), want, rtol=1e-4)

@@ -127,7 +127,9 @@ def divergences(rng):
         cotangent = np.full(TOKENS, -1.7 / TOKENS) if reduction == "mean" else np.float64(COTANGENT)
 
         def of_logits(o, how=how):
-            losses = sj.kl_divergence(o["logits"], teacher_logits=o["teacher_logits"], **how)
+            losses = sj.kl_divergence(
+                o["logits"], teacher_logits=o["teacher_logits"], temperature=o["temperature"], **how
+            )
             return of_losses(COTANGENT, losses, how["reduction"])
 
         def of_probs(o, how=how):
@@ -138,23 +140,27 @@ def divergences(rng):
             losses = sj.linear_kl_divergence(**o, chunk_size=2, **how)
             return of_losses(COTANGENT, losses, how["reduction"])
 
-        def truth(teacher, student, beta=beta, cotangent=cotangent):
-            return [cotangent[:, None] * g for g in reference.divergence(teacher, student, beta).grads]
+        def truth(teacher, student, temperature=1.0, beta=beta, cotangent=cotangent):
+            """The gradients by the logits of teacher and student, and by their temperature."""
+            b, a = teacher / temperature, student / temperature
+            db, da = (cotangent[:, None] * g / temperature for g in reference.divergence(b, a, beta).grads)
+            return db, da, -np.sum(db * b + da * a)
 
-        db, da = truth(b, a)
-        operands = {"logits": a, "teacher_logits": b}
-        yield f"kl_divergence logits {reduction}", Subject(of_logits, operands, {"logits": da, "teacher_logits": db})
-        db, da = truth(np.log(np.float64(probs)), a)
+        temperature, at = {"temperature": np.float32(1.3)}, np.float64(np.float32(1.3))
+        db, da, dt = truth(np.float64(b), np.float64(a), at)
+        operands, wanted = {"logits": a, "teacher_logits": b}, {"logits": da, "teacher_logits": db, "temperature": dt}
+        yield f"kl_divergence logits {reduction}", Subject(of_logits, {**operands, **temperature}, wanted)
+        db, da, _ = truth(np.log(np.float64(probs)), np.float64(a))
         operands = {"logits": a, "teacher_probs": probs}
         yield (
             f"kl_divergence probs {reduction}",
             Subject(of_probs, operands, {"logits": da, "teacher_probs": db / np.float64(probs)}),
         )
-        db, da = truth(np.float64(tx) @ tw + tb, np.float64(x) @ weight + bias)
+        db, da, dt = truth(np.float64(tx) @ tw + tb, np.float64(x) @ weight + bias, at)
         student = {"x": x, "weight": weight, "bias": bias}
         teacher = {"teacher_x": tx, "teacher_weight": tw, "teacher_bias": tb}
-        wanted = {**of_heads(da, x, weight), **of_heads(db, tx, tw, "teacher_")}
-        yield f"linear_kl_divergence {reduction}", Subject(of_states, {**student, **teacher}, wanted)
+        wanted = {**of_heads(da, x, weight), **of_heads(db, tx, tw, "teacher_"), "temperature": dt}
+        yield f"linear_kl_divergence {reduction}", Subject(of_states, {**student, **teacher, **temperature}, wanted)
 
 
 def others(rng):
@@ -297,4 +303,6 @@ def test_gradients_do_not_depend_on_what_was_asked_before(door, rng):
         name = mine[rng.integers(len(mine))]
         operands = list(subjects()[name].operands)
         names = [n for n in operands if rng.random() < 0.5] or operands[:1]
+        if rng.random() < 0.02:
+            jax.clear_caches()
         walk.step(name, names, WAYS[rng.integers(len(WAYS))], anew=rng.random() < 0.5)
