@@ -17,7 +17,7 @@ import pytest  # noqa: E402
 from helpers import few_of, unoptimized  # noqa: E402
 from hypothesis import is_hypothesis_test, settings  # noqa: E402
 
-for name, examples in {"quick": 3, "thorough": 30, "fuzz": 2400}.items():
+for name, examples in {"quick": 3, "thorough": 10, "fuzz": 2400}.items():
     settings.register_profile(name, max_examples=examples, derandomize=True, deadline=None, database=None)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import ALONE, random_case
+from helpers import ALONE, few_of, random_case
 from jax import export
 
 import softmax_jax
@@ -62,8 +62,9 @@ def doors(rng, dtype, dense):
         yield name, lambda z, door=door: jnp.sum(door(z, labels)), (logits,)
 
 
-@pytest.mark.parametrize("dense, dtype", [(False, jnp.bfloat16), (True, jnp.float32)], ids=["integer", "dense"])
-def test_every_door_and_its_gradient_lower_for_every_platform(rng, dense, dtype):
+@pytest.mark.parametrize("dense", few_of([False, True]), ids=["integer", "dense"])
+def test_every_door_and_its_gradient_lower_for_every_platform(rng, dense):
+    dtype = jnp.float32 if dense else jnp.bfloat16
     for name, f, operands in doors(rng, dtype, dense):
         both = jax.jit(jax.value_and_grad(f, tuple(range(len(operands)))))
         exported = export.export(both, platforms=PLATFORMS)(*operands)
@@ -118,7 +119,7 @@ def exported(f, operands):
 
 @pytest.mark.compiled
 @pytest.mark.usefixtures("untyped")  # a symbol is no int
-@pytest.mark.parametrize("sizes", ["b, 37", "b, k", "6, k"])
+@pytest.mark.parametrize("sizes", few_of(["b, k", "b, 37", "6, k"]))
 def test_symbolic_sizes(sizes):
     """Failure 31: every function on logits is exported for any batch, any number of classes."""
     for name, f, operands in symbolic(*export.symbolic_shape(sizes)):

@@ -42,6 +42,7 @@ def check(rng, asked, batch=("data",), classes="model", tokens="data", **how):
     return got
 
 
+@pytest.mark.diagonal
 @both
 @doors
 def test_all_options_together(rng, embed, dense):
@@ -240,6 +241,7 @@ def test_readmes_example(rng):
     assert_equal((got[0], dict(zip(("x", "weight"), got[1], strict=True))), truth(asked, 1.0))
 
 
+@pytest.mark.diagonal
 @pytest.mark.thorough
 @pytest.mark.parametrize(
     "same", [("x",), ("weights", "weight"), ("x", "labels", "weights"), ("bias", "logit_scale")], ids=str

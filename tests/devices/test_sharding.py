@@ -72,6 +72,7 @@ def test_rows_longer_than_a_block_over_sharded_classes(rng, kind, dense):
     assert_moves_little(program, per_token=8 * 2)
 
 
+@pytest.mark.diagonal
 @pytest.mark.thorough
 @kinds
 @both
@@ -130,6 +131,7 @@ def test_linear_cross_entropy(rng, kind, batch, classes, embed):
     assert_moves_little(program, per_token=128, gradients=gradients, gathered={head} if embed else ())
 
 
+@pytest.mark.diagonal
 @pytest.mark.thorough
 @kinds
 @both

@@ -38,6 +38,7 @@ def test_all_options_together(device, rng, dtype, reduction, dense):
     check_against_reference(jax.jit, rng, logits, labels, options | {"reduction": reduction})
 
 
+@pytest.mark.diagonal
 @labels_kind
 @pytest.mark.parametrize("shape_and_axis", few_of(SHAPES, 4), ids=str)
 @pytest.mark.parametrize("reduction", ["none", "mean"])

@@ -75,6 +75,7 @@ def test_first_and_second_derivatives_are_those_of_the_reverse_rule(rng, dense):
         assert_close(got, want_it)
 
 
+@pytest.mark.diagonal
 @pytest.mark.nan
 @pytest.mark.parametrize("dense", few_of([False, True]), ids=["integer", "dense"])
 @pytest.mark.parametrize("what", few_of(["-inf", "bfloat16", "hidden NaN", "float16", "other axis"]))

@@ -73,6 +73,7 @@ def check(rng, operands, labels, options, chunk_size=None, k=8):
         assert_within(gradient, truth, bound, 2 * k, stored, name)
 
 
+@pytest.mark.diagonal
 @pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
 @pytest.mark.parametrize("dtype", few_of([jnp.float32, jnp.bfloat16, jnp.float16], 2), ids=lambda d: d.__name__)
 def test_all_options_together_at_awkward_sizes(rng, dtype, dense):
@@ -103,6 +104,7 @@ def test_many_classes(rng, classes):
     check(rng, operands, labels, options, chunk_size=5)
 
 
+@pytest.mark.diagonal
 @pytest.mark.parametrize("shape", few_of([(3, 1, 11), (3, 5, 1), (11,), (5, 11), (3, 5, 11)], 2), ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_where_of_every_rank(rng, shape, reduction):

@@ -18,7 +18,7 @@ from softmax_jax._passes import FEW, MANY
 
 pytestmark = pytest.mark.optimized
 
-SHAPES = [(MANY + 7, 10), (2, MANY // 2, FEW), (MANY, 1)]
+SHAPES = [(MANY + 7, 6), (2, MANY // 2, FEW), (MANY, 1)]
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 
 shapes = pytest.mark.parametrize("shape", few_of(SHAPES), ids=str)
@@ -34,6 +34,7 @@ def _unusual(logits):
     return logits
 
 
+@pytest.mark.diagonal
 @shapes
 @dtypes
 @both
@@ -61,7 +62,7 @@ def losses_and_gradient(z, labels, cotangent):
 
 
 @pytest.mark.nan
-@pytest.mark.parametrize("shape", few_of([(MANY + 7, 10), (8, 65536), (MANY, 17), (64, 64), (8, 1000)], 2), ids=str)
+@pytest.mark.parametrize("shape", few_of([(MANY + 7, 6), (8, 65536), (MANY, 17), (64, 64), (8, 1000)], 2), ids=str)
 def test_rows_that_have_no_loss(device, rng, shape):
     """NaN and +inf anywhere in a row make it NaN, though XLA's row maximum on the CPU may drop them. Its neighbours,
     and those of a label of no class and of a row of -inf, are as they were."""
@@ -116,7 +117,7 @@ def test_log_softmax_and_its_pullback(device, rng, dtype):
 
 def test_sparse_labels_and_statistics(device, rng):
     z = _unusual((3 * rng.normal(size=SHAPES[0])).astype(np.float32))
-    ids = rng.permuted(np.tile(np.arange(1, 10), (len(z), 1)), axis=-1)[:, :3]
+    ids = rng.permuted(np.tile(np.arange(1, 6), (len(z), 1)), axis=-1)[:, :3]
     probs = rng.gamma(0.5, size=ids.shape).astype(np.float32)
     cotangent = rng.normal(size=len(z)).astype(np.float32)
     loss, grad = losses_and_gradient(z, SparseLabels(ids, probs), cotangent)
@@ -138,7 +139,7 @@ def test_sparse_labels_and_statistics(device, rng):
 
 @pytest.mark.parametrize("beta", few_of([0.25, 0.0, 1.0]))
 def test_divergences(device, rng, beta):
-    teacher, student = (3 * rng.normal(size=(2, *SHAPES[0]))).astype(np.float32)
+    teacher, student = (3 * rng.normal(size=(2, MANY + 7, 4))).astype(np.float32)
     cotangent = rng.normal(size=len(student)).astype(np.float32)
 
     @jax.jit

@@ -113,6 +113,7 @@ def named(value):
     return getattr(value, "__name__", value)
 
 
+@pytest.mark.diagonal
 @pytest.mark.parametrize(("name", "masked", "kind", "of_labels", "dtype"), in_turn(GRID), ids=named)
 def test_doors_with_optaxs_names(rng, name, masked, kind, of_labels, dtype):
     shape, axis, axes = random_shape_and_axis(rng, kind)
