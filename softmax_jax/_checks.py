@@ -13,18 +13,21 @@ from jax.typing import ArrayLike
 
 from softmax_jax._dtypes import accumulator, nan_unless
 from softmax_jax._sharding import Names, checks_varying, varying
+from softmax_jax._source import Source
 from softmax_jax._targets import Labels, SparseLabels, are_ids
 
 Reduction = Literal["mean", "sum", "none"]
+Kind = Literal["logits", "probabilities", "states"]  # of what a teacher gives
 
 
 class Options(NamedTuple):
-    """A door's options as arrays; None where an option is neutral and its path absent."""
+    """The options of a function, first as they were given, then as arrays; None where one is neutral and its path
+    absent."""
 
-    where: Array | None = None  # broadcastable to the logits, of their rank
-    weights: Array | None = None  # the batch shape
+    where: Any = None  # broadcastable to the logits, of their rank
+    weights: Any = None  # the batch shape
     ignore_index: Any = None
-    class_weights: Array | None = None  # broadcastable to the logits, of their rank
+    class_weights: Any = None  # broadcastable to the logits, of their rank
     label_smoothing: Any = None  # scalars, as are those that follow
     z_loss: Any = None
     logit_scale: Any = None
@@ -140,8 +143,8 @@ def one_teacher(
     teacher_probs: Any,
     teacher_logits: Any,
     head: tuple[Any, Any, Any, bool] = (None, None, None, False),
-) -> tuple[Literal["logits", "probabilities", "states"], tuple]:
-    """What the one teacher given is, and its (array or SparseLabels, weight, bias), for logits of `shape`."""
+) -> tuple[Kind, Source]:
+    """What the one teacher given is, for logits of `shape`."""
     teacher_x, weight, bias, transpose_weight = head
     given = {"teacher_probs": teacher_probs, "teacher_logits": teacher_logits, "teacher_x": teacher_x}
     given = [name for name, value in given.items() if value is not None]
@@ -161,9 +164,9 @@ def one_teacher(
                 f"the teacher's logits must have the student's shape {shape}; got {(*x.shape[:-1], classes)} from "
                 f"teacher_x.shape={x.shape}, teacher_weight.shape={weight.shape}. Give both the same tokens, classes."
             )
-        return "states", (x, weight, None if bias is None else jnp.asarray(bias))
+        return "states", Source.of_head(x, weight, bias, transpose_weight)
     if isinstance(teacher_probs, SparseLabels):
-        return "probabilities", (labels_of(teacher_probs, shape, axis), None, None)
+        return "probabilities", Source(labels_of(teacher_probs, shape, axis))
     if isinstance(teacher_logits, SparseLabels):
         raise TypeError("`teacher_logits` must be an array; got SparseLabels. Pass those as `teacher_probs`.")
     array = jnp.asarray(teacher_probs if teacher_logits is None else teacher_logits)
@@ -173,7 +176,7 @@ def one_teacher(
             f"`{given[0]}` must have the shape of the student's logits, {shape}; got {given[0]}.shape={array.shape}. "
             "Reshape it, or pass `SparseLabels` for a few classes a token."
         )
-    return "probabilities" if teacher_logits is None else "logits", (array, None, None)
+    return "probabilities" if teacher_logits is None else "logits", Source(array)
 
 
 def mixture(name: str, value: Any, dtype: Any) -> tuple[bool, Array | np.ndarray | None]:
@@ -242,22 +245,9 @@ def ignored_id(ignore_index: Any, labels: Labels) -> np.ndarray | None:
     return np.asarray(index, labels.dtype) if limits.min <= index <= limits.max else None
 
 
-def options_for(
-    shape: tuple[int, ...],
-    dtype: Any,
-    axis: int,
-    labels: Labels,
-    *,
-    where: ArrayLike | None = None,
-    weights: ArrayLike | None = None,
-    ignore_index: Any = None,
-    class_weights: ArrayLike | None = None,
-    label_smoothing: Any = 0.0,
-    z_loss: Any = 0.0,
-    logit_scale: Any = 1.0,
-    softcap: Any = None,
-) -> Options:
+def options_for(shape: tuple[int, ...], dtype: Any, axis: int, labels: Labels, options: Options) -> Options:
     """The options of logits of `shape` and `dtype`, checked; the neutral ones None."""
+    where, weights, ignore_index, class_weights, label_smoothing, z_loss, logit_scale, softcap = options
     batch = shape[:axis] + shape[axis + 1 :]
     if where is not None:
         where = class_mask("where", where, shape, axis)

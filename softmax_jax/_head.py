@@ -1,7 +1,9 @@
-"""A head's tokens, chunk by chunk: how they are dealt out, and how the logits of one chunk are made."""
+"""Tokens in chunks: how they are dealt out, and the logits of one chunk."""
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -9,92 +11,74 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from softmax_jax._checks import Options, Reduction, fixed_sizes
+from softmax_jax._checks import Options, fixed_sizes
 from softmax_jax._chunks import PyTree, map_over_chunks, sum_over_chunks
-from softmax_jax._dtypes import accumulator, product_dtype
-from softmax_jax._projection import project
-from softmax_jax._sharding import Names, entries_of, exactly, fit, psum
-from softmax_jax._targets import Labels
-from softmax_jax._token_loss import prepare
-
-CHUNK_BYTES, FEW_TOKENS = 2**25, 512
-"""What the default `chunk_size` aims at for the logits of one chunk in the accumulator's dtype, and what a large head
-gets all the same."""
+from softmax_jax._dtypes import accumulator
+from softmax_jax._source import Source
 
 
 class Shared(NamedTuple):
     """What every chunk sees."""
 
-    weight: Array | None  # None: `x` are the logits
-    bias: Array | None
+    student: Source  # without its x
+    target: Source
     rows: Array | None  # `where` of groups of tokens, [groups, classes]
     options: Options  # with the part of `where` that all tokens share
+    more: PyTree
 
 
 class Each(NamedTuple):
     """One entry a token."""
 
-    x: Array
-    labels: Any  # `Labels`, or what else a token is compared with
+    student: Any
+    target: Any
     weights: Array | None
     where: Array | None  # [tokens, classes], or the token's group in `rows`
 
 
-def classes_of(weight: Array, transpose_weight: bool) -> int:
-    return weight.shape[0 if transpose_weight else 1]
-
-
-def prepared(x: Array, weight: Array, labels: Labels, options: Options, transpose_weight: bool, class_axes: Names):
-    """(labels, weights, options) in their one form, and the dtype of the product."""
-    dtype, classes = product_dtype(x.dtype, weight.dtype), classes_of(weight, transpose_weight)
-    return *prepare(labels, options, (*x.shape[:-1], classes), dtype, x.ndim - 1, class_axes), dtype
-
-
-def specs_of(x: Array, weight: Array, bias: Array | None, transpose_weight: bool):
-    """How the tokens and the classes lie over devices in explicit sharding, and (x, weight, bias) with them."""
-    batch = entries_of(x)[:-1]
-    classes = tuple(n for n in entries_of(weight)[0 if transpose_weight else 1] if n not in sum(batch, ()))
-    of_weight = exactly((classes, ()) if transpose_weight else ((), classes))
-    return batch, classes, (exactly((*batch, ())), of_weight, fit(bias, (classes,)))
-
-
 def dealt(
-    x: Array,
-    weight: Array | None,
-    bias: Array | None,
-    labels: Any,
+    student: Source,
+    target: Source,
     weights: Array | None,
     options: Options,
+    more: PyTree,
     dtype: DTypeLike,
-    classes: int,
     chunk_size: int | None,
 ) -> tuple[Shared, Each]:
     """The operands of all chunks."""
-    batch, tokens = x.shape[:-1], math.prod(x.shape[:-1])
-    embed = 1 if weight is None else x.shape[-1]
-    fixed_sizes(batch, embed, classes, chunk_size)
-    chunks = chunk_count(batch, chunk_size or default_chunk(embed, classes, dtype))
+    (*batch, classes), tokens = student.shape, math.prod(student.shape[:-1])
+    embed = 1 if student.weight is None else student.x.shape[-1]
+    fixed_sizes(tuple(batch), embed, classes, chunk_size)
+    chunks = chunk_count(tuple(batch), chunk_size or default_chunk(embed, classes, dtype))
     if weights is None and tokens % chunks:
         weights = jnp.ones(batch, accumulator(dtype))
-    where, rows, row_of = _mask_rows(options.where, batch)
-    each = Each(x, labels, weights, row_of)
+    where, rows, row_of = _mask_rows(options.where, tuple(batch))
+    each = Each(student.x, target.x, weights, row_of)
     each = jax.tree.map(lambda a: _deal(a.reshape(tokens, *a.shape[len(batch) :]), chunks), each)
-    return Shared(weight, bias, rows, options._replace(where=where, class_weights=_row(options.class_weights))), each
+    options = options._replace(where=where, class_weights=_row(options.class_weights))
+    return Shared(replace(student, x=None), replace(target, x=None), rows, options, more), each
 
 
-def undealt(of_chunks: Array, batch: tuple[int, ...]) -> Array:
-    """One number a token, [size, count], in the batch shape."""
-    return of_chunks.reshape(-1)[: math.prod(batch)].reshape(batch)
+def over_chunks(numbers: Callable, shared: Shared, each: Each, batch: tuple[int, ...], summed: bool) -> PyTree:
+    """`numbers` of a chunk's logits, target, weights, options and `more`: [*batch], or their sum."""
+    of_chunk = partial(_of_chunk, numbers)
+    if summed:
+        return sum_over_chunks(partial(_total, of_chunk), shared, each)
+    return jax.tree.map(partial(_undealt, batch), map_over_chunks(of_chunk, shared, each))
 
 
-def logits_of(shared: Shared, chunk: Each, dtype: Any, transpose_weight: bool) -> tuple[Array, Options]:
-    """The logits of a chunk, [size, classes], and its options. A row of weight 0 is that of x = 0."""
-    x = emptied(chunk.x, chunk.weights)
-    logits = x if shared.weight is None else affine(x, shared.weight, shared.bias, dtype, transpose_weight)
-    if chunk.where is None:
-        return logits, shared.options
-    where = chunk.where if shared.rows is None else shared.rows[chunk.where]
-    return logits, shared.options._replace(where=where)
+def _total(of_chunk: Callable, shared: Shared, chunk: Each) -> Array:
+    return jnp.sum(of_chunk(shared, chunk))
+
+
+def _of_chunk(numbers: Callable, shared: Shared, chunk: Each) -> PyTree:
+    student = replace(shared.student, x=emptied(chunk.student, chunk.weights))
+    target, options = chunk.target, shared.options
+    if shared.target.weight is not None:
+        target = replace(shared.target, x=emptied(target, chunk.weights)).logits()
+    if chunk.where is not None:
+        options = options._replace(where=chunk.where if shared.rows is None else shared.rows[chunk.where])
+    return numbers(student.logits(), target, chunk.weights, options, shared.more)
 
 
 def emptied(array: Array, weights: Array | None) -> Array:
@@ -102,19 +86,14 @@ def emptied(array: Array, weights: Array | None) -> Array:
     return array if weights is None else jnp.where(weights.reshape(-1, *(1,) * (array.ndim - 1)) == 0, 0, array)
 
 
-def affine(x: Array, weight: Array, bias: Array | None, dtype: DTypeLike, transpose_weight: bool) -> Array:
-    """x @ weight + bias."""
-    logits = project(x, weight, dtype, transpose_weight)
-    return logits if bias is None else logits + bias[None, :].astype(logits.dtype)
+def _undealt(batch: tuple[int, ...], of_chunks: Array) -> Array:
+    """One number a token, [size, count], in the batch shape."""
+    return of_chunks.reshape(-1)[: math.prod(batch)].reshape(batch)
 
 
-def reduced(
-    of_chunk: Callable, shared: PyTree, each: PyTree, batch: tuple[int, ...], reduction: Reduction, token_axes: Names
-) -> Array:
-    """The losses that `of_chunk` gives, [*batch] for the reduction "none", else their sum over all devices' tokens."""
-    if reduction == "none":
-        return undealt(map_over_chunks(of_chunk, shared, each), batch)
-    return psum(sum_over_chunks(lambda shared, chunk: jnp.sum(of_chunk(shared, chunk)), shared, each), token_axes)
+CHUNK_BYTES, FEW_TOKENS = 2**25, 512
+"""What the default `chunk_size` aims at for the logits of one chunk in the accumulator's dtype, and what a large head
+gets all the same."""
 
 
 def default_chunk(embed: int, classes: int, dtype: DTypeLike) -> int:

@@ -1,26 +1,29 @@
 """The divergence of a student from a teacher: for distillation, on logits and on hidden states."""
 
 import math
-from functools import partial, reduce
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, partial, reduce
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 from jaxtyping import Bool, Float
 
 from softmax_jax import _checks
 from softmax_jax._adjustment import Adjustment
-from softmax_jax._checks import Options, Reduction
+from softmax_jax._checks import Kind, Options, Reduction
+from softmax_jax._core import How, Operands, compute
 from softmax_jax._cross_entropy import Scalar
 from softmax_jax._divergence import divergence
 from softmax_jax._divergence_sums import Logits
 from softmax_jax._dtypes import accumulator, product_dtype, upcast
-from softmax_jax._head import Each, Shared, affine, classes_of, dealt, emptied, logits_of, reduced, specs_of
-from softmax_jax._sharding import Names, entries_of, exactly, explicit_mesh, fit, over_devices, psum
-from softmax_jax._targets import SparseLabels, existing, probabilities_of
-from softmax_jax._token_loss import divide, label_specs, mean_divisor, option_specs, prepare, unused_by
+from softmax_jax._head import emptied
+from softmax_jax._sharding import Names
+from softmax_jax._source import Source
+from softmax_jax._targets import SparseLabels, existing, probabilities_of, unused_by
 
 
 def kl_divergence(
@@ -91,21 +94,17 @@ def kl_divergence(
     logits = jnp.asarray(logits)
     _checks.floating("logits", logits)
     axis = _checks.class_axis("logits", logits.shape, axis)
-    kind, (target, *_) = _checks.one_teacher(
-        logits.shape, axis, teacher_probs=teacher_probs, teacher_logits=teacher_logits
-    )
+    kind, teacher = _checks.one_teacher(logits.shape, axis, teacher_probs=teacher_probs, teacher_logits=teacher_logits)
     where = None if where is None else _checks.class_mask("where", where, logits.shape, axis)
-    class_axes = _checks.mesh_axes(axis_name)
-    _checks.sharded("logits", logits, class_axes)
-    if kind == "logits":
-        _checks.sharded("teacher_logits", target, class_axes)
     if kind == "probabilities":  # a chunk of tokens has its classes last
         last = lambda a: jnp.moveaxis(a, axis, -1)  # noqa: E731
-        target = target if isinstance(target, SparseLabels) else last(target)
+        teacher = teacher if isinstance(teacher.x, SparseLabels) else replace(teacher, x=last(teacher.x))
         logits, where, axis = last(logits), None if where is None else last(where), logits.ndim - 1
-    how = _How(kind, axis, reduction, _checks.chunk_size_of(chunk_size), class_axes)
     numbers = beta, temperature, softcap, teacher_softcap
-    return _checked(_Side(logits), _Side(target), logits.shape, where, weights, numbers, normalizer, how)
+    student = Source(logits, dtype=logits.dtype)
+    return _divergence(
+        kind, student, teacher, axis, where, weights, numbers, reduction, normalizer, axis_name, chunk_size
+    )
 
 
 def linear_kl_divergence(
@@ -151,177 +150,95 @@ def linear_kl_divergence(
     Hsu et al., "Liger Kernel", 2024 (the fused linear form).
     """
     x, weight = jnp.asarray(x), jnp.asarray(weight)
-    shape = *x.shape[:-1], _checks.head_size(x, weight, bias, transpose_weight)
-    axis, head = x.ndim - 1, (teacher_x, teacher_weight, teacher_bias, teacher_transpose_weight)
-    kind, given = _checks.one_teacher(
-        shape, axis, teacher_probs=teacher_probs, teacher_logits=teacher_logits, head=head
+    _checks.head_size(x, weight, bias, transpose_weight)
+    student, axis = Source.of_head(x, weight, bias, transpose_weight), x.ndim - 1
+    head = teacher_x, teacher_weight, teacher_bias, teacher_transpose_weight
+    kind, teacher = _checks.one_teacher(
+        student.shape, axis, teacher_probs=teacher_probs, teacher_logits=teacher_logits, head=head
     )
-    class_axes = _checks.mesh_axes(axis_name)
-    _checks.sharded("weight", weight, class_axes)
-    if not isinstance(given[0], SparseLabels):
-        name, array = ("teacher_weight", given[1]) if kind == "states" else ("the teacher", given[0])
-        _checks.sharded(name, array, class_axes)
-    transposed = bool(transpose_weight), bool(teacher_transpose_weight)
-    how = _How(kind, axis, reduction, _checks.chunk_size_of(chunk_size), class_axes, transposed=transposed)
-    student = _Side(x, weight, None if bias is None else jnp.asarray(bias))
     numbers = beta, temperature, softcap, teacher_softcap
-    return _checked(student, _Side(*given), shape, where, weights, numbers, normalizer, how)
+    return _divergence(
+        kind, student, teacher, axis, where, weights, numbers, reduction, normalizer, axis_name, chunk_size
+    )
 
 
-class _Side(NamedTuple):
-    """Student or teacher: logits, or hidden states and their head; of a teacher also probabilities."""
+class _Numbers(NamedTuple):
+    """What tokens share besides the options of the student."""
 
-    x: Any
-    weight: Any = None
-    bias: Any = None
-
-
-class _Operands(NamedTuple):
-    student: _Side
-    teacher: _Side
-    options: Options  # with the student's softcap and what else is its own
-    of_teacher: Adjustment  # its own
+    teacher_softcap: Any
     scale: Any  # of both sides' logits, 1 / temperature
     beta: Any
-    normalizer: Any
 
 
-class _How(NamedTuple):
-    """Static arguments."""
-
-    kind: Literal["logits", "probabilities", "states"]  # what the teacher's x is
-    axis: int
-    reduction: Reduction
-    chunk_size: int | None
-    class_axes: Names  # the mesh axes of the classes
-    token_axes: Names = ()  # those of the tokens, where the loss is one of all devices
-    transposed: tuple[bool, bool] = (False, False)  # of the two heads
-    reverse: bool = False
-
-
-def _checked(student: _Side, teacher: _Side, shape, where, weights, numbers, normalizer, how: _How) -> Array:
-    """The core, once the options are checked."""
+def _divergence(
+    kind: Kind,
+    student: Source,
+    teacher: Source,
+    axis: int,
+    where: Any,
+    weights: Any,
+    numbers: tuple,
+    reduction: Reduction,
+    normalizer: Any,
+    axis_name: Any,
+    chunk_size: Any,
+) -> Array:
+    """What both have in common, once the two sides are known."""
     beta, temperature, *softcaps = numbers
-    dtype = _dtype(student, teacher)
+    class_axes = _checks.mesh_axes(axis_name)
+    _checks.sharded(*student.of_classes(), class_axes)
+    if not isinstance(teacher.x, SparseLabels):
+        name, array = teacher.of_classes()
+        _checks.sharded("teacher_probs" if kind == "probabilities" else f"teacher_{name}", array, class_axes)
+    floats = (a.dtype for a in jax.tree.leaves((student, teacher)) if jnp.issubdtype(a.dtype, jnp.floating))
+    dtype = reduce(product_dtype, floats)
     scale = _checks.unless(1, "temperature", temperature, dtype, 0.0, math.inf, open_low=True)
     scale = None if scale is None else jnp.asarray(1 / scale)
     caps = zip(("softcap", "teacher_softcap"), softcaps, strict=True)
     caps = [_checks.unless(None, name, cap, dtype, 0.0, math.inf, open_low=True) for name, cap in caps]
-    caps = [None if cap is None else jnp.asarray(cap) for cap in caps]
-    options = _checks.options_for(shape, dtype, how.axis, teacher.x, where=where, weights=weights)
-    options, of_teacher = options._replace(softcap=caps[0]), Adjustment(softcap=caps[1])
-    if how.kind == "probabilities":  # which have no temperature
+    options = _checks.options_for(student.shape, dtype, axis, teacher.x, Options(where, weights))
+    options = options._replace(softcap=None if caps[0] is None else jnp.asarray(caps[0]))
+    if kind == "probabilities":  # which have no temperature
         if caps[1] is not None:
             raise ValueError(f"`teacher_softcap` is of logits; got {softcaps[1]!r} and probabilities. Leave it out.")
-        cap = caps[0] if caps[0] is None or scale is None else caps[0] * scale
+        cap = options.softcap if caps[0] is None or scale is None else options.softcap * scale
         options, scale = options._replace(logit_scale=scale, softcap=cap), None
     reverse, beta = _checks.mixture("beta", beta, dtype)
-    divisor = _checks.reduction_of(how.reduction, normalizer, dtype)
-    return _kl_divergence(
-        _Operands(student, teacher, options, of_teacher, scale, beta, divisor), how._replace(reverse=reverse)
-    )
+    divisor = _checks.reduction_of(reduction, normalizer, dtype)
+    in_chunks, chunk_size = kind == "probabilities", _checks.chunk_size_of(chunk_size)
+    how = How(_numbers(kind, reverse), dtype, axis, reduction, in_chunks, chunk_size, class_axes)
+    return compute(Operands(student, teacher, options, divisor, _Numbers(caps[1], scale, beta)), how)
 
 
-def _dtype(student: _Side, teacher: _Side) -> DTypeLike:
-    """What all of it is computed in, before its sums."""
-    floats = (a.dtype for a in jax.tree.leaves((student, teacher)) if jnp.issubdtype(a.dtype, jnp.floating))
-    return reduce(product_dtype, floats)
+@cache
+def _numbers(kind: Kind, reverse: bool) -> Callable:
+    """One function for each pair, since JAX keeps programs by it."""
+    return partial(_losses, kind, reverse)
 
 
-@partial(jax.jit, static_argnames="how")
-def _kl_divergence(operands: _Operands, how: _How) -> Array:
-    mesh = explicit_mesh(operands)
-    if mesh is None:
-        return _of_device(*operands, how=how)
-    batch, classes, specs = _specs(operands, how)
-    f = partial(_of_device, how=how._replace(class_axes=how.class_axes + classes, token_axes=sum(batch, ())))
-    return over_devices(f, mesh, tuple(operands), specs, exactly(batch if how.reduction == "none" else ()))
-
-
-def _specs(operands: _Operands, how: _How) -> tuple[tuple[Names, ...], Names, tuple]:
-    """How the tokens, the classes and the operands lie over devices in explicit sharding."""
-    (student, teacher), axis = operands[:2], how.axis
-    if student.weight is None:
-        every = entries_of(student.x)
-        batch, classes, of_student = every[:axis] + every[axis + 1 :], every[axis], (exactly(every), None, None)
-    else:
-        batch, classes, of_student = specs_of(*student, how.transposed[0])
-    if teacher.weight is None:
-        of_teacher = label_specs(teacher.x, batch, classes, axis), None, None
-    else:
-        of_weight = exactly((classes, ()) if how.transposed[1] else ((), classes))
-        of_teacher = exactly((*batch, ())), of_weight, fit(teacher.bias, (classes,))
-    scalars = jax.tree.map(lambda a: fit(a, ()), operands[3:])
-    options = option_specs(operands.options, batch, classes, axis)
-    return batch, classes, (_Side(*of_student), _Side(*of_teacher), options, *scalars)
-
-
-class _OfTeacher(NamedTuple):
-    """What every chunk sees of the teacher."""
-
-    weight: Array | None
-    bias: Array | None
-    adjustment: Adjustment
-    scale: Array | None
-    beta: Array | None
-
-
-def _of_device(
-    student: _Side,
-    teacher: _Side,
+def _losses(
+    kind: Kind,
+    reverse: bool,
+    logits: Array,
+    target: Any,
+    weights: Array | None,
     options: Options,
-    of_teacher: Adjustment,
-    scale: Any,
-    beta: Any,
-    normalizer: Any,
-    how: _How,
+    more: _Numbers,
+    axis: int,
+    class_axes: Names,
 ) -> Array:
-    """The loss of one device's part."""
-    axis, (of_teacher, scale, beta) = how.axis, jax.tree.map(jnp.asarray, (of_teacher, scale, beta))
-    every = student.x.shape
-    classes = every[axis] if student.weight is None else classes_of(student.weight, how.transposed[0])
-    batch = every[:axis] + every[axis + 1 :]
-    shape, dtype = (*batch[:axis], classes, *batch[axis:]), _dtype(student, teacher)
-    labels, weights, options = prepare(teacher.x, options, shape, dtype, axis, how.class_axes)
-    if student.weight is None and how.kind == "logits":
-        target = Logits(teacher.x, of_teacher)
-        loss = _losses(student.x, target, weights, options, scale, beta, axis, how)
-        loss = loss if how.reduction == "none" else psum(jnp.sum(loss), how.token_axes)
-    else:
-        heads = [None if s.weight is None else product_dtype(s.x.dtype, s.weight.dtype) for s in (student, teacher)]
-        shared, each = dealt(*student, labels, weights, options, dtype, classes, how.chunk_size)
-        shared = shared, _OfTeacher(teacher.weight, teacher.bias, of_teacher, scale, beta)
-        loss = reduced(partial(_chunk_losses, how, tuple(heads)), shared, each, batch, how.reduction, how.token_axes)
-    if how.reduction != "mean":
-        return loss
-    tokens = math.prod(batch)
-    return divide(loss, mean_divisor(labels, weights, options, tokens, normalizer, how.class_axes, how.token_axes))
-
-
-def _chunk_losses(how: _How, dtypes: tuple, shared: tuple[Shared, _OfTeacher], chunk: Each) -> Array:
-    """weights · divergence of one chunk of tokens, [size]."""
-    of_student, teacher = shared
-    logits, options = logits_of(of_student, chunk, dtypes[0], how.transposed[0])
-    target = jax.tree.map(lambda a: emptied(a, chunk.weights), chunk.labels)
-    if teacher.weight is not None:
-        target = affine(target, teacher.weight, teacher.bias, dtypes[1], how.transposed[1])
-    elif how.kind == "probabilities":
-        if isinstance(target, SparseLabels):
-            target = probabilities_of(target, options.where, logits.shape[1], 1, how.class_axes)
-        target = _log(existing(upcast(target), options.where))
-    target = Logits(target, teacher.adjustment)
-    return _losses(logits, target, chunk.weights, options, teacher.scale, teacher.beta, 1, how)
-
-
-def _losses(logits, teacher: Logits, weights, options: Options, scale, beta, axis: int, how: _How) -> Array:
     """weights · divergence of every token."""
-    dtype = accumulator(product_dtype(logits.dtype, teacher.raw.dtype))
+    if kind == "probabilities":
+        target = jax.tree.map(lambda a: emptied(a, weights), target)
+        if isinstance(target, SparseLabels):
+            target = probabilities_of(target, options.where, logits.shape[axis], axis, class_axes)
+        target = _log(existing(upcast(target), options.where))
+    dtype = accumulator(product_dtype(logits.dtype, target.dtype))
     wide = lambda a: a if accumulator(a.dtype) == dtype else a.astype(dtype)  # noqa: E731
     student = Logits(wide(logits), Adjustment(None, options.logit_scale, options.softcap))
-    teacher = teacher._replace(raw=wide(teacher.raw))
-    both = (student, teacher) if how.reverse else (teacher, student)
-    unused = unused_by(weights)
-    losses = divergence(*both, options.where, scale, beta, unused, axis, how.class_axes)
+    teacher = Logits(wide(target), Adjustment(softcap=more.teacher_softcap))
+    both, unused = (student, teacher) if reverse else (teacher, student), unused_by(weights)
+    losses = divergence(*both, options.where, more.scale, more.beta, unused, axis, class_axes)
     return losses if weights is None else weights * losses
 
 

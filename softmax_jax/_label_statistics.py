@@ -1,36 +1,25 @@
 """What else one pass over the vocabulary tells of a token: for reinforcement learning, evaluation, calibration."""
 
-from functools import partial
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int, Integer
 
 from softmax_jax import _checks
 from softmax_jax._adjustment import Adjustment
 from softmax_jax._checks import Options
-from softmax_jax._chunks import map_over_chunks
 from softmax_jax._class_passes import distance, pick_of_all, until, z_of
 from softmax_jax._class_sums import Asked, class_sums
+from softmax_jax._core import How, Operands, compute
 from softmax_jax._cross_entropy import Scalar
-from softmax_jax._dtypes import accumulator, product_dtype
-from softmax_jax._head import Each, Shared, classes_of, dealt, logits_of, prepared, specs_of, undealt
+from softmax_jax._dtypes import accumulator
 from softmax_jax._passes import as_operands, sum_over_classes
-from softmax_jax._sharding import Names, entries_of, exactly, explicit_mesh, offset, over_devices, psum
-from softmax_jax._targets import SparseLabels
-from softmax_jax._token_loss import (
-    label_specs,
-    log_spread,
-    loss_of,
-    negative_log_likelihood,
-    option_specs,
-    prepare,
-    unused_by,
-    without,
-)
+from softmax_jax._sharding import Names, offset, psum
+from softmax_jax._source import Source
+from softmax_jax._targets import SparseLabels, unused_by
+from softmax_jax._token_loss import log_spread, loss_of, negative_log_likelihood, without
 
 
 class LabelStatistics(NamedTuple):
@@ -93,14 +82,11 @@ def label_statistics(
 
     Schulman et al., "Proximal Policy Optimization Algorithms", 2017 (the uses of log_prob and entropy).
     """
-    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
+    logits = jnp.asarray(logits)
     _checks.floating("logits", logits)
     axis = _checks.class_axis("logits", logits.shape, axis)
-    options = _options(logits.shape, logits.dtype, axis, labels, where, ignore_index, logit_scale, softcap)
-    one_each = _one_each(labels, logits.dtype)
-    class_axes = _checks.mesh_axes(axis_name)
-    _checks.sharded("logits", logits, class_axes)
-    return _of_logits(logits, one_each, options, axis, class_axes)
+    options = Options(where, logit_scale=logit_scale, softcap=softcap)
+    return _of_source(Source(logits, dtype=logits.dtype), labels, axis, options, ignore_index, axis_name)
 
 
 def linear_label_statistics(
@@ -128,97 +114,35 @@ def linear_label_statistics(
     >>> linear_label_statistics(x, weight, jnp.array([0, 4, 2])).rank.tolist()
     [4, 0, 2]
     """
-    x, weight, labels = jnp.asarray(x), jnp.asarray(weight), jnp.asarray(labels)
-    classes = _checks.head_size(x, weight, bias, transpose_weight)
-    shape, axis, dtype = (*x.shape[:-1], classes), x.ndim - 1, product_dtype(x.dtype, weight.dtype)
-    options = _options(shape, dtype, axis, labels, where, ignore_index, logit_scale, softcap)
-    one_each = _one_each(labels, dtype)
-    class_axes = _checks.mesh_axes(axis_name)
-    _checks.sharded("weight", weight, class_axes)
-    bias = None if bias is None else jnp.asarray(bias)
-    how = _How(bool(transpose_weight), _checks.chunk_size_of(chunk_size), class_axes)
-    return _of_head(x, weight, bias, one_each, options, how)
+    x, weight = jnp.asarray(x), jnp.asarray(weight)
+    _checks.head_size(x, weight, bias, transpose_weight)
+    head = Source.of_head(x, weight, bias, transpose_weight)
+    options = Options(where, logit_scale=logit_scale, softcap=softcap)
+    return _of_source(head, labels, x.ndim - 1, options, ignore_index, axis_name, chunk_size)
 
 
-def _one_each(labels: Array, dtype: DTypeLike) -> SparseLabels:
-    """Labels of one class a token, of probability 1."""
-    return SparseLabels(labels[..., None], jnp.ones((*labels.shape, 1), accumulator(dtype)))
-
-
-def _options(shape, dtype, axis, labels, where, ignore_index, logit_scale, softcap) -> Options:
-    """Those of a loss, the rows to ignore as weights of 0."""
+def _of_source(
+    student: Source,
+    labels: ArrayLike,
+    axis: int,
+    options: Options,
+    ignore_index: int | None,
+    axis_name: Any,
+    chunk_size: Any = None,
+) -> LabelStatistics:
+    """What both have in common. A label is one class of probability 1, and a row to ignore has weight 0."""
+    labels, shape, dtype = jnp.asarray(labels), student.shape, student.dtype
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"`labels` must be integers; got dtype {labels.dtype}. Pass class ids.")
     _checks.labels_of(labels, shape, axis)
     ignored = _checks.ignored_id(ignore_index, labels)
-    return _checks.options_for(
-        shape,
-        dtype,
-        axis,
-        labels,
-        where=where,
-        weights=None if ignored is None else labels != ignored,
-        ignore_index=None,
-        class_weights=None,
-        label_smoothing=0.0,
-        z_loss=0.0,
-        logit_scale=logit_scale,
-        softcap=softcap,
-    )
-
-
-@partial(jax.jit, static_argnums=(3, 4))
-def _of_logits(logits: Array, labels: SparseLabels, options: Options, axis: int, class_axes: Names) -> LabelStatistics:
-    operands = logits, labels, options
-    mesh = explicit_mesh(operands)
-    if mesh is None:
-        return _of_device(*operands, axis, class_axes)
-    every = entries_of(logits)
-    batch, classes = every[:axis] + every[axis + 1 :], every[axis]
-    specs = exactly(every), label_specs(labels, batch, classes, axis), option_specs(options, batch, classes, axis)
-    f = partial(_of_device, axis=axis, class_axes=class_axes + classes)
-    return over_devices(f, mesh, operands, specs, exactly(batch))
-
-
-def _of_device(logits, labels, options, axis, class_axes):
-    labels, weights, options = prepare(labels, options, logits.shape, logits.dtype, axis, class_axes)
-    return _statistics(logits, labels, weights, options, axis, class_axes)
-
-
-class _How(NamedTuple):
-    """Static arguments."""
-
-    transpose_weight: bool
-    chunk_size: int | None
-    class_axes: Names  # the mesh axes of the classes
-
-
-@partial(jax.jit, static_argnames="how")
-def _of_head(
-    x: Array, weight: Array, bias: Array | None, labels: SparseLabels, options: Options, how: _How
-) -> LabelStatistics:
-    operands = x, weight, bias, labels, options
-    mesh = explicit_mesh(operands)
-    if mesh is None:
-        return _of_head_on_device(*operands, how=how)
-    batch, classes, head_specs = specs_of(x, weight, bias, how.transpose_weight)
-    axis = x.ndim - 1
-    specs = *head_specs, label_specs(labels, batch, classes, axis), option_specs(options, batch, classes, axis)
-    f = partial(_of_head_on_device, how=how._replace(class_axes=how.class_axes + classes))
-    return over_devices(f, mesh, operands, specs, exactly(batch))
-
-
-def _of_head_on_device(x, weight, bias, labels, options, how):
-    labels, weights, options, dtype = prepared(x, weight, labels, options, how.transpose_weight, how.class_axes)
-    classes = classes_of(weight, how.transpose_weight)
-    shared, each = dealt(x, weight, bias, labels, weights, options, dtype, classes, how.chunk_size)
-    statistics = map_over_chunks(partial(_of_chunk, how, dtype), shared, each)
-    return jax.tree.map(lambda a: undealt(a, x.shape[:-1]), statistics)
-
-
-def _of_chunk(how: _How, dtype: DTypeLike, shared: Shared, chunk: Each) -> LabelStatistics:
-    logits, options = logits_of(shared, chunk, dtype, how.transpose_weight)
-    return _statistics(logits, chunk.labels, chunk.weights, options, 1, how.class_axes)
+    options = options._replace(weights=None if ignored is None else labels != ignored)
+    options = _checks.options_for(shape, dtype, axis, labels, options)
+    class_axes = _checks.mesh_axes(axis_name)
+    _checks.sharded(*student.of_classes(), class_axes)
+    one = SparseLabels(labels[..., None], jnp.ones((*labels.shape, 1), accumulator(dtype)))
+    how = How(_statistics, dtype, axis, chunk_size=_checks.chunk_size_of(chunk_size), class_axes=class_axes)
+    return compute(Operands(student, Source(one), options), how)
 
 
 # With a = the largest class as the pivot, both are sums of terms ≥ 0, so nothing cancels:
@@ -228,7 +152,7 @@ def _of_chunk(how: _How, dtype: DTypeLike, shared: Shared, chunk: Each) -> Label
 
 
 def _statistics(
-    logits: Array, labels: Any, weights: Array | None, options: Options, axis: int, class_axes: Names
+    logits: Array, labels: Any, weights: Array | None, options: Options, _: None, axis: int, class_axes: Names
 ) -> LabelStatistics:
     adjustment = Adjustment(options.where, options.logit_scale, options.softcap)
     unused = unused_by(weights)

@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from softmax_jax._class_passes import at_ids, distance, pick, times, with_at_ids, z_of
 from softmax_jax._dtypes import nan_unless
 from softmax_jax._passes import sum_over_classes
-from softmax_jax._sharding import Names, count, offset, psum
+from softmax_jax._sharding import Names, count, fit, offset, psum
 
 
 class SparseLabels(NamedTuple):
@@ -49,6 +49,35 @@ def are_ids(labels: Labels) -> bool:
 
 def are_dense(labels: Labels) -> bool:
     return not isinstance(labels, SparseLabels) and not are_ids(labels)
+
+
+def unused_by(weights: Array | None) -> Array | None:
+    """The tokens of weight 0, whatever they hold; None for none."""
+    return None if weights is None else weights == 0
+
+
+def label_specs(labels: Labels, batch: tuple[Names, ...], classes: Names, axis: int) -> Any:
+    """How `labels` lie over devices, for logits of that layout."""
+    if isinstance(labels, SparseLabels):
+        return SparseLabels(fit(labels.ids, (*batch, ())), fit(labels.probs, (*batch, ())), fit(labels.others, batch))
+    return fit(labels, batch if are_ids(labels) else (*batch[:axis], classes, *batch[axis:]))
+
+
+def in_one_form(labels: Labels, unused: Array | None, classes: int, dtype: DTypeLike, axis: int) -> Labels:
+    if isinstance(labels, SparseLabels):
+        ids, probs, others = labels
+        others = None if others is None else others.astype(dtype)
+        labels = merged(SparseLabels(_class_ids(ids, classes), probs.astype(dtype), others), unused, classes)
+        return labels._replace(ids=jnp.moveaxis(labels.ids, -1, axis), probs=jnp.moveaxis(labels.probs, -1, axis))
+    return _class_ids(labels, classes) if are_ids(labels) else labels
+
+
+def _class_ids(labels: Array, classes: int) -> Array:
+    """Integer labels as int32. Wide ones are clipped to just outside the classes first, never wrapped."""
+    info = jnp.iinfo(labels.dtype)
+    if info.max > jnp.iinfo(jnp.int32).max:
+        labels = jnp.clip(labels, max(info.min, -1), classes)
+    return labels.astype(jnp.int32)
 
 
 # In their one form, SparseLabels have int32 ids along the classes' axis, each id once a token and -1 for what does not

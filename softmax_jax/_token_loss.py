@@ -1,23 +1,23 @@
-"""From the waist to a loss: what happens to one token's sums, and the only reduction over tokens.
+"""From the waist to a loss: what happens to one token's sums.
 
 Everything here is plain JAX on per-token numbers, but for the two logarithms, whose derivatives autodiff would
 compute by a subtraction that cancels.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 
 from softmax_jax._adjustment import Adjustment
 from softmax_jax._checks import Options
 from softmax_jax._class_passes import finite
 from softmax_jax._class_sums import Asked, ClassSums, class_sums
 from softmax_jax._dtypes import accumulator
-from softmax_jax._sharding import Names, count, fit, offset, pmax, psum, vary, varying
-from softmax_jax._targets import Labels, SparseLabels, are_ids, existing, existing_classes, merged, spread_evenly
+from softmax_jax._sharding import Names, psum
+from softmax_jax._targets import Labels, SparseLabels, existing, existing_classes, spread_evenly, unused_by
 
 # With t = rest + exp(own):
 #
@@ -74,76 +74,6 @@ def _scaled(factor: Array, value: Array) -> Array:
     return factor * finite(value, factor == 0)
 
 
-def prepare(labels: Labels, options: Options, shape: tuple[int, ...], dtype: DTypeLike, axis: int, class_axes: Names):
-    """(labels, weights, options) in their one form for logits of `shape`: ids int32, arrays of the logits' rank.
-
-    `weights` are those of the tokens, 0 where one is ignored or no class of it exists; None is 1 for all. An option
-    that is the same for the tokens of all devices is marked as varying here, while it is small: once it is broadcast
-    to the logits, its gradient would be summed over devices at that size.
-    """
-    options = jax.tree.map(jnp.asarray, options)  # under jax_disable_jit numbers are still NumPy's
-    options = vary(options, tuple(name for name in varying(labels, options) if name not in class_axes))
-    where, weights, class_weights = options.where, options.weights, options.class_weights
-    dtype, batch = accumulator(dtype), shape[:axis] + shape[axis + 1 :]
-    if class_weights is not None:
-        class_weights = class_weights.astype(dtype).reshape([-1 if a == axis else 1 for a in range(len(shape))])
-    if weights is not None:
-        weights = jnp.broadcast_to(weights.astype(dtype), batch)
-    kept = []
-    if where is not None:
-        kept.append(pmax(jnp.any(where, axis).astype(jnp.int32), class_axes) > 0)
-    if options.ignore_index is not None:
-        kept.append(labels != options.ignore_index)
-    for keep in kept:
-        weights = jnp.broadcast_to(jnp.where(keep, 1 if weights is None else weights, 0).astype(dtype), batch)
-    options = options._replace(where=where, class_weights=class_weights, weights=None, ignore_index=None)
-    classes = count(shape[axis], class_axes)
-    return _in_one_form(labels, unused_by(weights), classes, dtype, axis), weights, options
-
-
-def unused_by(weights: Array | None) -> Array | None:
-    """The tokens of weight 0, whatever they hold; None for none."""
-    return None if weights is None else weights == 0
-
-
-def _in_one_form(labels: Labels, unused: Array | None, classes: int, dtype: DTypeLike, axis: int) -> Labels:
-    if isinstance(labels, SparseLabels):
-        ids, probs, others = labels
-        others = None if others is None else others.astype(dtype)
-        labels = merged(SparseLabels(class_ids(ids, classes), probs.astype(dtype), others), unused, classes)
-        return labels._replace(ids=jnp.moveaxis(labels.ids, -1, axis), probs=jnp.moveaxis(labels.probs, -1, axis))
-    return class_ids(labels, classes) if are_ids(labels) else labels
-
-
-def label_specs(labels: Labels, batch: tuple[Names, ...], classes: Names, axis: int) -> Any:
-    """How `labels` lie over devices, for logits of that layout."""
-    if isinstance(labels, SparseLabels):
-        return SparseLabels(fit(labels.ids, (*batch, ())), fit(labels.probs, (*batch, ())), fit(labels.others, batch))
-    return fit(labels, batch if are_ids(labels) else (*batch[:axis], classes, *batch[axis:]))
-
-
-def option_specs(options: Options, batch: tuple[Names, ...], classes: Names, axis: int) -> Options:
-    """How `options` lie over devices, for logits of that layout."""
-    return Options(
-        where=fit(options.where, (*batch[:axis], classes, *batch[axis:])),
-        weights=fit(options.weights, batch),
-        class_weights=fit(options.class_weights, (classes,)),
-        ignore_index=fit(options.ignore_index, ()),
-        label_smoothing=fit(options.label_smoothing, ()),
-        z_loss=fit(options.z_loss, ()),
-        logit_scale=fit(options.logit_scale, ()),
-        softcap=fit(options.softcap, ()),
-    )
-
-
-def class_ids(labels: Array, classes: int) -> Array:
-    """Integer labels as int32. Wide ones are clipped to just outside the classes first, never wrapped."""
-    info = jnp.iinfo(labels.dtype)
-    if info.max > jnp.iinfo(jnp.int32).max:
-        labels = jnp.clip(labels, max(info.min, -1), classes)
-    return labels.astype(jnp.int32)
-
-
 class _Evenly(NamedTuple):
     """What probability that is spread evenly over the classes needs, per token."""
 
@@ -192,6 +122,7 @@ def weighted_losses(
     labels: Labels,
     weights: Array | None,
     options: Options,
+    _: None,
     axis: int,
     class_axes: Names,
     forward_mode: bool = False,
@@ -213,33 +144,3 @@ def without(unused: Array | None, sums: ClassSums) -> ClassSums:
     """The sums with 0 in rows that are not used. They are taken out before anything is computed of them, so that no
     NaN of their own comes back."""
     return sums if unused is None else jax.tree.map(lambda s: jnp.where(unused, 0, s), sums)
-
-
-def mean_divisor(
-    labels: Labels,
-    weights: Array | None,
-    options: Options,
-    tokens: int,
-    normalizer: ArrayLike | None,
-    class_axes: Names,
-    token_axes: Names,
-) -> Array | int:
-    """The `normalizer`, else Σ weights · c_y for integer labels or Σ weights for dense ones.
-
-    Of the tokens on all devices along the mesh axes `token_axes`.
-    """
-    if normalizer is not None:
-        return jnp.asarray(normalizer)
-    if options.class_weights is not None and isinstance(labels, Array) and are_ids(labels):
-        c = options.class_weights.ravel()
-        ids = labels - offset(c.size, class_axes)
-        in_range = jnp.clip(ids, 0, c.size - 1)
-        share = psum(jnp.where(in_range == ids, jnp.take(c, in_range), 0), class_axes)
-        weights = share if weights is None else weights * share
-    return count(tokens, token_axes) if weights is None else psum(jnp.sum(weights), token_axes)
-
-
-def divide(total: Array, by: Array | int) -> Array:
-    """total / by, and 0 where by is 0."""
-    by = jnp.asarray(by, total.dtype)
-    return jnp.where(by == 0, 0, total / jnp.where(by == 0, 1, by))

@@ -1,0 +1,173 @@
+"""One core for every function: from checked operands to the numbers of the tokens, or their sum or mean.
+
+operands       each device's part, where they are laid out explicitly
+in one form    options and labels
+numbers        of the tokens at once, or in chunks whose logits a head makes: losses, divergences, statistics
+reduction      none, sum, mean, over the tokens of all devices: the only one over tokens
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from softmax_jax._checks import Options, Reduction
+from softmax_jax._dtypes import accumulator
+from softmax_jax._head import dealt, over_chunks
+from softmax_jax._sharding import (
+    Names,
+    PyTree,
+    count,
+    entries_of,
+    exactly,
+    explicit_mesh,
+    fit,
+    offset,
+    over_devices,
+    pmax,
+    psum,
+    vary,
+    varying,
+)
+from softmax_jax._source import Source
+from softmax_jax._targets import Labels, are_ids, in_one_form, label_specs, unused_by
+
+
+class Operands(NamedTuple):
+    student: Source
+    target: Source  # labels, or a teacher
+    options: Options
+    normalizer: Any = None
+    more: PyTree = None  # scalars that only `numbers` knows
+
+
+class How(NamedTuple):
+    """Static arguments."""
+
+    numbers: Callable  # (logits, target, weights, options, more, axis, class_axes) -> [*batch] in a pytree
+    dtype: DTypeLike  # of the logits
+    axis: int  # of the classes
+    reduction: Reduction = "none"
+    in_chunks: bool = False  # where no head asks for them too
+    chunk_size: int | None = None
+    class_axes: Names = ()  # the mesh axes of the classes
+    token_axes: Names = ()  # those of the tokens, where the loss is one of all devices
+
+
+@partial(jax.jit, static_argnames="how")
+def compute(operands: Operands, how: How) -> PyTree:
+    mesh = explicit_mesh(operands)
+    if mesh is None:
+        return _of_device(*operands, how=how)
+    batch, classes, specs = _specs(operands, how.axis)
+    f = partial(_of_device, how=how._replace(class_axes=how.class_axes + classes, token_axes=sum(batch, ())))
+    return over_devices(f, mesh, tuple(operands), specs, exactly(batch if how.reduction == "none" else ()))
+
+
+def _of_device(student: Source, target: Source, options: Options, normalizer: Any, more: PyTree, how: How) -> PyTree:
+    """Of one device's part."""
+    shape, axis, class_axes = student.shape, how.axis, how.class_axes
+    batch = shape[:axis] + shape[axis + 1 :]
+    labels, weights, options, more = _in_one_form(target.x, options, more, shape, how)
+    summed, numbers = how.reduction != "none", partial(how.numbers, class_axes=class_axes)
+    if how.in_chunks or student.weight is not None:
+        operands = dealt(student, replace(target, x=labels), weights, options, more, how.dtype, how.chunk_size)
+        found = over_chunks(partial(numbers, axis=1), *operands, batch, summed)
+    else:
+        found = numbers(student.x, labels, weights, options, more, axis=axis)
+        found = jnp.sum(found) if summed else found
+    if not summed:
+        return found
+    found = psum(found, how.token_axes)
+    if how.reduction == "sum":
+        return found
+    return _divide(found, _mean_divisor(labels, weights, options, math.prod(batch), normalizer, how))
+
+
+def _in_one_form(labels: Any, options: Options, more: PyTree, shape: tuple[int, ...], how: How):
+    """(labels, weights, options, more) in their one form for logits of `shape`: ids int32, arrays of the logits' rank.
+
+    `weights` are those of the tokens, 0 where one is ignored or no class of it exists; None is 1 for all. An option
+    that is the same for the tokens of all devices is marked as varying here, while it is small: once it is broadcast
+    to the logits, its gradient would be summed over devices at that size.
+    """
+    axis, class_axes, dtype = how.axis, how.class_axes, accumulator(how.dtype)
+    options, more = jax.tree.map(jnp.asarray, (options, more))  # under jax_disable_jit numbers are still NumPy's
+    options = vary(options, tuple(name for name in varying(labels, options) if name not in class_axes))
+    where, weights, class_weights = options.where, options.weights, options.class_weights
+    batch = shape[:axis] + shape[axis + 1 :]
+    if class_weights is not None:
+        class_weights = class_weights.astype(dtype).reshape([-1 if a == axis else 1 for a in range(len(shape))])
+    if weights is not None:
+        weights = jnp.broadcast_to(weights.astype(dtype), batch)
+    kept = []
+    if where is not None:
+        kept.append(pmax(jnp.any(where, axis).astype(jnp.int32), class_axes) > 0)
+    if options.ignore_index is not None:
+        kept.append(labels != options.ignore_index)
+    for keep in kept:
+        weights = jnp.broadcast_to(jnp.where(keep, 1 if weights is None else weights, 0).astype(dtype), batch)
+    labels = in_one_form(labels, unused_by(weights), count(shape[axis], class_axes), dtype, axis)
+    return labels, weights, options._replace(class_weights=class_weights, weights=None, ignore_index=None), more
+
+
+def _specs(operands: Operands, axis: int) -> tuple[tuple[Names, ...], Names, tuple]:
+    """How the tokens, the classes and the operands lie over devices in explicit sharding."""
+    student, target, options, normalizer, more = operands
+    every = entries_of(student.x)
+    if student.weight is None:
+        batch, classes = every[:axis] + every[axis + 1 :], every[axis]
+        of_student = replace(student, x=exactly(every))
+    else:
+        batch = every[:-1]
+        classes = entries_of(student.weight)[0 if student.transposed else 1]
+        classes = tuple(name for name in classes if name not in sum(batch, ()))
+        of_student = _head_specs(student, batch, classes)
+    if target.weight is None:
+        of_target = replace(target, x=label_specs(target.x, batch, classes, axis))
+    else:
+        of_target = _head_specs(target, batch, classes)
+    scalars = jax.tree.map(lambda a: fit(a, ()), (normalizer, more))
+    return batch, classes, (of_student, of_target, _option_specs(options, batch, classes, axis), *scalars)
+
+
+def _head_specs(source: Source, batch: tuple[Names, ...], classes: Names) -> Source:
+    weight = exactly((classes, ()) if source.transposed else ((), classes))
+    return replace(source, x=exactly((*batch, ())), weight=weight, bias=fit(source.bias, (classes,)))
+
+
+def _option_specs(options: Options, batch: tuple[Names, ...], classes: Names, axis: int) -> Options:
+    scalars = jax.tree.map(lambda a: fit(a, ()), options._replace(where=None, weights=None, class_weights=None))
+    return scalars._replace(
+        where=fit(options.where, (*batch[:axis], classes, *batch[axis:])),
+        weights=fit(options.weights, batch),
+        class_weights=fit(options.class_weights, (classes,)),
+    )
+
+
+def _mean_divisor(
+    labels: Labels, weights: Array | None, options: Options, tokens: int, normalizer: Any, how: How
+) -> Array | int:
+    """The `normalizer`, else Σ weights · c_y for integer labels or Σ weights for dense ones, of the tokens on all
+    devices."""
+    if normalizer is not None:
+        return jnp.asarray(normalizer)
+    if options.class_weights is not None and isinstance(labels, Array) and are_ids(labels):
+        c = options.class_weights.ravel()
+        ids = labels - offset(c.size, how.class_axes)
+        in_range = jnp.clip(ids, 0, c.size - 1)
+        share = psum(jnp.where(in_range == ids, jnp.take(c, in_range), 0), how.class_axes)
+        weights = share if weights is None else weights * share
+    return count(tokens, how.token_axes) if weights is None else psum(jnp.sum(weights), how.token_axes)
+
+
+def _divide(total: Array, by: Array | int) -> Array:
+    """total / by, and 0 where by is 0."""
+    by = jnp.asarray(by, total.dtype)
+    return jnp.where(by == 0, 0, total / jnp.where(by == 0, 1, by))
