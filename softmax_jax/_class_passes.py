@@ -190,3 +190,27 @@ def from_classes_last(y: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -
     """The same several axes again."""
     there = tuple(a for a in range(len(shape)) if a not in axes) + axes
     return y.reshape([shape[a] for a in there]).transpose([there.index(a) for a in range(len(shape))])
+
+
+def place_of(logits: Array, labels: Array, adjustment: Adjustment, axis: int, class_axes: Names) -> tuple[Array, Array]:
+    """(how many z are larger than the label's, how many before it are equal): a difference times a large
+    number, at most 1, is whether there is one. (The numbers are operands, and -own one, for the sake of `alone`.)"""
+    logits, adjustment = lax.stop_gradient((logits, adjustment))
+    here = labels - offset(logits.shape[axis], class_axes)
+    own = pick_of_all(logits, labels, adjustment, axis, class_axes)
+    own = jnp.maximum(own, jnp.finfo(own.dtype).min)  # -inf - -inf is NaN
+
+    def larger(arrays, own, here, axis):
+        logits, where, (zero, one, huge) = arrays
+        gap = z_of((logits, where), adjustment, own, axis)
+        return jnp.minimum(jnp.minimum(jnp.maximum(gap, zero) * huge, one), distance(here, gap, axis))
+
+    def equal_and_before(arrays, minus_own, here, axis):
+        logits, where, (zero, one, huge) = arrays
+        gap = z_of((logits, where), adjustment, -minus_own, axis)
+        return jnp.clip(until(here, gap, axis), zero, one) * (one - jnp.minimum(jnp.abs(gap) * huge, one))
+
+    arrays = logits, adjustment.where, as_operands(own.dtype, (0, 1, float(jnp.finfo(own.dtype).max) / 4))
+    rank = psum(sum_over_classes(larger, arrays, own, here, axis), class_axes)
+    ties = psum(sum_over_classes(equal_and_before, arrays, -own, here, axis), class_axes)
+    return rank, ties

@@ -28,7 +28,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+import numpy as np
+from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
 
 from softmax_jax._adjustment import Adjustment, adjust, rounded, row_shift, shifted
 from softmax_jax._class_passes import (
@@ -36,16 +38,20 @@ from softmax_jax._class_passes import (
     finite,
     is_at,
     moment_of_others,
+    pick,
     pick_logit,
+    pick_of_all,
+    place_of,
     sum_of_others,
     times,
     top_class,
     with_at_ids,
     z_of,
 )
-from softmax_jax._dtypes import nan_unless
+from softmax_jax._dtypes import accumulator, nan_unless, upcast
+from softmax_jax._fold import by_platform, fold, over_devices
 from softmax_jax._passes import apart, sum_over_classes
-from softmax_jax._sharding import Names, check_gradient, count, offset, psum, vary, vary_alike, varying
+from softmax_jax._sharding import Names, check_gradient, count, offset, pmax, psum, vary, vary_alike, varying
 from softmax_jax._targets import (
     Labels,
     SparseLabels,
@@ -72,6 +78,8 @@ class ClassSums(NamedTuple):
     label_sum: Array | None = None  # Σ_{v≠pivot} t_v (z_v - m)
     prior: Array | None = None  # Σ_v c_v (z_v - m), for probability that is spread evenly
     moment: Array | None = None  # Σ_{v≠pivot} exp(z_v - m) (m - z_v), for the entropy
+    above: Array | None = None  # how many z are larger than that of the label; without a gradient, as is
+    ties: Array | None = None  # 0 where no class before the label has its z
 
 
 class Asked(NamedTuple):
@@ -79,6 +87,7 @@ class Asked(NamedTuple):
 
     prior: bool = False
     moment: bool = False
+    place: bool = False  # above and ties, of SparseLabels of one class
 
 
 def _prior(logits, class_weights, m, adjustment, axis):
@@ -91,33 +100,162 @@ def _prior(logits, class_weights, m, adjustment, axis):
     return sum_over_classes(of_logits, (logits, class_weights, adjustment.where), m, jnp.zeros_like(m, jnp.int32), axis)
 
 
-def _sums(logits, labels, class_weights, adjustment, unused, axis, asked, class_axes):
-    """ClassSums by plain JAX, and the pivot."""
+def _written(logits, labels, class_weights, adjustment, unused, m, pivot, axis, asked, class_axes) -> ClassSums:
+    """The sums as they are written, around a given m and pivot: what their derivatives are of."""
     size, where = logits.shape[axis], adjustment.where
-    first = offset(size, class_axes)
-    (m,) = apart(row_shift(adjust(logits, adjustment), axis, class_axes))
-    pivot = labels if are_ids(labels) else top_class(logits, m, adjustment, axis, class_axes)
-    here = pivot - first
+    here = pivot - offset(size, class_axes)
     rest = sum_of_others(logits, m, here, adjustment, axis)
-
-    # An id that no class has makes its row NaN, if it is used.
-    in_range, exists = jnp.clip(here, 0, size - 1), (pivot >= 0) & (pivot < count(size, class_axes))
+    in_range = jnp.clip(here, 0, size - 1)
     own = jnp.where(in_range == here, rounded(pick_logit(logits, in_range, adjustment, axis), m) - m, 0)
-
-    mass = rest_mass = label_sum = None
-    if isinstance(labels, SparseLabels):
-        at = few(logits, labels, class_weights, where, first, axis)
-        z = shifted(at.logits, adjustment._replace(where=at.where), m, axis)
-        mass, rest_mass, label_sum = sparse_sums(z, labels.probs, at.class_weights, at, here, axis)
-        mass = nan_unless(~jnp.any(jnp.isnan(labels.probs), axis), mass)
-    else:
-        mass = own_mass(labels, class_weights, where, here, size, axis, m.dtype)
+    mass, rest_mass, label_sum = _of_labels(logits, labels, class_weights, adjustment, m, here, axis, class_axes)
     if are_dense(labels):
+        mass = own_mass(labels, class_weights, where, here, size, axis, m.dtype)
         rest_mass, label_sum = dense_sums(logits, labels, class_weights, m, here, adjustment, axis)
     prior = _prior(logits, class_weights, m, adjustment, axis) if asked.prior else None
     moment = moment_of_others(logits, m, here, adjustment, axis) if asked.moment else None
-    (own,) = apart(nan_unless(exists, own, unused))
-    return ClassSums(m, *psum((rest, own, mass, rest_mass, label_sum, prior, moment), class_axes)), pivot
+    (own,) = apart(_of_existing(own, pivot, unused, size, class_axes))
+    return ClassSums(m, *psum((rest, own, mass, rest_mass, label_sum, prior, moment), class_axes))
+
+
+def _of_existing(own, pivot, unused, size, class_axes):
+    """A pivot that no class is makes its row NaN, if it is used."""
+    return nan_unless((pivot >= 0) & (pivot < count(size, class_axes)), own, unused)
+
+
+def _of_labels(logits, labels, class_weights, adjustment, m, here, axis, class_axes):
+    """(own_mass, rest_mass, label_sum) of what needs no pass over the classes."""
+    if isinstance(labels, SparseLabels):
+        first = offset(logits.shape[axis], class_axes)
+        at = few(logits, labels, class_weights, adjustment.where, first, axis)
+        z = shifted(at.logits, adjustment._replace(where=at.where), m, axis)
+        mass, *others = sparse_sums(z, labels.probs, at.class_weights, at, here, axis)
+        return nan_unless(~jnp.any(jnp.isnan(labels.probs), axis), mass), *others
+    mass = None
+    if are_ids(labels):
+        mass = own_mass(labels, class_weights, adjustment.where, here, logits.shape[axis], axis, m.dtype)
+    return mass, None, None
+
+
+def _by_passes(logits, labels, class_weights, adjustment, unused, axis, asked, class_axes):
+    """(ClassSums, pivot), each sum by a pass of its own."""
+    (m,) = apart(row_shift(adjust(logits, adjustment), axis, class_axes))
+    pivot = labels if are_ids(labels) else top_class(logits, m, adjustment, axis, class_axes)
+    sums = _written(logits, labels, class_weights, adjustment, unused, m, pivot, axis, asked, class_axes)
+    if asked.place:
+        above, ties = place_of(logits, jnp.squeeze(labels.ids, axis), adjustment, axis, class_axes)
+        sums = sums._replace(above=above, ties=ties)
+    return sums, pivot
+
+
+def _by_fold(logits, labels, class_weights, adjustment, unused, axis, asked, class_axes):
+    """The same in one pass."""
+    size, dtype, where = logits.shape[axis], accumulator(logits.dtype), adjustment.where
+    t = target(labels, class_weights, where, dtype) if are_dense(labels) else None
+    c = uniform(class_weights, where, jnp.ones_like(logits, dtype)) if asked.prior else None
+    label, than, above, ties = labels if are_ids(labels) else None, None, None, None
+    if asked.place:
+        ids = jnp.squeeze(labels.ids, axis)
+        than = pick_of_all(logits, ids, adjustment, axis, class_axes)
+    found = fold(logits, label, t, c, than, adjustment, axis, asked.moment, class_axes)
+    if label is not None:
+        found = found._replace(own=_adjusted(found.own, label, adjustment, size, axis, class_axes))
+    found = over_devices(found, class_axes)
+    if asked.place:
+        above, ties = found.above, pmax((found.top != ids).astype(dtype), class_axes)
+    lacking = found.m == -jnp.inf
+    m = jnp.where(lacking, 0, found.m)
+    nothing = m - m  # NaN in a row that holds NaN or +inf
+    pivot = labels if are_ids(labels) else jnp.where(lacking | jnp.isnan(m), count(size, class_axes), found.top)
+    rest = jnp.where(lacking, 0, found.rest) + nothing
+    here = pivot - offset(size, class_axes)
+    of_labels = _of_labels(logits, labels, class_weights, adjustment, m, here, axis, class_axes)
+    of_labels = psum(of_labels, class_axes) if t is None else (found.mass, found.rest_mass, found.label_sum)
+    own = nothing if label is None else found.own - m + nothing
+    own = own + psum(_of_existing(jnp.zeros_like(m), pivot, unused, size, class_axes), class_axes)
+    return ClassSums(m, rest, own, *of_labels, found.prior, found.moment, above, ties), pivot
+
+
+def _adjusted(own, label, adjustment, size, axis, class_axes):
+    """z of a token's label, of its logit as it came; 0 where it is none of the classes here."""
+    here = label - offset(size, class_axes)
+    in_range = jnp.clip(here, 0, size - 1)
+    where = None if adjustment.where is None else pick(adjustment.where, in_range, axis)
+    return jnp.where(in_range == here, upcast(adjust(own, adjustment._replace(where=where))), 0)
+
+
+class Top(NamedTuple):
+    """Of a token's classes: the sums around the largest z alone."""
+
+    m: Array
+    top: Array  # how many classes there are, where none is the largest
+    rest: Array
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def top_sums(logits: Array, adjustment: Adjustment, axis: int, class_axes: Names) -> Top:
+    """m and the top are constants: no gradient flows through them."""
+
+    def by_passes(logits, adjustment):
+        (m,) = apart(row_shift(adjust(logits, adjustment), axis, class_axes))
+        top = top_class(logits, m, adjustment, axis, class_axes)
+        return Top(m, top, rest_of_top(logits, m, top, adjustment, axis, class_axes))
+
+    def by_fold(logits, adjustment):
+        found = fold(logits, None, None, None, None, adjustment, axis, False, class_axes)
+        found = over_devices(found, class_axes)
+        lacking, classes = found.m == -jnp.inf, count(logits.shape[axis], class_axes)
+        m = jnp.where(lacking, 0, found.m)
+        top = jnp.where(lacking | jnp.isnan(m), classes, found.top)
+        return Top(m, top, jnp.where(lacking, 0, found.rest) + (m - m))
+
+    return by_platform(by_passes, by_fold, logits, adjustment)
+
+
+def rest_of_top(logits, m, top, adjustment, axis, class_axes, scale=None) -> Array:
+    """Σ_{v≠top} exp(scale · (z_v - m)), of all devices' classes."""
+    here = top - offset(logits.shape[axis], class_axes)
+    return psum(sum_of_others(logits, m, here, adjustment, axis, vary(scale, varying(logits))), class_axes)
+
+
+def _top_sums_jvp(axis, class_axes, primals, tangents):
+    sums = top_sums(*primals, axis, class_axes)
+    m, top, _ = lax.stop_gradient(sums)
+    of = lambda logits, adjustment: rest_of_top(logits, m, top, adjustment, axis, class_axes)  # noqa: E731
+    return sums, Top(jnp.zeros_like(m), np.zeros(top.shape, jax.dtypes.float0), tangent_of(of, primals, tangents))
+
+
+top_sums.defjvp(_top_sums_jvp, symbolic_zeros=True)
+
+
+def tangent_of(f, primals, tangents):
+    """The tangent of f(*primals), by what has a tangent alone: JAX does not transpose a barrier around others."""
+    leaves, tree = jax.tree.flatten(primals)
+    tangents = tree.flatten_up_to(tangents)
+    moving = [i for i, tangent in enumerate(tangents) if not isinstance(tangent, SymbolicZero)]
+
+    def of_moving(some):
+        return f(*tree.unflatten([some.get(i, leaf) for i, leaf in enumerate(leaves)]))
+
+    return jax.jvp(of_moving, *(({i: of[i] for i in moving},) for of in (leaves, tangents)))[1]
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(5, 6, 7))
+def _sums(logits, labels, class_weights, adjustment, unused, axis, asked, class_axes):
+    """ClassSums, and the pivot."""
+    operands, how = (logits, labels, class_weights, adjustment, unused), (axis, asked, class_axes)
+    return by_platform(lambda *o: _by_passes(*o, *how), lambda *o: _by_fold(*o, *how), *operands)
+
+
+def _sums_jvp(axis, asked, class_axes, primals, tangents):
+    sums, pivot = _sums(*primals, axis, asked, class_axes)
+    m, at = lax.stop_gradient((sums.shift, pivot))
+    written = lambda *operands: _written(*operands, m, at, axis, asked, class_axes)  # noqa: E731
+    dsums = tangent_of(written, primals, tangents)
+    dsums = dsums._replace(above=jax.tree.map(jnp.zeros_like, sums.above), ties=jax.tree.map(jnp.zeros_like, sums.ties))
+    return (sums, pivot), (dsums, np.zeros(pivot.shape, jax.dtypes.float0))
+
+
+_sums.defjvp(_sums_jvp, symbolic_zeros=True)
 
 
 # The rule. With the cotangents drest, dmoment and down, and m a constant,

@@ -31,8 +31,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from softmax_jax._adjustment import Adjustment, adjust, row_shift
-from softmax_jax._class_passes import distance, pick_of_all, scaled, sum_of_others, top_class
+from softmax_jax._adjustment import Adjustment, adjust
+from softmax_jax._class_passes import distance, pick_of_all, scaled
+from softmax_jax._class_sums import rest_of_top, top_sums
 from softmax_jax._dtypes import nan_unless, upcast
 from softmax_jax._passes import apart, as_operands, sum_over_classes
 from softmax_jax._sharding import count, offset, psum, vary, varying
@@ -99,14 +100,13 @@ class Top(NamedTuple):
 
 def _top(logits: Logits, where, scale, unused, axis, class_axes) -> Top:
     raw, adjustment = logits.raw, logits.adjustment._replace(where=where)
-    (m,) = apart(row_shift(adjust(raw, adjustment), axis, class_axes))
-    top = top_class(raw, m, adjustment, axis, class_axes)
-    here = top - offset(raw.shape[axis], class_axes)
-    rest = sum_of_others(raw, m, here, adjustment, axis, vary(scale, varying(raw)))
+    m, top, rest = top_sums(raw, adjustment, axis, class_axes)
+    if scale is not None:
+        rest = rest_of_top(raw, m, top, adjustment, axis, class_axes, scale)
     highest = pick_of_all(raw, top, adjustment, axis, class_axes)
     exists = top < count(raw.shape[axis], class_axes)
     own = jnp.where(exists, highest - lax.stop_gradient(highest), 0)  # 0, with the slope that second derivatives need
-    nll = negative_log_likelihood(psum(rest, class_axes), nan_unless(exists, scaled(own, scale), unused))
+    nll = negative_log_likelihood(rest, nan_unless(exists, scaled(own, scale), unused))
     return Top(m + own, nll, top)
 
 

@@ -10,13 +10,11 @@ from jaxtyping import Bool, Float, Int, Integer
 from softmax_jax import _checks
 from softmax_jax._adjustment import Adjustment
 from softmax_jax._checks import Options
-from softmax_jax._class_passes import distance, pick_of_all, until, z_of
 from softmax_jax._class_sums import Asked, class_sums
 from softmax_jax._core import How, Operands, compute
 from softmax_jax._cross_entropy import Scalar
 from softmax_jax._dtypes import accumulator
-from softmax_jax._passes import as_operands, sum_over_classes
-from softmax_jax._sharding import Names, offset, psum
+from softmax_jax._sharding import Names
 from softmax_jax._source import Source
 from softmax_jax._targets import SparseLabels, unused_by
 from softmax_jax._token_loss import log_spread, loss_of, negative_log_likelihood, without
@@ -157,7 +155,9 @@ def _statistics(
     adjustment = Adjustment(options.where, options.logit_scale, options.softcap)
     unused = unused_by(weights)
     operands = logits, labels, None, adjustment, unused
-    sums: Any = class_sums(*operands, axis=axis, asked=Asked(moment=True), class_axes=class_axes, forward_mode=False)
+    sums: Any = class_sums(
+        *operands, axis=axis, asked=Asked(moment=True, place=True), class_axes=class_axes, forward_mode=False
+    )
     used = lambda value: value if unused is None else jnp.where(unused, jnp.zeros_like(value), value)  # noqa: E731
     sums = without(unused, sums)
     nll, spread = negative_log_likelihood(sums.rest, sums.own), log_spread(sums.rest, sums.own)
@@ -166,36 +166,11 @@ def _statistics(
     log_prob = jnp.where(hidden, -jnp.inf - slope, -loss_of(sums, None, options))
     t = sums.rest + jnp.exp(sums.own)
     entropy = (jnp.exp(sums.own) * nll + sums.rest * spread + sums.moment) / t
-    correct, rank = _place(logits, jnp.squeeze(labels.ids, axis), adjustment, axis, class_axes)
     valid = ~jnp.isnan(log_prob)
     return LabelStatistics(
         used(log_prob),
         used(sums.shift + spread),
         used(entropy),
-        used(valid & correct),
-        used(jnp.where(valid, rank, -1)),
+        used(valid & (sums.above == 0) & (sums.ties == 0)),
+        used(jnp.where(valid, sums.above.astype(jnp.int32), -1)),
     )
-
-
-def _place(logits: Array, labels: Array, adjustment: Adjustment, axis: int, class_axes: Names) -> tuple[Array, Array]:
-    """(correct, rank). In floating-point arithmetic alone, as are all sums over classes: a difference times a large
-    number, at most 1, is whether there is one. (The numbers are operands, and -own one, for the sake of `alone`.)"""
-    logits, adjustment = lax.stop_gradient((logits, adjustment))
-    here = labels - offset(logits.shape[axis], class_axes)
-    own = pick_of_all(logits, labels, adjustment, axis, class_axes)
-    own = jnp.maximum(own, jnp.finfo(own.dtype).min)  # -inf - -inf is NaN
-
-    def larger(arrays, own, here, axis):
-        logits, where, (zero, one, huge) = arrays
-        gap = z_of((logits, where), adjustment, own, axis)
-        return jnp.minimum(jnp.minimum(jnp.maximum(gap, zero) * huge, one), distance(here, gap, axis))
-
-    def equal_and_before(arrays, minus_own, here, axis):
-        logits, where, (zero, one, huge) = arrays
-        gap = z_of((logits, where), adjustment, -minus_own, axis)
-        return jnp.clip(until(here, gap, axis), zero, one) * (one - jnp.minimum(jnp.abs(gap) * huge, one))
-
-    arrays = logits, adjustment.where, as_operands(own.dtype, (0, 1, float(jnp.finfo(own.dtype).max) / 4))
-    rank = psum(sum_over_classes(larger, arrays, own, here, axis), class_axes)
-    ties = psum(sum_over_classes(equal_and_before, arrays, -own, here, axis), class_axes)
-    return (rank == 0) & (ties == 0), rank.astype(jnp.int32)

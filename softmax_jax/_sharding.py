@@ -31,6 +31,11 @@ def pmax(local: Array, axes: Names) -> Array:
     return lax.pmax(local, axes) if axes else local
 
 
+def pmin(local: Array, axes: Names) -> Array:
+    """The smallest over the mesh axes; has no gradient."""
+    return -pmax(-local, axes)
+
+
 def psum(local: PyTree, axes: Names) -> PyTree:
     return lax.psum(local, axes) if axes else local
 

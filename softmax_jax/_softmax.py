@@ -11,7 +11,8 @@ from jaxtyping import Bool, Num
 
 from softmax_jax import _checks
 from softmax_jax._adjustment import Adjustment, adjust, row_shift, shifted
-from softmax_jax._class_passes import classes_last, from_classes_last, is_at, sum_of_others, top_class
+from softmax_jax._class_passes import classes_last, from_classes_last, is_at
+from softmax_jax._class_sums import top_sums
 from softmax_jax._dtypes import floating, upcast
 from softmax_jax._passes import alone, apart
 from softmax_jax._token_loss import negative_log_likelihood
@@ -55,7 +56,7 @@ def log_softmax(
 
     Exact at the top too: the largest class a of a row has log-probability -log1p(Σ_{v≠a} exp(x_v - x_a)), which
     does not round to 0 when its probability rounds to 1. float32 inside for 16-bit inputs, the input's dtype
-    outside. The backward pass keeps the input and two numbers a row, and computes dx = g - softmax(x) · Σ g.
+    outside. The backward pass keeps the input and three numbers a row, and computes dx = g - softmax(x) · Σ g.
 
     Args:
       x: of any shape; integers count as float32. -inf has log-probability -inf; a row that holds +inf or NaN, or
@@ -145,24 +146,18 @@ _jitted_softmax = jax.jit(_softmax_rule, static_argnums=2)
 #
 #     log p_a = -nll(rest, own)   log p_v = (x_v - x_a) - nll   dx_v = g_v (1 - p_v) - p_v (Σ_u g_u - g_v)
 #
-# where 1 - p_a = -expm1(-nll) does not cancel. Kept: x, and of each row a and nll. Several axes are made one.
+# where 1 - p_a = -expm1(-nll) does not cancel. Kept: x, and of each row m, a and nll. Several axes are made one.
 
 
 def _log_softmax_value(x, where, axis):
-    masked, m = Adjustment(where=where), _row_maximum(x, where, axis)
-    top = top_class(x, m, masked, axis)
-    rest = sum_of_others(x, m, top, masked, axis)
+    m, top, rest = top_sums(x, Adjustment(where=where), axis, ())
     highest = _highest(x, m, top, axis)
     nll = negative_log_likelihood(rest, jnp.where(top < x.shape[axis], highest - m, -jnp.inf))
     nll = nll if where is None else jnp.where(jnp.any(where, axis), nll, 0)
-    kept = apart(top, nll)
+    kept = apart(m, top, nll)
     at_top, nll, log_p = _around_top(x, where, highest, kept, axis)
     y = jnp.where(at_top, -nll, log_p)
     return (y if where is None else jnp.where(where, y, -jnp.inf)).astype(x.dtype), kept
-
-
-def _row_maximum(x, where, axis):
-    return apart(row_shift(adjust(x, Adjustment(where=where)), axis))[0]
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
@@ -179,7 +174,7 @@ def _highest_jvp(axis, primals, tangents):
 
 def _around_top(x, where, highest, kept, axis):
     """Where the top is, its nll, and log p_v elsewhere."""
-    top, nll = kept
+    _, top, nll = kept
     log_p = shifted(x, Adjustment(where=where), highest, axis) - jnp.expand_dims(nll, axis)
     return is_at(top, x, axis), jnp.expand_dims(nll, axis), log_p
 
@@ -198,7 +193,7 @@ def _log_softmax_bwd(axis, residuals, g):
     x, where, kept = residuals
     of_existing = lambda g: upcast(g) if where is None else jnp.where(where, upcast(g), 0)  # noqa: E731
     total = alone(lambda g: jnp.sum(of_existing(g), axis, keepdims=True), g)
-    highest = _highest(x, _row_maximum(x, where, axis), kept[0], axis)
+    highest = _highest(x, *kept[:2], axis)
     at_top, nll, log_p = _around_top(x, where, highest, kept, axis)
     top_p, top_miss = apart(jnp.exp(-nll), -jnp.expm1(-nll))
     g, p = of_existing(g), jnp.exp(log_p)

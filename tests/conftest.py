@@ -17,6 +17,8 @@ import pytest  # noqa: E402
 from helpers import few_of, unoptimized  # noqa: E402
 from hypothesis import is_hypothesis_test, settings  # noqa: E402
 
+from softmax_jax import _fold  # noqa: E402
+
 for name, examples in {"quick": 3, "thorough": 10, "fuzz": 2400}.items():
     settings.register_profile(name, max_examples=examples, derandomize=True, deadline=None, database=None)
 
@@ -29,9 +31,14 @@ GPU = bool(entry_points(group="jax_plugins"))
 
 def pytest_addoption(parser):
     parser.addoption("--full-products", action="store_true", help="every cell of every product of parameters")
+    parser.addoption(
+        "--fold", action="store_true", help="sums in one pass, as on a GPU, also on the CPU, where it is slow"
+    )
 
 
 def pytest_configure(config):
+    if config.getoption("--fold"):
+        _fold.PLATFORMS = ()
     if not config.getoption("--hypothesis-profile"):
         settings.load_profile("quick" if "not thorough" in config.option.markexpr else "thorough")
 
@@ -43,6 +50,8 @@ def pytest_report_header():
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     products.select(config, items)
+    if config.getoption("--fold"):
+        items[:] = [item for item in items if not item.get_closest_marker("cpu_compiler")]
     for item in items:  # properties are in either run, with examples of its own number
         if is_hypothesis_test(getattr(item, "obj", None)) and "not thorough" not in config.option.markexpr:
             item.add_marker("thorough")

@@ -171,14 +171,14 @@ def test_bad_input_is_refused(untyped, ours, truth, peer, error, fragments, x, o
 
 
 def test_residuals(variant, rng):
-    """softmax keeps its result alone, in the input's dtype; log_softmax its input and two numbers a row."""
+    """softmax keeps its result alone, in the input's dtype; log_softmax its input and three numbers a row."""
     x = jnp.asarray(rng.normal(size=(32, 512)), jnp.bfloat16)
     y, pull = jax.vjp(variant(softmax), x)
     kept = [leaf for leaf in jax.tree.leaves(pull) if leaf.size > 1]
     assert len(kept) == 1 and kept[0].dtype == x.dtype and np.array_equal(kept[0], y)
     _, pull = jax.vjp(variant(log_softmax), x)
     kept = [leaf for leaf in jax.tree.leaves(pull) if leaf.size > 1]
-    assert sum(leaf.nbytes for leaf in kept) <= x.nbytes + 2 * 4 * 32
+    assert sum(leaf.nbytes for leaf in kept) <= x.nbytes + 3 * 4 * 32
     assert any(leaf.shape == x.shape and np.array_equal(leaf, x) for leaf in kept)
 
 

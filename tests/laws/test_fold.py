@@ -1,0 +1,155 @@
+"""Both sides of the seam: the sums in one pass, as GPUs and TPUs make them, against float64 and against the passes of
+the CPU. (`pytest --fold` runs any other test on that side.)
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from helpers import ALONE, PROMISE, at_margins, check_against_reference, few_of, random_case, relative_error
+from jax.sharding import PartitionSpec as P
+from meshes import assert_equal, mesh_of, problem, truth, under_jit
+
+from softmax_jax import _fold, cross_entropy, kl_divergence, label_statistics, log_softmax
+from softmax_jax._adjustment import Adjustment
+
+pytestmark = [pytest.mark.compiled, pytest.mark.optimized]
+
+
+@pytest.fixture
+def folded(monkeypatch):
+    """JAX keeps programs by the function alone, which does not tell the side: it forgets them before and after."""
+    jax.clear_caches()
+    monkeypatch.setattr(_fold, "PLATFORMS", ())
+    yield
+    jax.clear_caches()
+
+
+def each(sums):
+    """The sums of every class by itself, as `combine` takes them: [parts, rows]."""
+    return [jax.tree.map(lambda a, v=v: a[:, v], sums) for v in range(sums.m.shape[1])]
+
+
+def classes(rng, label=None):
+    z, t, c = (np.float32(f(size=(5, 6))) for f in (rng.normal, rng.random, rng.random))
+    z[0, 1:3] = z[0].max() + 1  # two tops
+    z[1, [0, 4]] = -np.inf
+    t[2, 3] = 0
+    ids = np.broadcast_to(np.int32(np.arange(6)), z.shape)
+    of_class = partial(_fold._of_class, c=jnp.asarray(c), than=jnp.asarray(z[:, 2:3]), moment=label is None)
+    t = None if label is not None else jnp.asarray(t)
+    return each(of_class(jnp.asarray(z), jnp.asarray(ids), jnp.asarray(z), label, t))
+
+
+@pytest.mark.parametrize("label", [None, 4], ids=["top", "label"])
+def test_combine_joins_in_any_order_and_grouping(rng, label):
+    """Sums of six classes, one after the other, in another order, and as two halves; nothing joined is nothing."""
+    some = classes(rng, label)
+
+    def joined(parts):
+        total = parts[0]
+        for part in parts[1:]:
+            total = _fold.combine(total, part)
+        return total
+
+    want = joined(some)
+    orders = [[some[v] for v in rng.permutation(6)] for _ in range(4)]
+    halves = _fold.combine(joined(some[3:]), joined(some[:3]))
+    none = jax.tree.map(lambda a: jnp.broadcast_to(a, (5,)), _fold._of_none(some[0]))
+    for got in (*map(joined, orders), halves, _fold.combine(none, want), _fold.combine(want, none)):
+        for name, a, b in zip(want._fields, got, want, strict=True):
+            if b is not None:
+                np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.usefixtures("folded")
+@pytest.mark.parametrize("kind", ["integer", "dense", "log_softmax"])
+def test_every_margin(rng, kind):
+    """From -100 to 100: loss and gradient as exact as on the other side."""
+    z, labels = at_margins(rng, np.linspace(-100, 100, 101))
+    targets = np.eye(11, dtype=np.float32)[labels] if kind == "dense" else labels
+    cotangent = rng.normal(size=len(z)).astype(np.float32)
+
+    @jax.jit
+    def both(z):
+        if kind == "log_softmax":
+            f = lambda z: -jnp.take_along_axis(log_softmax(z), labels[:, None], 1)[:, 0]  # noqa: E731
+        else:
+            f = lambda z: cross_entropy(z, targets, reduction="none")  # noqa: E731
+        losses, pull = jax.vjp(f, z)
+        return losses, pull(cotangent)[0]
+
+    losses, gradient = both(z)
+    want = reference.cross_entropy(z, labels, reduction="none", cotangent=np.float64(cotangent))
+    assert relative_error(losses, want.loss).max() < PROMISE
+    assert relative_error(gradient, want.grad).max() < PROMISE
+
+
+@pytest.mark.usefixtures("folded")
+@pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
+@pytest.mark.parametrize("dtype", few_of([jnp.float32, jnp.bfloat16, jnp.float16]), ids=lambda d: d.__name__)
+@pytest.mark.parametrize("axis", few_of([-1, 0]))
+def test_all_options(rng, dtype, dense, axis):
+    names = [name for name in ALONE if not (dense and name == "ignore_index")]
+    shape = (17, 5, 3) if axis == 0 else (5, 3, 17)
+    case = random_case(rng, shape, axis=axis, dtype=dtype, dense=dense, names=names)
+    check_against_reference(jax.jit, rng, *case[:2], {**case[2], "reduction": "none"}, k=16)
+
+
+SIDES = {
+    "integer": lambda z, y, t: cross_entropy(z, y, reduction="none"),
+    "softcap": lambda z, y, t: cross_entropy(z, y, reduction="none", softcap=3.0, where=t > 0.02),
+    "forward_mode": lambda z, y, t: cross_entropy(z, y, reduction="none", forward_mode=True),
+    "dense": lambda z, y, t: cross_entropy(z, t, reduction="none", label_smoothing=0.1),
+    "statistics": lambda z, y, t: jnp.stack([*map(jnp.float32, label_statistics(z, y))]),
+    "divergence": lambda z, y, t: kl_divergence(z, teacher_logits=2 * t, reduction="none"),
+    "mixture": lambda z, y, t: kl_divergence(z, teacher_logits=t, temperature=2.0, beta=0.3, reduction="none"),
+    "log_softmax": lambda z, y, t: log_softmax(z)[:, ::5].T,
+}
+
+
+@pytest.mark.nan
+@pytest.mark.parametrize("name", SIDES)
+def test_both_sides_agree(rng, name, monkeypatch):
+    """Values, gradients and Hessian-vector products; NaN in the same places: of rows with NaN, +inf, -inf alone, and
+    of labels of no class."""
+    z, t = np.float32(3 * rng.normal(size=(9, 13))), np.float32(rng.dirichlet(np.ones(13), 9))
+    y = rng.integers(0, 13, 9).astype(np.int32)
+    z[0, 3], z[1, 4], z[2, 5], z[3], y[4] = -np.inf, np.inf, np.nan, -np.inf, 13
+    z[5, 6:8] = z[5].max() + 1
+    y[:2], y[5], t[0, 3] = 3, 7, 0
+    f, good = SIDES[name], jnp.array([5, 6, 7, 8])
+
+    def all_of(z):
+        of_good = lambda z: jnp.sum(f(z, y[5:], t[5:]))  # noqa: E731
+        gradient = jax.grad(lambda z: jnp.sum(f(z, y, t)))(z)
+        return f(z, y, t), gradient, jax.grad(lambda z: jnp.sum(jax.grad(of_good)(z) ** 2))(z[good])
+
+    passes = jax.jit(all_of)(z)
+    jax.clear_caches()
+    monkeypatch.setattr(_fold, "PLATFORMS", ())
+    one_pass = jax.jit(all_of)(z)
+    jax.clear_caches()
+    for got, want in zip(one_pass, passes, strict=True):
+        np.testing.assert_allclose(
+            got, want, rtol=1e-5, atol=2e-6 * (1 + np.nanmax(np.where(np.isinf(want), 0, np.abs(want))))
+        )
+
+
+@pytest.mark.usefixtures("folded")
+@pytest.mark.parametrize("kind", few_of(["automatic", "explicit"], 2))
+@pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
+def test_over_8_devices(rng, kind, dense):
+    """Each device's sums are joined, or XLA partitions the fold."""
+    asked = problem(rng, (8, 12, 64), dense, ["where", "label_smoothing", "class_weights"])
+    specs = asked.specs(P("data"), "model")
+    got, _ = under_jit(asked, mesh_of(kind), specs, 1.7)
+    assert_equal(got, truth(asked, 1.7))
+
+
+def test_a_row_without_any_class_is_told():
+    found = _fold.fold(jnp.full((2, 3), -jnp.inf), None, None, None, None, Adjustment(), 1, False, ())
+    np.testing.assert_array_equal(found.m, [-np.inf, -np.inf])
