@@ -24,7 +24,7 @@ own, with a pivot that may be none of them, and one psum adds the sums up.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -114,7 +114,10 @@ def _written(logits, labels, class_weights, adjustment, unused, m, pivot, axis, 
     prior = _prior(logits, class_weights, m, adjustment, axis) if asked.prior else None
     moment = moment_of_others(logits, m, here, adjustment, axis) if asked.moment else None
     (own,) = apart(_of_existing(own, pivot, unused, size, class_axes))
-    return ClassSums(m, *psum((rest, own, mass, rest_mass, label_sum, prior, moment), class_axes))
+    rest, own, mass, rest_mass, label_sum, prior, moment = psum(
+        (rest, own, mass, rest_mass, label_sum, prior, moment), class_axes
+    )
+    return ClassSums(m, rest, own, mass, rest_mass, label_sum, prior, moment)
 
 
 def _of_existing(own, pivot, unused, size, class_axes):
@@ -168,11 +171,14 @@ def _by_fold(logits, labels, class_weights, adjustment, unused, axis, asked, cla
     pivot = labels if are_ids(labels) else jnp.where(lacking | jnp.isnan(m), count(size, class_axes), found.top)
     rest = jnp.where(lacking, 0, found.rest) + nothing
     here = pivot - offset(size, class_axes)
-    of_labels = _of_labels(logits, labels, class_weights, adjustment, m, here, axis, class_axes)
-    of_labels = psum(of_labels, class_axes) if t is None else (found.mass, found.rest_mass, found.label_sum)
+    if t is None:
+        of_labels = _of_labels(logits, labels, class_weights, adjustment, m, here, axis, class_axes)
+        mass, rest_mass, label_sum = psum(of_labels, class_axes)
+    else:
+        mass, rest_mass, label_sum = found.mass, found.rest_mass, found.label_sum
     own = nothing if label is None else found.own - m + nothing
     own = own + psum(_of_existing(jnp.zeros_like(m), pivot, unused, size, class_axes), class_axes)
-    return ClassSums(m, rest, own, *of_labels, found.prior, found.moment, above, ties), pivot
+    return ClassSums(m, rest, own, mass, rest_mass, label_sum, found.prior, found.moment, above, ties), pivot
 
 
 def _adjusted(own, label, adjustment, size, axis, class_axes):
@@ -187,7 +193,7 @@ class Top(NamedTuple):
     """Of a token's classes: the sums around the largest z alone."""
 
     m: Array
-    top: Array  # how many classes there are, where none is the largest
+    top: Any  # how many classes there are, where none is the largest
     rest: Array
 
 
@@ -236,20 +242,22 @@ def tangent_of(f, primals, tangents):
     def of_moving(some):
         return f(*tree.unflatten([some.get(i, leaf) for i, leaf in enumerate(leaves)]))
 
-    return jax.jvp(of_moving, *(({i: of[i] for i in moving},) for of in (leaves, tangents)))[1]
+    some, theirs = ({i: of[i] for i in moving} for of in (leaves, tangents))
+    return jax.jvp(of_moving, (some,), (theirs,))[1]
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(5, 6, 7))
 def _sums(logits, labels, class_weights, adjustment, unused, axis, asked, class_axes):
     """ClassSums, and the pivot."""
-    operands, how = (logits, labels, class_weights, adjustment, unused), (axis, asked, class_axes)
-    return by_platform(lambda *o: _by_passes(*o, *how), lambda *o: _by_fold(*o, *how), *operands)
+    how = {"axis": axis, "asked": asked, "class_axes": class_axes}
+    operands = logits, labels, class_weights, adjustment, unused
+    return by_platform(partial(_by_passes, **how), partial(_by_fold, **how), *operands)
 
 
 def _sums_jvp(axis, asked, class_axes, primals, tangents):
     sums, pivot = _sums(*primals, axis, asked, class_axes)
     m, at = lax.stop_gradient((sums.shift, pivot))
-    written = lambda *operands: _written(*operands, m, at, axis, asked, class_axes)  # noqa: E731
+    written = partial(_written, m=m, pivot=at, axis=axis, asked=asked, class_axes=class_axes)
     dsums = tangent_of(written, primals, tangents)
     dsums = dsums._replace(above=jax.tree.map(jnp.zeros_like, sums.above), ties=jax.tree.map(jnp.zeros_like, sums.ties))
     return (sums, pivot), (dsums, np.zeros(pivot.shape, jax.dtypes.float0))

@@ -78,7 +78,7 @@ def _summed(part: Folded) -> Folded:
     return part._replace(m=jnp.zeros_like(part.m), top=None, mass=None)
 
 
-def _of_class(z: Array, ids: Array, raw: Array | None, label: Any, t: Any, c: Any, than: Any, moment: bool) -> Folded:
+def _of_class(z: Array, ids: Array, raw: Any, label: Any, t: Any, c: Any, than: Any, moment: bool) -> Folded:
     """Of every class by itself: its z, its t and c; `raw` is its logit as it came."""
     zero = jnp.zeros_like(z)
     of = lambda asked: None if asked is None else zero  # noqa: E731

@@ -1,6 +1,5 @@
 """softmax and log_softmax, each with its full Jacobian-vector product as a rule."""
 
-import math
 from functools import partial
 
 import jax
@@ -14,6 +13,7 @@ from softmax_jax._adjustment import Adjustment, adjust, row_shift, shifted
 from softmax_jax._class_passes import classes_last, from_classes_last, is_at
 from softmax_jax._class_sums import top_sums
 from softmax_jax._dtypes import floating, upcast
+from softmax_jax._fold import by_platform
 from softmax_jax._passes import alone, apart
 from softmax_jax._token_loss import negative_log_likelihood
 
@@ -87,11 +87,11 @@ def _operands(x: ArrayLike, axis: int | Axes | None, where: ArrayLike | None) ->
     return floating(x), where, axes
 
 
-def _shifted(x: Array, where: Array | None, axes: Axes) -> tuple[Array, Array]:
-    """(x - m with -inf at what is left out, m), both for the reductions over `axes`."""
+def _shifted(x: Array, where: Array | None, axes: Axes) -> Array:
+    """x - m with -inf at what is left out, for the reductions over `axes`."""
     masked = Adjustment(where=where)
     x, shift = apart(x, row_shift(adjust(x, masked), axes))
-    return shifted(x, masked, shift, axes), shift
+    return shifted(x, masked, shift, axes)
 
 
 # y = exp(x - m) / Σ exp(x - m), and with the whole Jacobian ∂y_v/∂x_u = y_v (δ_uv - y_u)
@@ -102,11 +102,31 @@ def _shifted(x: Array, where: Array | None, axes: Axes) -> tuple[Array, Array]:
 # is rounded, g - c at such a v is exact and no larger than Σ_{u≠v} |g_u - g_v| y_u and a rounding of c, so that the
 # second difference loses a rounding of that alone.
 
+KERNEL = 2**14
+"""Entries of a row, up to which XLA makes one kernel of softmax on a GPU."""
+
+
+def _is_wide(x: Array, axes: Axes) -> bool:
+    """Whether XLA on a GPU reads a row once for each of its sums; several axes it may always."""
+    return len(axes) == 1 and isinstance(x.shape[axes[0]], int) and x.shape[axes[0]] > KERNEL
+
 
 def _softmax_value(x, where, axes):
-    z, _ = _shifted(x, where, axes)
-    e = jnp.exp(z)
-    total = jnp.sum(e, axes, keepdims=True)
+    def by_passes(x, where):
+        e = jnp.exp(_shifted(x, where, axes))
+        return e, jnp.sum(e, axes, keepdims=True)
+
+    def by_fold(x, where):
+        masked = Adjustment(where=where)
+        if not _is_wide(x, axes):
+            e = jnp.exp(shifted(x, masked, row_shift(adjust(x, masked), axes), axes))
+            return e, jnp.sum(e, axes, keepdims=True)
+        m, top, rest = top_sums(x, masked, axes[0], ())
+        own = jnp.exp(_highest(x, m, top, axes[0]) - m)  # 1, with its slope
+        total = jnp.where(top < x.shape[axes[0]], own + rest, rest)
+        return jnp.exp(shifted(x, masked, m, axes)), jnp.expand_dims(total, axes)
+
+    e, total = by_platform(by_passes, by_fold, x, where)
     if where is not None:
         total = jnp.where(jnp.any(where, axes, keepdims=True), total, 1)
     y = e / total
@@ -123,19 +143,49 @@ def _softmax_fwd(x, where, axes):
     return y, y
 
 
-KERNEL = 2**14
-"""Entries of a row, up to which XLA makes one kernel of softmax on a GPU. Beyond, it makes a float32 copy of a 16-bit y
-that three sums and products read, unless y is fenced (H200: 14 instead of 11 times the logits moved, and 2 held; on
-the CPU the fence would be the copy)."""
-
-
 def _softmax_bwd(axes, y, g):
-    sizes = [y.shape[axis] for axis in axes]
-    if y.dtype.itemsize < 4 and all(isinstance(n, int) for n in sizes) and math.prod(sizes) > KERNEL:
-        y = lax.platform_dependent(y, cpu=lambda y: y, default=lambda y: apart(y)[0])
+    return _pulled_back(y, g, axes).astype(y.dtype), None
+
+
+def _around_mean(y, g, axes):
     p, g = upcast(y), upcast(g)
     g = g - jnp.sum(g * p, axes, keepdims=True)
-    return (p * (g - jnp.sum(g * p, axes, keepdims=True))).astype(y.dtype), None
+    return p * (g - jnp.sum(g * p, axes, keepdims=True))
+
+
+def _around_top(y, g, axes):
+    if not _is_wide(y, axes):
+        return _around_mean(y, g, axes)
+    if y.dtype.itemsize < 4:  # else XLA keeps a float32 copy for the two passes (H200: 11 reads, not 8)
+        (y,) = apart(y)
+    c, mean = (jnp.expand_dims(of_row, axes) for of_row in _mean_around_top(y, g, axes[0]))
+    return upcast(y) * ((upcast(g) - c) - mean)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _pulled_back(y: Array, g: Array, axes: Axes) -> Array:
+    """dx, of which the two ways have one derivative."""
+    return by_platform(partial(_around_mean, axes=axes), partial(_around_top, axes=axes), y, g)
+
+
+@_pulled_back.defjvp
+def _pulled_back_jvp(axes, primals, tangents):
+    return _pulled_back(*primals, axes), jax.jvp(partial(_around_mean, axes=axes), primals, tangents)[1]
+
+
+def _mean_around_top(y: Array, g: Array, axis: int) -> tuple[Array, Array]:
+    """(c, Σ y (g - c)) with c = g at the largest y, in one pass: the differences lose there no more than above."""
+
+    def join(a, b):
+        """Of two sets: the largest y, g there, Σ y, Σ y (g - c)."""
+        high, low = (jax.tree.map(partial(jnp.where, a[0] >= b[0]), *pair) for pair in ((a, b), (b, a)))
+        return high[0], high[1], high[2] + low[2], high[3] + low[3] + low[2] * (low[1] - high[1])
+
+    p, g = upcast(y), upcast(g)
+    zero = jnp.zeros((), p.dtype)
+    start = zero - 1, zero, zero, zero
+    _, c, _, mean = lax.reduce((p, g, p, jnp.zeros_like(p)), start, join, (axis,))
+    return c, mean
 
 
 _softmax_rule.defvjp(_softmax_fwd, _softmax_bwd)
@@ -155,7 +205,7 @@ def _log_softmax_value(x, where, axis):
     nll = negative_log_likelihood(rest, jnp.where(top < x.shape[axis], highest - m, -jnp.inf))
     nll = nll if where is None else jnp.where(jnp.any(where, axis), nll, 0)
     kept = apart(m, top, nll)
-    at_top, nll, log_p = _around_top(x, where, highest, kept, axis)
+    at_top, nll, log_p = _log_p(x, where, highest, kept, axis)
     y = jnp.where(at_top, -nll, log_p)
     return (y if where is None else jnp.where(where, y, -jnp.inf)).astype(x.dtype), kept
 
@@ -172,7 +222,7 @@ def _highest_jvp(axis, primals, tangents):
     return m, jnp.sum(jnp.where(is_at(top, x, axis), upcast(tangents[0]), 0), axis)
 
 
-def _around_top(x, where, highest, kept, axis):
+def _log_p(x, where, highest, kept, axis):
     """Where the top is, its nll, and log p_v elsewhere."""
     _, top, nll = kept
     log_p = shifted(x, Adjustment(where=where), highest, axis) - jnp.expand_dims(nll, axis)
@@ -194,7 +244,7 @@ def _log_softmax_bwd(axis, residuals, g):
     of_existing = lambda g: upcast(g) if where is None else jnp.where(where, upcast(g), 0)  # noqa: E731
     total = alone(lambda g: jnp.sum(of_existing(g), axis, keepdims=True), g)
     highest = _highest(x, *kept[:2], axis)
-    at_top, nll, log_p = _around_top(x, where, highest, kept, axis)
+    at_top, nll, log_p = _log_p(x, where, highest, kept, axis)
     top_p, top_miss = apart(jnp.exp(-nll), -jnp.expm1(-nll))
     g, p = of_existing(g), jnp.exp(log_p)
     p, miss = jnp.where(at_top, top_p, p), jnp.where(at_top, top_miss, 1 - p)
