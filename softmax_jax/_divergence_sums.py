@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from softmax_jax._adjustment import Adjustment, adjust
+from softmax_jax._adjustment import Adjustment, adjust, rounded
 from softmax_jax._class_passes import distance, pick_of_all, scaled
 from softmax_jax._class_sums import rest_of_top, top_sums
 from softmax_jax._dtypes import nan_unless, upcast
@@ -103,7 +103,7 @@ def _top(logits: Logits, where, scale, unused, axis, class_axes) -> Top:
     m, top, rest = top_sums(raw, adjustment, axis, class_axes)
     if scale is not None:
         rest = rest_of_top(raw, m, top, adjustment, axis, class_axes, scale)
-    highest = pick_of_all(raw, top, adjustment, axis, class_axes)
+    highest = rounded(pick_of_all(raw, top, adjustment, axis, class_axes), m)
     exists = top < count(raw.shape[axis], class_axes)
     own = jnp.where(exists, highest - lax.stop_gradient(highest), 0)  # 0, with the slope that second derivatives need
     nll = negative_log_likelihood(rest, nan_unless(exists, scaled(own, scale), unused))
@@ -112,8 +112,8 @@ def _top(logits: Logits, where, scale, unused, axis, class_axes) -> Top:
 
 def shared_by(b: Top, a: Top, scale) -> Shared:
     size = jnp.maximum(jnp.abs(a.m), jnp.abs(b.m))
-    (rounded,) = apart((a.m - b.m) + size)
-    shift, of_a = rounded - size, jnp.abs(a.m) >= jnp.abs(b.m)  # on the grid of the larger, which loses nothing by it
+    (on_grid,) = apart((a.m - b.m) + size)
+    shift, of_a = on_grid - size, jnp.abs(a.m) >= jnp.abs(b.m)  # on the grid of the larger, which loses nothing by it
     b_shift, a_shift = jnp.where(of_a, 0, -shift), jnp.where(of_a, shift, 0)
     gap = scaled((a.m - a_shift) - (b.m - b_shift), scale) + (a.nll - b.nll)
     return Shared(b.m, a.m, jnp.exp(-b.nll), jnp.exp(-a.nll), b_shift, a_shift, gap)
@@ -121,7 +121,7 @@ def shared_by(b: Top, a: Top, scale) -> Shared:
 
 def _at_pivot(b: Top, a: Top, logits: Logits, where, scale, axis, class_axes) -> At:
     there = pick_of_all(logits.raw, b.place, logits.adjustment._replace(where=where), axis, class_axes)
-    nll = a.nll + jnp.where(b.place == a.place, 0, scaled(a.m - there, scale))
+    nll = a.nll + jnp.where(b.place == a.place, 0, scaled(a.m - rounded(there, a.m), scale))
     return At(jnp.exp(-b.nll), jnp.exp(-nll), b.nll - nll)
 
 
