@@ -7,6 +7,7 @@
     growth    time and memory against tokens and classes
     accuracy  errors of loss and gradient by margin
     scaling   the table of docs/scaling.md, by formulas
+    compiled  bytes that GPUs and TPUs move, of programs compiled for them, without having one (not part of everything)
     tables    tables and pictures of kept results once more
 
 Every time is a ratio, taken in one process in turns (A B A B ...), after a warm-up, as the median over the turns with
@@ -15,7 +16,10 @@ pictures are made anew. Peers that are not installed are left out, with the reas
 """
 
 import argparse
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 from tqdm import tqdm
@@ -63,9 +67,19 @@ def publish(folder: Path, docs: Path) -> dict[str, str]:
     return {"benchmarks": "\n\n".join(summaries).strip(), "accuracy": "\n\n".join(filter(None, errors))}
 
 
+DEVICES = ["H200", "H100", "B200", "A100", "TPU v5e", "TPU v6e"]
+
+
+def compiled() -> str:
+    """The table of benchmarks/compiled.py, which wants a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.compiled", *DEVICES]
+    run = subprocess.run(command, cwd=results.ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    return show.table(["", *DEVICES], json.loads(run.stdout))
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", choices=[*PARTS, "scaling", "tables"])
+    parser.add_argument("part", nargs="?", choices=[*PARTS, "scaling", "compiled", "tables"])
     parser.add_argument("--turns", type=int, default=Pace().turns, help="measurements of every subject")
     parser.add_argument(
         "--seconds", type=float, default=Pace().seconds, help=f"of a cell, from turn {Pace().fewest} on"
@@ -83,6 +97,9 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     if args.part == "scaling":
         return print(show.table(scaling.HEADER, scaling.table()))
+    if args.part == "compiled":
+        print(text := compiled())
+        return show.include(results.ROOT / "README.md", "compiled", text)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU is shared with PyTorch
     pace = Pace(2, 0, 2, 0) if args.quick else Pace(args.turns, args.seconds, min(args.turns, Pace().fewest))
     out = args.out or (results.ROOT / "out" / "quick" if args.quick else None)

@@ -1,0 +1,205 @@
+"""What a GPU or a TPU would do, told by its compiler on a machine that has neither: `python -m benchmarks compiled`.
+
+JAX compiles for a described device without having it. The compiled program says exactly which kernels run and which
+arrays each of them reads and writes; only their time is unknown. Needs `pip install -e '.[accelerators]'`, the
+compilers, which are of 5 GB. A module of its own, since without a driver JAX loads them in a process that was told
+JAX_PLATFORMS=cpu before it was started.
+"""
+
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import optax  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+from jax.sharding import SingleDeviceSharding  # noqa: E402
+
+import softmax_jax as sj  # noqa: E402
+
+
+class Gpu(NamedTuple):
+    """Facts of the maker."""
+
+    name: str
+    capability: tuple[int, int]
+    cores: int
+    memory: int  # bytes
+    speed: float  # of the memory, bytes/s
+    clock: float  # GHz
+    l2: int  # bytes
+    shared: int  # bytes of a core
+
+
+GPUS = {
+    "A100": Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 85_100_000_000, 2.039e12, 1.41, 41_943_040, 167_936),
+    "H100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 84_942_979_072, 3.352e12, 1.98, 52_428_800, 233_472),
+    "H200": Gpu("NVIDIA H200 141GB HBM3e", (9, 0), 132, 151_397_597_184, 4.8e12, 1.98, 52_428_800, 233_472),
+    "B200": Gpu("NVIDIA B200", (10, 0), 148, 191_000_000_000, 7.7e12, 1.965, 132_644_864, 233_472),
+}
+TPUS = {"TPU v5e": "v5e:2x2", "TPU v5p": "v5p:2x2x1", "TPU v6e": "v6e:2x2"}
+
+
+def described(gpu: Gpu) -> str:
+    """A GPU as XLA's compiler wants to be told of it."""
+    accelerated = "" if gpu.capability[0] < 9 else "feature_extension: ACCELERATED_FEATURES"
+    return f"""gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+      shared_memory_per_core: {gpu.shared} threads_per_core_limit: 2048 core_count: {gpu.cores} fpus_per_core: 128
+      block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+      memory_bandwidth: {int(gpu.speed)} l2_cache_size: {gpu.l2} clock_rate_ghz: {gpu.clock}
+      device_memory_size: {gpu.memory} shared_memory_per_block_optin: {gpu.shared - 1024}
+      cuda_compute_capability {{ major: {gpu.capability[0]} minor: {gpu.capability[1]} {accelerated} }}
+      registers_per_core_limit: 65536 registers_per_block_limit: 65536 }}
+    platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} device_description_str: "{gpu.name}" """
+
+
+class Cost(NamedTuple):
+    kernels: int | None  # None where the compiler does not tell
+    moved: int  # bytes
+    temporary: int  # bytes
+
+
+def cost(device: str, f: Callable, operands: Sequence[jax.ShapeDtypeStruct]) -> Cost:
+    """Of f, compiled for one device."""
+    if device in GPUS:
+        of_device: dict[str, Any] = {"target_config": described(GPUS[device]), "topology": "1x1x1"}
+        topology = topologies.get_topology_desc("none", platform="cuda", **of_device)
+    else:
+        topology = topologies.get_topology_desc(TPUS[device], platform="tpu")
+    sharding = SingleDeviceSharding(topology.devices[0])
+    placed = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in operands]
+    platform = "cuda" if device in GPUS else "tpu"
+    program: Any = jax.jit(f).trace(*placed).lower(lowering_platforms=(platform,)).compile()
+    temporary = program.memory_analysis().temp_size_in_bytes
+    if device in TPUS:
+        return Cost(None, round(program.cost_analysis()["bytes accessed"]), temporary)
+    kernels = list(moved_by_kernels(program.as_text()))
+    return Cost(len(kernels), sum(kernels), temporary)
+
+
+SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
+FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "iota", "opt-barrier", "after-all"}
+
+
+def size_of(shapes: str) -> int:
+    """Bytes of all the arrays that a piece of a program's text names."""
+    found = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shapes)
+    return sum(SIZES[d] * math.prod(int(n) for n in s.split(",") if n) for d, s in found if d in SIZES)
+
+
+def moved_by_kernels(text: str) -> Iterator[int]:
+    """Bytes that each kernel reads and writes, of a program for a GPU that has no loops."""
+    bodies, entry, name = {}, "", ""
+    for line in text.splitlines():
+        if head := re.match(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{", line):
+            name, bodies[head[2]] = head[2], []
+            entry = name if head[1] else entry
+        elif found := re.match(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$", line):
+            bodies[name].append(found.groups())
+    types = {result: shape for result, shape, _, _ in bodies[entry]}
+    for _, shape, op, rest in bodies[entry]:
+        if op in FREE or op.endswith("-done"):
+            continue
+        if op in ("while", "conditional"):
+            raise ValueError(f"the bytes of a program with a {op!r} depend on its run. Give one without.")
+        callee = re.search(r"calls=%?([\w.\-]+)", rest)
+        read = sum(map(size_of, (types.get(o, "") for o in re.findall(r"%([\w.\-]+)", rest.split("), ")[0]))))
+        if callee and callee[1] in bodies:
+            read = sum(read_of(parameter, bodies[callee[1]]) for parameter in bodies[callee[1]])
+        yield read + size_of(shape)
+
+
+def read_of(parameter: tuple[str, ...], body: list[tuple[str, ...]]) -> int:
+    """What a fused kernel reads of one operand: of those that it indexes, the entries."""
+    name, shape, op, _ = parameter
+    if op != "parameter":
+        return 0
+    uses = [b for b in body if re.search(rf"%{re.escape(name)}\b", b[3].split("metadata")[0])]
+    indexed = uses and all(b[2] in ("dynamic-slice", "gather", "slice") for b in uses)
+    return sum(size_of(b[1]) for b in uses) if indexed else size_of(shape)
+
+
+# What is compiled: ours and the peer's, of logits, labels, a teacher's logits or a cotangent.
+
+
+def told(s: sj.LabelStatistics) -> tuple:
+    return s.log_prob, s.entropy, s.correct, s.rank
+
+
+def told_by_jax(z, y):
+    log_p = jax.nn.log_softmax(z.astype(jnp.float32))
+    of_label = jnp.take_along_axis(log_p, y[:, None], 1)
+    entropy = -jnp.sum(jnp.exp(log_p) * log_p, 1)
+    return of_label[:, 0], entropy, jnp.argmax(z, 1) == y, jnp.sum(log_p > of_label, 1)
+
+
+def with_gradient(f: Callable) -> Callable:
+    return jax.value_and_grad(lambda *operands: jnp.mean(f(*operands)))
+
+
+def pulled(f: Callable) -> Callable:
+    return lambda z, g: jax.vjp(f, z)[1](g)
+
+
+def optax_kl(a, b):
+    t = jax.nn.log_softmax(b.astype(jnp.float32))
+    return optax.losses.kl_divergence_with_log_targets(jax.nn.log_softmax(a.astype(jnp.float32)), t)
+
+
+def all_options(z, y):
+    return sj.cross_entropy(z, y, label_smoothing=0.1, z_loss=1e-4, logit_scale=0.7, softcap=30.0)
+
+
+IDS, DENSE = optax.softmax_cross_entropy_with_integer_labels, optax.softmax_cross_entropy
+CASES = {  # name: (what stands beside the logits, ours, the peer's)
+    "integer labels, forward": ("ids", sj.cross_entropy, lambda z, y: jnp.mean(IDS(z, y))),
+    "integer labels, with gradient": ("ids", with_gradient(sj.cross_entropy), with_gradient(IDS)),
+    "dense labels, forward": ("rows", sj.cross_entropy, lambda z, t: jnp.mean(DENSE(z, t))),
+    "dense labels, with gradient": ("rows", with_gradient(sj.cross_entropy), with_gradient(DENSE)),
+    "all options, with gradient": ("ids", with_gradient(all_options), None),
+    "log_prob, entropy, correct, rank": ("ids", lambda z, y: told(sj.label_statistics(z, y)), told_by_jax),
+    "KL from logits, forward": ("rows", lambda a, b: sj.kl_divergence(a, teacher_logits=b), optax_kl),
+    "KL from logits, with gradient": (
+        "rows",
+        with_gradient(lambda a, b: sj.kl_divergence(a, teacher_logits=b)),
+        with_gradient(optax_kl),
+    ),
+    "log_softmax, forward": ("", sj.log_softmax, jax.nn.log_softmax),
+    "log_softmax, gradient": ("rows", pulled(sj.log_softmax), pulled(jax.nn.log_softmax)),
+    "softmax, forward": ("", sj.softmax, jax.nn.softmax),
+    "softmax, gradient": ("rows", pulled(sj.softmax), pulled(jax.nn.softmax)),
+}
+SHAPE, DTYPE = (8192, 128256), "bfloat16"
+
+
+def both(device: str, name: str, shape: tuple[int, int], dtype: str) -> tuple[Cost, Cost | None]:
+    """(ours, the peer's) of one case."""
+    logits = jax.ShapeDtypeStruct(shape, dtype)
+    kind, ours, peer = CASES[name]
+    beside = {"ids": (jax.ShapeDtypeStruct(shape[:1], jnp.int32),), "rows": (logits,), "": ()}[kind]
+    operands = (logits, *beside)
+    return cost(device, ours, operands), None if peer is None else cost(device, peer, operands)
+
+
+def table(devices: Sequence[str], shape=SHAPE, dtype=DTYPE) -> list[list[str]]:
+    """Bytes moved in units of the logits, ours and the peer's, a device a column."""
+    unit = math.prod(shape) * jnp.dtype(dtype).itemsize
+    rows = []
+    for name in CASES:
+        costs = [both(device, name, shape, dtype) for device in devices]
+        cells = [" / ".join("-" if c is None else f"{c.moved / unit:.1f}" for c in pair) for pair in costs]
+        rows.append([name, *cells])
+    return rows
+
+
+if __name__ == "__main__":
+    json.dump(table(sys.argv[1:]), sys.stdout)
