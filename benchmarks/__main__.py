@@ -74,7 +74,9 @@ def compiled() -> str:
     """The table of benchmarks/compiled.py, which wants a process of its own."""
     command = [sys.executable, "-m", "benchmarks.compiled", *DEVICES]
     run = subprocess.run(command, cwd=results.ROOT, check=True, stdout=subprocess.PIPE, text=True)
-    return show.table(["", *DEVICES], json.loads(run.stdout))
+    found = json.loads(run.stdout)
+    moved = lambda pair: " / ".join("-" if cost is None else f"{cost[1]:.1f}" for cost in pair)  # noqa: E731
+    return show.table(["", *found], [[case, *(moved(of[case]) for of in found.values())] for case in found["H200"]])
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -190,16 +190,13 @@ def both(device: str, name: str, shape: tuple[int, int], dtype: str) -> tuple[Co
     return cost(device, ours, operands), None if peer is None else cost(device, peer, operands)
 
 
-def table(devices: Sequence[str], shape=SHAPE, dtype=DTYPE) -> list[list[str]]:
-    """Bytes moved in units of the logits, ours and the peer's, a device a column."""
+def measured(devices: Sequence[str], shape: tuple[int, int] = SHAPE, dtype: str = DTYPE) -> dict[str, dict]:
+    """{device: {case: (ours, the peer's)}}, each cost as (kernels, bytes moved, temporary bytes), the bytes in units of
+    the logits."""
     unit = math.prod(shape) * jnp.dtype(dtype).itemsize
-    rows = []
-    for name in CASES:
-        costs = [both(device, name, shape, dtype) for device in devices]
-        cells = [" / ".join("-" if c is None else f"{c.moved / unit:.1f}" for c in pair) for pair in costs]
-        rows.append([name, *cells])
-    return rows
+    ratios = lambda c: None if c is None else (c.kernels, c.moved / unit, c.temporary / unit)  # noqa: E731
+    return {d: {name: [ratios(c) for c in both(d, name, shape, dtype)] for name in CASES} for d in devices}
 
 
 if __name__ == "__main__":
-    json.dump(table(sys.argv[1:]), sys.stdout)
+    json.dump(measured(sys.argv[1:]), sys.stdout)

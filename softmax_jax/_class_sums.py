@@ -28,9 +28,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
-from jax.custom_derivatives import SymbolicZero
+from jax.custom_derivatives import SymbolicZero, zero_from_primal
 
 from softmax_jax._adjustment import Adjustment, adjust, rounded, row_shift, shifted
 from softmax_jax._class_passes import (
@@ -227,7 +226,7 @@ def _top_sums_jvp(axis, class_axes, primals, tangents):
     sums = top_sums(*primals, axis, class_axes)
     m, top, _ = lax.stop_gradient(sums)
     of = lambda logits, adjustment: rest_of_top(logits, m, top, adjustment, axis, class_axes)  # noqa: E731
-    return sums, Top(jnp.zeros_like(m), np.zeros(top.shape, jax.dtypes.float0), tangent_of(of, primals, tangents))
+    return sums, Top(jnp.zeros_like(m), zero_from_primal(top, symbolic_zeros=True), tangent_of(of, primals, tangents))
 
 
 top_sums.defjvp(_top_sums_jvp, symbolic_zeros=True)
@@ -260,7 +259,7 @@ def _sums_jvp(axis, asked, class_axes, primals, tangents):
     written = partial(_written, m=m, pivot=at, axis=axis, asked=asked, class_axes=class_axes)
     dsums = tangent_of(written, primals, tangents)
     dsums = dsums._replace(above=jax.tree.map(jnp.zeros_like, sums.above), ties=jax.tree.map(jnp.zeros_like, sums.ties))
-    return (sums, pivot), (dsums, np.zeros(pivot.shape, jax.dtypes.float0))
+    return (sums, pivot), (dsums, zero_from_primal(pivot, symbolic_zeros=True))
 
 
 _sums.defjvp(_sums_jvp, symbolic_zeros=True)

@@ -31,9 +31,7 @@ GPU = bool(entry_points(group="jax_plugins"))
 
 def pytest_addoption(parser):
     parser.addoption("--full-products", action="store_true", help="every cell of every product of parameters")
-    parser.addoption(
-        "--fold", action="store_true", help="sums in one pass, as on a GPU, also on the CPU, where it is slow"
-    )
+    parser.addoption("--fold", action="store_true", help="the sums in one pass also on the CPU, where that is slow")
 
 
 def pytest_configure(config):

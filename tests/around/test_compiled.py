@@ -1,0 +1,55 @@
+"""What GPUs and TPUs move, of programs compiled for them here: runs where their compilers are installed
+(`pip install -e '.[accelerators]'`)."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# In units of the logits: within 0.15 of what one pass over them and one for the gradient take.
+MOVED = {
+    "H200": {
+        "integer labels, forward": 1.0,
+        "integer labels, with gradient": 3.0,
+        "dense labels, forward": 2.0,
+        "dense labels, with gradient": 5.0,
+        "all options, with gradient": 3.0,
+        "log_prob, entropy, correct, rank": 1.0,
+        "KL from logits, forward": 4.0,
+        "KL from logits, with gradient": 7.0,
+        "log_softmax, forward": 3.0,
+        "log_softmax, gradient": 5.0,
+        "softmax, forward": 3.0,
+        "softmax, gradient": 8.0,
+    },
+    "TPU v6e": {
+        "integer labels, forward": 1.0,
+        "integer labels, with gradient": 3.0,
+        "dense labels, forward": 2.0,
+        "dense labels, with gradient": 5.0,
+        "all options, with gradient": 3.0,
+    },
+}
+COMPILERS = {"H200": "jax_cuda13_plugin", "TPU v6e": "libtpu"}
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("device", MOVED)
+def test_bytes_kernels_and_temporary_memory(device):
+    if find_spec(COMPILERS[device]) is None:
+        pytest.skip(f"{COMPILERS[device]} is not installed, the compiler for an {device}")
+    kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS" and not name.startswith("JAX_")}
+    command = [sys.executable, "-m", "benchmarks.compiled", device]
+    run = subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True, timeout=900)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)[device]
+    for case, expected in MOVED[device].items():
+        (kernels, moved, temporary), peer = found[case]
+        assert moved <= expected + 0.15, (case, moved)
+        assert temporary <= 0.05, (case, temporary)
+        assert kernels is None or peer is None or kernels <= peer[0] + 5, (case, kernels, peer)
