@@ -157,7 +157,7 @@ def _by_fold(logits, labels, class_weights, adjustment, unused, axis, asked, cla
     label, than, above, ties = labels if are_ids(labels) else None, None, None, None
     if asked.place:
         ids = jnp.squeeze(labels.ids, axis)
-        than = pick_of_all(logits, ids, adjustment, axis, class_axes)
+        than = ids, pick_of_all(logits, ids, adjustment, axis, class_axes)
     found = fold(logits, label, t, c, than, adjustment, axis, asked.moment, class_axes)
     if label is not None:
         found = found._replace(own=_adjusted(found.own, label, adjustment, size, axis, class_axes))

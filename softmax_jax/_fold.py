@@ -39,7 +39,7 @@ class Folded(NamedTuple):
     rest: Array
     top: Any = None  # None: the pivot is the label
     own: Any = None  # the label's logit as it came, 0 where it is none of these classes
-    above: Any = None  # how many z are larger than `than`
+    above: Any = None  # how many other z are larger than that of a label
     moment: Any = None
     mass: Any = None
     rest_mass: Any = None
@@ -79,10 +79,11 @@ def _summed(part: Folded) -> Folded:
 
 
 def _of_class(z: Array, ids: Array, raw: Any, label: Any, t: Any, c: Any, than: Any, moment: bool) -> Folded:
-    """Of every class by itself: its z, its t and c; `raw` is its logit as it came."""
+    """Of every class by itself: its z, its t and c; `raw` is its logit as it came, `than` a class and its z. (By the
+    class too, since what is read elsewhere may be rounded otherwise.)"""
     zero = jnp.zeros_like(z)
     of = lambda asked: None if asked is None else zero  # noqa: E731
-    above = None if than is None else (z > than).astype(z.dtype)
+    above = None if than is None else ((z > than[1]) & (ids != than[0])).astype(z.dtype)
     if label is None:
         moment_of_one = zero if moment else None
         return Folded(z, zero, ids, None, above, moment_of_one, t, of(t), of(t), c, of(c))
@@ -113,7 +114,7 @@ def fold(
     label: Array | None,
     t: Array | None,
     c: Array | None,
-    than: Array | None,
+    than: tuple[Array, Array] | None,
     adjustment: Adjustment,
     axis: int,
     moment: bool,
@@ -123,7 +124,7 @@ def fold(
     devices along `class_axes`. t and c broadcast to the logits. A row of -inf alone has m = -inf."""
     z = upcast(adjust(logits, adjustment))
     ids = lax.broadcasted_iota(jnp.int32, z.shape, axis) + offset(z.shape[axis], class_axes)
-    label, than = (None if row is None else jnp.expand_dims(row, axis) for row in (label, than))
+    label, than = jax.tree.map(lambda row: jnp.expand_dims(row, axis), (label, than))
     t, c = (None if a is None else jnp.broadcast_to(a, z.shape).astype(z.dtype) for a in (t, c))
     each = _of_class(z, ids, upcast(logits), label, t, c, than, moment)
     leaves, tree = jax.tree.flatten(each)

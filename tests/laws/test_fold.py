@@ -9,7 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from helpers import ALONE, PROMISE, at_margins, check_against_reference, few_of, random_case, relative_error
+from helpers import (
+    ALONE,
+    PROMISE,
+    at_margins,
+    check_against_reference,
+    few_of,
+    random_case,
+    relative_error,
+    unoptimized,
+)
 from jax.sharding import PartitionSpec as P
 from meshes import assert_equal, mesh_of, problem, truth, under_jit
 
@@ -39,7 +48,7 @@ def classes(rng, label=None):
     z[1, [0, 4]] = -np.inf
     t[2, 3] = 0
     ids = np.broadcast_to(np.int32(np.arange(6)), z.shape)
-    of_class = partial(_fold._of_class, c=jnp.asarray(c), than=jnp.asarray(z[:, 2:3]), moment=label is None)
+    of_class = partial(_fold._of_class, c=jnp.asarray(c), than=(2, jnp.asarray(z[:, 2:3])), moment=label is None)
     t = None if label is not None else jnp.asarray(t)
     return each(of_class(jnp.asarray(z), jnp.asarray(ids), jnp.asarray(z), label, t))
 
@@ -153,3 +162,19 @@ def test_over_8_devices(rng, kind, dense):
 def test_a_row_without_any_class_is_told():
     found = _fold.fold(jnp.full((2, 3), -jnp.inf), None, None, None, None, Adjustment(), 1, False, ())
     np.testing.assert_array_equal(found.m, [-np.inf, -np.inf])
+
+
+@pytest.mark.usefixtures("folded")
+@pytest.mark.parametrize("made", ["softcap", "product"])
+def test_a_label_is_not_above_itself(rng, made):
+    """Its z is read by itself too, and a compiler may round it otherwise there."""
+    z, w, c = (np.float32(rng.normal(size=shape)) for shape in ((64, 200), (1, 200), (64, 1)))
+    with unoptimized():
+        for of_row in (np.argmax, np.argmin):
+            labels = of_row(z if made == "softcap" else z * w + c, 1)
+            if made == "softcap":
+                found = label_statistics(z, labels, softcap=5.0)
+            else:
+                found = jax.jit(lambda z, labels: label_statistics(z * w + c, labels))(z, labels)
+            assert np.all(found.rank == (0 if of_row is np.argmax else 199))
+            assert np.all(found.correct == (of_row is np.argmax))
