@@ -14,6 +14,7 @@ from helpers import (
     PROMISE,
     at_margins,
     check_against_reference,
+    epsilon,
     few_of,
     random_case,
     relative_error,
@@ -22,7 +23,7 @@ from helpers import (
 from jax.sharding import PartitionSpec as P
 from meshes import assert_equal, mesh_of, problem, truth, under_jit
 
-from softmax_jax import _fold, cross_entropy, kl_divergence, label_statistics, log_softmax
+from softmax_jax import _fold, _softmax, cross_entropy, kl_divergence, label_statistics, log_softmax, softmax
 from softmax_jax._adjustment import Adjustment
 
 pytestmark = [pytest.mark.compiled, pytest.mark.optimized]
@@ -178,3 +179,27 @@ def test_a_label_is_not_above_itself(rng, made):
                 found = jax.jit(lambda z, labels: label_statistics(z * w + c, labels))(z, labels)
             assert np.all(found.rank == (0 if of_row is np.argmax else 199))
             assert np.all(found.correct == (of_row is np.argmax))
+
+
+@pytest.mark.usefixtures("folded")
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: d.__name__)
+def test_softmax_of_wide_rows(rng, monkeypatch, dtype):
+    """Value, pullback and its derivative against short rows', which are one kernel; exact where y → 1."""
+    x, g = (jnp.asarray(5 * rng.normal(size=(7, 37)), dtype) for _ in range(2))
+    x = x.at[0, 3].set(-jnp.inf)
+
+    def all_of(x):
+        y, pull = jax.vjp(softmax, x)
+        again = jax.grad(lambda x: jnp.sum(jnp.float32(jax.vjp(softmax, x)[1](g)[0]) ** 2))(x)
+        return y, pull(g)[0], again
+
+    want = jax.jit(all_of)(x)
+    monkeypatch.setattr(_softmax, "KERNEL", 16)
+    jax.clear_caches()
+    for got, of_short in zip(jax.jit(all_of)(x), want, strict=True):
+        size = 1 + np.max(np.abs(np.float64(of_short)))
+        np.testing.assert_allclose(np.float64(got), np.float64(of_short), rtol=0, atol=4 * epsilon(dtype) * size)
+    confident = jnp.zeros(37, dtype).at[0].set(20).at[3:].set(-jnp.inf)
+    dx = jax.vjp(softmax, confident)[1](jnp.zeros(37, dtype).at[0].set(1))[0]
+    p = np.exp(-20) / (1 + 2 * np.exp(-20))
+    np.testing.assert_allclose(np.float64(dx[:3]), [2 * p, -p, -p], rtol=8 * epsilon(dtype))
