@@ -48,7 +48,7 @@ from softmax_jax._class_passes import (
     z_of,
 )
 from softmax_jax._dtypes import accumulator, nan_unless, upcast
-from softmax_jax._fold import by_platform, fold, over_devices
+from softmax_jax._fold import Folded, by_platform, fold, over_devices
 from softmax_jax._passes import apart, sum_over_classes
 from softmax_jax._sharding import Names, check_gradient, count, offset, pmax, psum, vary, vary_alike, varying
 from softmax_jax._targets import (
@@ -77,7 +77,7 @@ class ClassSums(NamedTuple):
     label_sum: Array | None = None  # Σ_{v≠pivot} t_v (z_v - m)
     prior: Array | None = None  # Σ_v c_v (z_v - m), for probability that is spread evenly
     moment: Array | None = None  # Σ_{v≠pivot} exp(z_v - m) (m - z_v), for the entropy
-    above: Array | None = None  # how many z are larger than that of the label; without a gradient, as is
+    above: Array | None = None  # how many z are larger than that of the label; no gradient, as of ties
     ties: Array | None = None  # 0 where no class before the label has its z
 
 
@@ -164,11 +164,8 @@ def _by_fold(logits, labels, class_weights, adjustment, unused, axis, asked, cla
     found = over_devices(found, class_axes)
     if asked.place:
         above, ties = found.above, pmax((found.top != ids).astype(dtype), class_axes)
-    lacking = found.m == -jnp.inf
-    m = jnp.where(lacking, 0, found.m)
-    nothing = m - m  # NaN in a row that holds NaN or +inf
-    pivot = labels if are_ids(labels) else jnp.where(lacking | jnp.isnan(m), count(size, class_axes), found.top)
-    rest = jnp.where(lacking, 0, found.rest) + nothing
+    m, top, rest = _settled(found, count(size, class_axes))
+    pivot, nothing = top if label is None else label, m - m
     here = pivot - offset(size, class_axes)
     if t is None:
         of_labels = _of_labels(logits, labels, class_weights, adjustment, m, here, axis, class_axes)
@@ -196,6 +193,14 @@ class Top(NamedTuple):
     rest: Array
 
 
+def _settled(found: Folded, classes: int) -> Top:
+    """Of all classes: m is 0 in a row of -inf alone, and rest NaN in one that holds NaN or +inf, as m - m is."""
+    lacking = found.m == -jnp.inf
+    m = jnp.where(lacking, 0, found.m)
+    top = None if found.top is None else jnp.where(lacking | jnp.isnan(m), classes, found.top)
+    return Top(m, top, jnp.where(lacking, 0, found.rest) + (m - m))
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def top_sums(logits: Array, adjustment: Adjustment, axis: int, class_axes: Names) -> Top:
     """m and the top are constants: no gradient flows through them."""
@@ -208,10 +213,7 @@ def top_sums(logits: Array, adjustment: Adjustment, axis: int, class_axes: Names
     def by_fold(logits, adjustment):
         found = fold(logits, None, None, None, None, adjustment, axis, False, class_axes)
         found = over_devices(found, class_axes)
-        lacking, classes = found.m == -jnp.inf, count(logits.shape[axis], class_axes)
-        m = jnp.where(lacking, 0, found.m)
-        top = jnp.where(lacking | jnp.isnan(m), classes, found.top)
-        return Top(m, top, jnp.where(lacking, 0, found.rest) + (m - m))
+        return _settled(found, count(logits.shape[axis], class_axes))
 
     return by_platform(by_passes, by_fold, logits, adjustment)
 
@@ -233,7 +235,7 @@ top_sums.defjvp(_top_sums_jvp, symbolic_zeros=True)
 
 
 def tangent_of(f, primals, tangents):
-    """The tangent of f(*primals), by what has a tangent alone: JAX does not transpose a barrier around others."""
+    """The tangent of f(*primals), by what has a tangent alone: behind a barrier a compiler computes with zeros too."""
     leaves, tree = jax.tree.flatten(primals)
     tangents = tree.flatten_up_to(tangents)
     moving = [i for i, tangent in enumerate(tangents) if not isinstance(tangent, SymbolicZero)]
