@@ -68,15 +68,31 @@ def publish(folder: Path, docs: Path) -> dict[str, str]:
 
 
 DEVICES = ["H200", "H100", "B200", "A100", "TPU v5e", "TPU v6e"]
+WITH_HEADS = ["H200", "H100", "TPU v5e", "TPU v6e"]
 
 
-def compiled() -> str:
-    """The table of benchmarks/compiled.py, which wants a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.compiled", *DEVICES]
+def of_compiled(part: str, devices: list[str]) -> dict[str, dict]:
+    """What benchmarks/compiled.py finds, which wants a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.compiled", part, *devices]
     run = subprocess.run(command, cwd=results.ROOT, check=True, stdout=subprocess.PIPE, text=True)
-    found = json.loads(run.stdout)
+    return json.loads(run.stdout)
+
+
+def compiled() -> dict[str, str]:
+    """Tables, by the names of their places in the README."""
     moved = lambda pair: " / ".join("-" if cost is None else f"{cost[1]:.1f}" for cost in pair)  # noqa: E731
-    return show.table(["", *found], [[case, *(moved(of[case]) for of in found.values())] for case in found["H200"]])
+    need = lambda costs: " / ".join(f"{mib:.0f}" for mib, _ in costs)  # noqa: E731
+    take = lambda costs: " / ".join(f"{ms:.3g}" for _, ms in costs)  # noqa: E731
+    logits, heads = of_compiled("logits", DEVICES), of_compiled("heads", WITH_HEADS)
+    rows = [[case, *(moved(of[case]) for of in logits.values())] for case in logits["H200"]]
+    tables = {"compiled": show.table(["", *logits], rows)}
+    timed = [d for d in heads if d.startswith("H")]
+    header = ["tokens x embed x classes", *(f"{d}, MiB" for d in heads), *(f"{d}, ms" for d in timed)]
+    rows = [
+        [head, *(need(of[head]) for of in heads.values()), *(take(heads[d][head]) for d in timed)]
+        for head in heads["H200"]
+    ]
+    return tables | {"heads": show.table(header, rows)}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -100,8 +116,10 @@ def main(arguments: list[str] | None = None) -> None:
     if args.part == "scaling":
         return print(show.table(scaling.HEADER, scaling.table()))
     if args.part == "compiled":
-        print(text := compiled())
-        return show.include(results.ROOT / "README.md", "compiled", text)
+        for name, text in compiled().items():
+            print(text)
+            show.include(results.ROOT / "README.md", name, text)
+        return None
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU is shared with PyTorch
     pace = Pace(2, 0, 2, 0) if args.quick else Pace(args.turns, args.seconds, min(args.turns, Pace().fewest))
     out = args.out or (results.ROOT / "out" / "quick" if args.quick else None)

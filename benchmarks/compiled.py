@@ -9,9 +9,8 @@ JAX_PLATFORMS=cpu before it was started.
 import json
 import math
 import os
-import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -25,6 +24,7 @@ from jax.experimental import topologies  # noqa: E402
 from jax.sharding import SingleDeviceSharding  # noqa: E402
 
 import softmax_jax as sj  # noqa: E402
+from benchmarks.kernels import kernels  # noqa: E402
 
 
 class Gpu(NamedTuple):
@@ -38,13 +38,14 @@ class Gpu(NamedTuple):
     clock: float  # GHz
     l2: int  # bytes
     shared: int  # bytes of a core
+    rate: float  # of large bfloat16 matrix products as published, operations/s
 
 
 GPUS = {
-    "A100": Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 85_100_000_000, 2.039e12, 1.41, 41_943_040, 167_936),
-    "H100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 84_942_979_072, 3.352e12, 1.98, 52_428_800, 233_472),
-    "H200": Gpu("NVIDIA H200 141GB HBM3e", (9, 0), 132, 151_397_597_184, 4.8e12, 1.98, 52_428_800, 233_472),
-    "B200": Gpu("NVIDIA B200", (10, 0), 148, 191_000_000_000, 7.7e12, 1.965, 132_644_864, 233_472),
+    "A100": Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 85_100_000_000, 2.039e12, 1.41, 41_943_040, 167_936, 260e12),
+    "H100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 84_942_979_072, 3.352e12, 1.98, 52_428_800, 233_472, 700e12),
+    "H200": Gpu("NVIDIA H200 141GB HBM3e", (9, 0), 132, 151_397_597_184, 4.8e12, 1.98, 52_428_800, 233_472, 790e12),
+    "B200": Gpu("NVIDIA B200", (10, 0), 148, 191_000_000_000, 7.7e12, 1.965, 132_644_864, 233_472, 1500e12),
 }
 TPUS = {"TPU v5e": "v5e:2x2", "TPU v5p": "v5p:2x2x1", "TPU v6e": "v6e:2x2"}
 
@@ -66,6 +67,7 @@ class Cost(NamedTuple):
     kernels: int | None  # None where the compiler does not tell
     moved: int  # bytes
     temporary: int  # bytes
+    seconds: float | None  # a roofline: each kernel at 90 % of the memory's speed or at the rate of matrix products
 
 
 def cost(device: str, f: Callable, operands: Sequence[jax.ShapeDtypeStruct]) -> Cost:
@@ -81,51 +83,10 @@ def cost(device: str, f: Callable, operands: Sequence[jax.ShapeDtypeStruct]) -> 
     program: Any = jax.jit(f).trace(*placed).lower(lowering_platforms=(platform,)).compile()
     temporary = program.memory_analysis().temp_size_in_bytes
     if device in TPUS:
-        return Cost(None, round(program.cost_analysis()["bytes accessed"]), temporary)
-    kernels = list(moved_by_kernels(program.as_text()))
-    return Cost(len(kernels), sum(kernels), temporary)
-
-
-SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
-FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "iota", "opt-barrier", "after-all"}
-
-
-def size_of(shapes: str) -> int:
-    """Bytes of all the arrays that a piece of a program's text names."""
-    found = re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shapes)
-    return sum(SIZES[d] * math.prod(int(n) for n in s.split(",") if n) for d, s in found if d in SIZES)
-
-
-def moved_by_kernels(text: str) -> Iterator[int]:
-    """Bytes that each kernel reads and writes, of a program for a GPU that has no loops."""
-    bodies, entry, name = {}, "", ""
-    for line in text.splitlines():
-        if head := re.match(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{", line):
-            name, bodies[head[2]] = head[2], []
-            entry = name if head[1] else entry
-        elif found := re.match(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$", line):
-            bodies[name].append(found.groups())
-    types = {result: shape for result, shape, _, _ in bodies[entry]}
-    for _, shape, op, rest in bodies[entry]:
-        if op in FREE or op.endswith("-done"):
-            continue
-        if op in ("while", "conditional"):
-            raise ValueError(f"the bytes of a program with a {op!r} depend on its run. Give one without.")
-        callee = re.search(r"calls=%?([\w.\-]+)", rest)
-        read = sum(map(size_of, (types.get(o, "") for o in re.findall(r"%([\w.\-]+)", rest.split("), ")[0]))))
-        if callee and callee[1] in bodies:
-            read = sum(read_of(parameter, bodies[callee[1]]) for parameter in bodies[callee[1]])
-        yield read + size_of(shape)
-
-
-def read_of(parameter: tuple[str, ...], body: list[tuple[str, ...]]) -> int:
-    """What a fused kernel reads of one operand: of those that it indexes, the entries."""
-    name, shape, op, _ = parameter
-    if op != "parameter":
-        return 0
-    uses = [b for b in body if re.search(rf"%{re.escape(name)}\b", b[3].split("metadata")[0])]
-    indexed = uses and all(b[2] in ("dynamic-slice", "gather", "slice") for b in uses)
-    return sum(size_of(b[1]) for b in uses) if indexed else size_of(shape)
+        return Cost(None, round(program.cost_analysis()["bytes accessed"]), temporary, None)
+    gpu, found = GPUS[device], list(kernels(program.as_text()))
+    seconds = sum(k.times * max(k.moved / (0.9 * gpu.speed), k.operations / gpu.rate) for k in found)
+    return Cost(sum(k.times for k in found), sum(k.times * k.moved for k in found), temporary, seconds)
 
 
 # What is compiled: ours and the peer's, of logits, labels, a teacher's logits or a cotangent.
@@ -198,5 +159,40 @@ def measured(devices: Sequence[str], shape: tuple[int, int] = SHAPE, dtype: str 
     return {d: {name: [ratios(c) for c in both(d, name, shape, dtype)] for name in CASES} for d in devices}
 
 
+# The loss of hidden states and a head, with both gradients, beside that of the logits that their product is.
+
+HEADS = [
+    (n, embed, classes) for classes in (32000, 128256) for embed in (1024, 4096) for n in (1024, 4096, 8192, 65536)
+]
+
+
+def of_product(dtype: str) -> Callable:
+    """Optax's, of logits in that dtype."""
+
+    def loss(x, weight, labels):
+        return jnp.mean(IDS(jnp.matmul(x, weight, preferred_element_type=dtype), labels))
+
+    return loss
+
+
+def of_head(device: str, tokens: int, embed: int, classes: int) -> list[Cost]:
+    """Ours, Optax's of bfloat16 logits; on a TPU also that of float32 logits."""
+    shapes = ((tokens, embed), DTYPE), ((embed, classes), DTYPE), ((tokens,), "int32")
+    operands = [jax.ShapeDtypeStruct(*of) for of in shapes]
+    peers = [of_product(DTYPE)] + [of_product("float32")] * (device in TPUS)
+    return [cost(device, jax.value_and_grad(f, (0, 1)), operands) for f in (sj.linear_cross_entropy, *peers)]
+
+
+def measured_heads(devices: Sequence[str], heads: Sequence[tuple[int, int, int]] = HEADS) -> dict[str, dict]:
+    """{device: {"tokens x embed x classes": [(temporary MiB, roofline ms or None), ...]}}"""
+    told = lambda c: (c.temporary / 2**20, c.seconds and 1e3 * c.seconds)  # noqa: E731
+    name = "{} x {} x {}".format
+    return {d: {name(*head): [told(c) for c in of_head(d, *head)] for head in heads} for d in devices}
+
+
 if __name__ == "__main__":
-    json.dump(measured(sys.argv[1:]), sys.stdout)
+    part, *asked = sys.argv[1:]
+    heads = [tuple(map(int, name.split("x"))) for name in asked if "x" in name]
+    devices = [name for name in asked if "x" not in name]
+    found = measured(devices) if part == "logits" else measured_heads(devices, heads or HEADS)
+    json.dump(found, sys.stdout)

@@ -1,6 +1,6 @@
 """Softmax and cross-entropy for JAX: exact, small, fast.
 
-The table of contents, in reading order: the doors; behind them `_token_loss`, `_chunks` and the waist, `_class_sums`.
+The table of contents, in reading order: the doors; behind them `_token_loss`, `_head` and the waist, `_class_sums`.
 """
 
 # ruff: noqa: I001
@@ -14,6 +14,7 @@ from softmax_jax._label_statistics import linear_label_statistics as linear_labe
 from softmax_jax._kl_divergence import kl_divergence as kl_divergence
 from softmax_jax._kl_divergence import linear_kl_divergence as linear_kl_divergence
 from softmax_jax._targets import SparseLabels as SparseLabels
+from softmax_jax._sum_over_chunks import sum_over_chunks as sum_over_chunks
 from softmax_jax._optax_names import softmax_cross_entropy as softmax_cross_entropy
 from softmax_jax._optax_names import (
     softmax_cross_entropy_with_integer_labels as softmax_cross_entropy_with_integer_labels,

@@ -5,6 +5,7 @@ import operator
 from numbers import Real
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -143,6 +144,7 @@ def one_teacher(
     teacher_probs: Any,
     teacher_logits: Any,
     head: tuple[Any, Any, Any, bool] = (None, None, None, False),
+    dtype: Any = None,
 ) -> tuple[Kind, Source]:
     """What the one teacher given is, for logits of `shape`."""
     teacher_x, weight, bias, transpose_weight = head
@@ -164,7 +166,7 @@ def one_teacher(
                 f"the teacher's logits must have the student's shape {shape}; got {(*x.shape[:-1], classes)} from "
                 f"teacher_x.shape={x.shape}, teacher_weight.shape={weight.shape}. Give both the same tokens, classes."
             )
-        return "states", Source.of_head(x, weight, bias, transpose_weight)
+        return "states", Source.of_head(x, weight, bias, transpose_weight, dtype)
     if isinstance(teacher_probs, SparseLabels):
         return "probabilities", Source(labels_of(teacher_probs, shape, axis))
     if isinstance(teacher_logits, SparseLabels):
@@ -354,6 +356,19 @@ def head_size(x: Array, weight: Array, bias: ArrayLike | None, transpose_weight:
                 f"{weight_name}.shape={weight.shape}, {layout}. Reshape it."
             )
     return classes
+
+
+def multiplied_in(dtype: Any) -> Any:
+    """The `dtype` of a head's product; None for the promotion of its operands."""
+    if dtype is None:
+        return None
+    try:
+        found = jax.dtypes.canonicalize_dtype(dtype)
+    except TypeError:
+        raise TypeError(f"`dtype` must be a dtype; got {dtype!r}. Pass jnp.bfloat16, say, or None.") from None
+    if not jnp.issubdtype(found, jnp.floating):
+        raise TypeError(f"`dtype` must be floating; got {dtype!r}. Pass jnp.bfloat16, say, or None.")
+    return found
 
 
 def fixed_sizes(batch: tuple[Any, ...], embed: Any, classes: Any, chunk_size: int | None) -> None:

@@ -78,7 +78,7 @@ def _of_device(student: Source, target: Source, options: Options, normalizer: An
     summed, numbers = how.reduction != "none", partial(how.numbers, class_axes=class_axes)
     if how.in_chunks or student.weight is not None:
         operands = dealt(student, replace(target, x=labels), weights, options, more, how.dtype, how.chunk_size)
-        found = over_chunks(partial(numbers, axis=1), *operands, batch, summed)
+        found = over_chunks(partial(numbers, axis=1), operands, batch, summed)
     else:
         found = numbers(student.x, labels, weights, options, more, axis=axis)
         found = jnp.sum(found) if summed else found

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Bool, Float, Num
 
 from softmax_jax import _checks
@@ -135,14 +135,18 @@ def linear_cross_entropy(
     reduction: Reduction = "mean",
     normalizer: ArrayLike | None = None,
     axis_name: str | tuple[str, ...] | None = None,
+    dtype: DTypeLike | None = None,
     chunk_size: int | None = None,
 ) -> Float[Array, "..."]:
     """`cross_entropy(x @ weight + bias, labels, ...)` without ever holding the logits.
 
-    Tokens go through in chunks: one matrix product makes a chunk's logits, the very functions of `cross_entropy` make
-    its loss and, in the same pass, its gradients, and the logits are dropped. Memory beyond operands and gradients is
-    one chunk's logits, their gradient, and the float32 gradients of 16-bit operands until they are cast, whatever the
-    number of tokens. Products multiply in the operands' dtype and accumulate in float32, as the sum over chunks does.
+    Tokens go through in chunks: one matrix product makes a chunk's logits in float32, the very functions of
+    `cross_entropy` make its loss and, in the same pass, the gradient of its logits, and the logits are dropped. That
+    gradient is kept, in the dtype that is multiplied, of as many tokens as it takes to make the two other products
+    efficient: three in all, as the plain form has. Temporary memory beyond operands and gradients, bytes a class:
+
+        4 · chunk_size  +  2 · kept  +  (4 · embed, where tokens > kept)       of 16-bit operands, with kept =
+        max(2048, chunk_size) or all tokens, as long as that is no more;   4 · chunk_size + 4 · chunk_size of wider ones
 
     Args:
       x: hidden states, `[*batch, embed]`.
@@ -154,16 +158,24 @@ def linear_cross_entropy(
       axis_name: inside `jax.shard_map`, the mesh axis or axes that the classes are sharded over: `weight`, `bias`,
         dense labels, `where` and `class_weights` are this device's part of the classes; `x` and integer labels are the
         same along them (if each device has other tokens there, `jax.lax.all_gather` them first).
-      chunk_size: the most tokens a chunk may have: of one device's under `shard_map` and in explicit sharding, of all
-        in automatic sharding. By default their logits take 32 MiB in float32, or as much as the head's gradient that
-        is summed beside them if embed is up to 512, from 1024 on half as much. Chunks are of equal size; where no such
+      dtype: what both are multiplied in, by default their promotion: a bfloat16 `x` with a float32 `weight`, as Flax
+        has them by `dtype=jnp.bfloat16`, multiplies in float32 unless told `dtype=jnp.bfloat16` here too. Logits and
+        sums are float32, and each gradient has its operand's dtype, whatever this is.
+      chunk_size: the most tokens whose logits exist at a time: of one device's under `shard_map` and in explicit
+        sharding, of all in automatic sharding. By default their logits take 32 MiB in float32, or as much as the
+        head's gradient if embed is up to 512, from 1024 on half as much. Chunks are of equal size; where no such
         size divides the number of tokens, the per-token operands are copied once, padded with tokens of weight 0.
         Strided: chunk c holds tokens c, c + count, c + 2 count, ...
 
     The other arguments, their edge behaviour, the reductions and what is raised are those of `cross_entropy`. A row
     of weight 0 contributes exactly 0 also to the gradient of `weight`, whatever its `x` holds. Gradients flow to `x`,
-    `weight`, `bias`, `weights`, `class_weights`, the float options and dense labels; those that nobody asks for are
-    not computed (a frozen head costs two matrix products, not three).
+    `weight`, `bias`, `weights`, `class_weights`, the float options and dense labels. Under `jit` one that nobody asks
+    for is dead code (a frozen head costs two matrix products, not three); outside of it all are computed. Over devices
+    that share it, the head's gradient is summed once, after the loops, in float32.
+
+    Where the head is in a module: `nnx.Linear.kernel` and Linen's `params["kernel"]` are `[embed, classes]`;
+    `nnx.Embed.embedding` and `eqx.nn.Linear.weight` are `[classes, embed]`, for `transpose_weight=True`. A head that is
+    a function: `sum_over_chunks`.
 
     Returns:
       A scalar, or the batch shape for `reduction="none"`, whose backward pass makes each chunk's logits again.
@@ -182,7 +194,8 @@ def linear_cross_entropy(
     """
     x, weight = jnp.asarray(x), jnp.asarray(weight)
     _checks.head_size(x, weight, bias, transpose_weight)
-    head = Source.of_head(x, weight, bias, transpose_weight)
+    dtype = _checks.multiplied_in(dtype)
+    head = Source.of_head(x, weight, bias, transpose_weight, dtype)
     options = Options(where, weights, ignore_index, class_weights, label_smoothing, z_loss, logit_scale, softcap)
     return _loss(head, labels, x.ndim - 1, options, reduction, normalizer, axis_name, chunk_size)
 

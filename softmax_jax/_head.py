@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,16 +11,17 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from softmax_jax._checks import Options, fixed_sizes
-from softmax_jax._chunks import PyTree, map_over_chunks, sum_over_chunks
+from softmax_jax._chunks import PyTree, map_over, sum_over
 from softmax_jax._dtypes import accumulator
+from softmax_jax._product import Product, emptied
 from softmax_jax._source import Source
 
 
 class Shared(NamedTuple):
     """What every chunk sees."""
 
-    student: Source  # without its x
-    target: Source
+    bias: Array | None
+    target_bias: Array | None
     rows: Array | None  # `where` of groups of tokens, [groups, classes]
     options: Options  # with the part of `where` that all tokens share
     more: PyTree
@@ -30,10 +30,17 @@ class Shared(NamedTuple):
 class Each(NamedTuple):
     """One entry a token."""
 
-    student: Any
+    logits: Any  # None where a head makes them
     target: Any
     weights: Array | None
     where: Array | None  # [tokens, classes], or the token's group in `rows`
+
+
+class Dealt(NamedTuple):
+    """The operands of all chunks."""
+
+    operands: tuple[tuple[Product, ...], Shared, Each]
+    super_chunks: int
 
 
 def dealt(
@@ -44,46 +51,47 @@ def dealt(
     more: PyTree,
     dtype: DTypeLike,
     chunk_size: int | None,
-) -> tuple[Shared, Each]:
-    """The operands of all chunks."""
+) -> Dealt:
     (*batch, classes), tokens = student.shape, math.prod(student.shape[:-1])
     embed = 1 if student.weight is None else student.x.shape[-1]
     fixed_sizes(tuple(batch), embed, classes, chunk_size)
-    chunks = chunk_count(tuple(batch), chunk_size or default_chunk(embed, classes, dtype))
+    chunks, super_chunks = chunk_counts(tuple(batch), chunk_size or default_chunk(embed, classes, dtype), student)
     if weights is None and tokens % chunks:
         weights = jnp.ones(batch, accumulator(dtype))
     where, rows, row_of = _mask_rows(options.where, tuple(batch))
-    each = Each(student.x, target.x, weights, row_of)
-    each = jax.tree.map(lambda a: _deal(a.reshape(tokens, *a.shape[len(batch) :]), chunks), each)
+    deal = lambda tree: jax.tree.map(lambda a: _deal(a.reshape(tokens, *a.shape[len(batch) :]), chunks), tree)  # noqa: E731
+    heads = [source for source in (student, target) if source.weight is not None]
+    given = [None if source.weight is not None else source.x for source in (student, target)]
+    each = deal(Each(*given, weights, row_of))
+    products = (Product(deal(s.x), s.weight, each.weights, s.dtype, s.transposed) for s in heads)
     options = options._replace(where=where, class_weights=_row(options.class_weights))
-    return Shared(replace(student, x=None), replace(target, x=None), rows, options, more), each
+    shared = Shared(student.bias, target.bias, rows, options, more)
+    return Dealt((tuple(products), shared, each), super_chunks)
 
 
-def over_chunks(numbers: Callable, shared: Shared, each: Each, batch: tuple[int, ...], summed: bool) -> PyTree:
+def over_chunks(numbers: Callable, operands: Dealt, batch: tuple[int, ...], summed: bool) -> PyTree:
     """`numbers` of a chunk's logits, target, weights, options and `more`: [*batch], or their sum."""
     of_chunk = partial(_of_chunk, numbers)
     if summed:
-        return sum_over_chunks(partial(_total, of_chunk), shared, each)
-    return jax.tree.map(partial(_undealt, batch), map_over_chunks(of_chunk, shared, each))
+        return sum_over(partial(_total, of_chunk), *operands)
+    return jax.tree.map(partial(_undealt, batch), map_over(of_chunk, *operands))
 
 
-def _total(of_chunk: Callable, shared: Shared, chunk: Each) -> Array:
-    return jnp.sum(of_chunk(shared, chunk))
+def _total(of_chunk: Callable, *operands: Any) -> Array:
+    return jnp.sum(of_chunk(*operands))
 
 
-def _of_chunk(numbers: Callable, shared: Shared, chunk: Each) -> PyTree:
-    student = replace(shared.student, x=emptied(chunk.student, chunk.weights))
-    target, options = chunk.target, shared.options
-    if shared.target.weight is not None:
-        target = replace(shared.target, x=emptied(target, chunk.weights)).logits()
+def _of_chunk(numbers: Callable, shared: Shared, chunk: Each, *of_heads: Array) -> PyTree:
+    made, options = iter(of_heads), shared.options
+    logits = emptied(chunk.logits, chunk.weights) if chunk.logits is not None else _plus(next(made), shared.bias)
+    target = chunk.target if chunk.target is not None else _plus(next(made), shared.target_bias)
     if chunk.where is not None:
         options = options._replace(where=chunk.where if shared.rows is None else shared.rows[chunk.where])
-    return numbers(student.logits(), target, chunk.weights, options, shared.more)
+    return numbers(logits, target, chunk.weights, options, shared.more)
 
 
-def emptied(array: Array, weights: Array | None) -> Array:
-    """Rows of weight 0 hold 0."""
-    return array if weights is None else jnp.where(weights.reshape(-1, *(1,) * (array.ndim - 1)) == 0, 0, array)
+def _plus(logits: Array, bias: Array | None) -> Array:
+    return logits if bias is None else logits + bias[None, :].astype(logits.dtype)
 
 
 def _undealt(batch: tuple[int, ...], of_chunks: Array) -> Array:
@@ -91,29 +99,52 @@ def _undealt(batch: tuple[int, ...], of_chunks: Array) -> Array:
     return of_chunks.reshape(-1)[: math.prod(batch)].reshape(batch)
 
 
-CHUNK_BYTES, FEW_TOKENS = 2**25, 512
-"""What the default `chunk_size` aims at for the logits of one chunk in the accumulator's dtype, and what a large head
-gets all the same."""
+# Temporary bytes a class, of n tokens in super-chunks of S and chunks of C, with b bytes a number of the operands:
+#
+#     b·S + 4·C + (4·embed if n > S and the head's gradient is not float32 itself)
+#
+# The head's product with what is kept takes 2·S·embed operations a class; between super-chunks 8·embed bytes of its
+# float32 sum are read and written. From S = 4 · rate / bandwidth on arithmetic binds: for 16-bit operands from 731
+# tokens (H200) or 866 (B200), for wider ones from some dozens, so there S = C. One super-chunk while all that is kept,
+# b·n, is no more than that sum and what is kept beside it.
+
+CHUNK_BYTES, FEW_TOKENS, KEPT_TOKENS = 2**25, 512, 2048
+"""What the default `chunk_size` aims at for the logits of one chunk in the accumulator's dtype; what a large head gets
+all the same; and the tokens of a super-chunk of 16-bit operands."""
 
 
 def default_chunk(embed: int, classes: int, dtype: DTypeLike) -> int:
-    """How many tokens a chunk has: their logits take `CHUNK_BYTES`, or as much as the head's gradient (of a wide head
-    half as much), whose sum is read and written once a chunk: 64 tokens at a time, it takes as long as the products
-    (1024 x 1024 x 128256 on the CPU: 1.25 of Optax's time, 0.97 with 512)."""
+    """C: as many tokens as have logits of `CHUNK_BYTES`, or logits as large as the head's gradient (of a wide head half
+    as large), in whose place they lie: 64 tokens at a time, summing it takes as long as the products (1024 x 1024 x
+    128256 on the CPU: 1.25 of Optax's time, 0.97 with 512)."""
     of_bytes = CHUNK_BYTES // (classes * accumulator(dtype).itemsize)
     return max(1, of_bytes, min(embed, FEW_TOKENS), embed // 2)
 
 
-def chunk_count(batch: tuple[int, ...], chunk_size: int) -> int:
-    """How many chunks of equal size: the fewest that fit, or up to twice as many if that many divide the tokens.
+def chunk_counts(batch: tuple[int, ...], chunk_size: int, student: Source) -> tuple[int, int]:
+    """(how many chunks there are, in how many super-chunks), n / C and n / S."""
+    if student.weight is None:
+        return chunk_count(batch, chunk_size), 1
+    kept, embed = jnp.dtype(student.dtype).itemsize, student.x.shape[-1]
+    most = max(chunk_size, KEPT_TOKENS) if kept == 2 else chunk_size
+    of_sum = 0 if student.weight.dtype == accumulator(student.dtype) else 4 * embed
+    if kept * math.prod(batch) <= of_sum + kept * most:
+        return chunk_count(batch, chunk_size), 1
+    chunks = chunk_count(batch, chunk_size, most // chunk_size)
+    return chunks, chunks // (most // chunk_size)
+
+
+def chunk_count(batch: tuple[int, ...], chunk_size: int, multiple: int = 1) -> int:
+    """How many chunks of equal size, a multiple: the fewest that fit, or up to twice as many if that many divide the
+    tokens.
 
     Of those, one whose size a batch may be sharded over: a multiple of the power of two in the first axis's size.
     """
     tokens = math.prod(batch)
-    fewest = max(1, -(-tokens // chunk_size))
+    fewest = max(1, -(-tokens // (chunk_size * multiple))) * multiple
     parts = math.gcd(batch[0] if batch else 1, 1024)
     while parts:
-        for chunks in range(fewest, 2 * fewest):
+        for chunks in range(fewest, 2 * fewest, multiple):
             if tokens % (chunks * parts) == 0:
                 return chunks
         parts //= 2

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Bool, Float
 
 from softmax_jax import _checks
@@ -20,7 +20,7 @@ from softmax_jax._cross_entropy import Scalar
 from softmax_jax._divergence import divergence
 from softmax_jax._divergence_sums import Logits
 from softmax_jax._dtypes import accumulator, product_dtype, upcast
-from softmax_jax._head import emptied
+from softmax_jax._product import emptied
 from softmax_jax._sharding import Names
 from softmax_jax._source import Source
 from softmax_jax._targets import SparseLabels, existing, probabilities_of, unused_by
@@ -128,6 +128,7 @@ def linear_kl_divergence(
     reduction: Reduction = "mean",
     normalizer: ArrayLike | None = None,
     axis_name: str | tuple[str, ...] | None = None,
+    dtype: DTypeLike | None = None,
     chunk_size: int | None = None,
 ) -> Float[Array, "..."]:
     """`kl_divergence(x @ weight + bias, ...)` without ever holding the logits, as `linear_cross_entropy`; with
@@ -151,10 +152,11 @@ def linear_kl_divergence(
     """
     x, weight = jnp.asarray(x), jnp.asarray(weight)
     _checks.head_size(x, weight, bias, transpose_weight)
-    student, axis = Source.of_head(x, weight, bias, transpose_weight), x.ndim - 1
+    dtype = _checks.multiplied_in(dtype)
+    student, axis = Source.of_head(x, weight, bias, transpose_weight, dtype), x.ndim - 1
     head = teacher_x, teacher_weight, teacher_bias, teacher_transpose_weight
     kind, teacher = _checks.one_teacher(
-        student.shape, axis, teacher_probs=teacher_probs, teacher_logits=teacher_logits, head=head
+        student.shape, axis, teacher_probs=teacher_probs, teacher_logits=teacher_logits, head=head, dtype=dtype
     )
     numbers = beta, temperature, softcap, teacher_softcap
     return _divergence(
@@ -190,8 +192,7 @@ def _divergence(
     if not isinstance(teacher.x, SparseLabels):
         name, array = teacher.of_classes()
         _checks.sharded("teacher_probs" if kind == "probabilities" else f"teacher_{name}", array, class_axes)
-    floats = (a.dtype for a in jax.tree.leaves((student, teacher)) if jnp.issubdtype(a.dtype, jnp.floating))
-    dtype = reduce(product_dtype, floats)
+    dtype = reduce(product_dtype, (dtype for source in (student, teacher) for dtype in source.dtypes()))
     scale = _checks.unless(1, "temperature", temperature, dtype, 0.0, math.inf, open_low=True)
     scale = None if scale is None else jnp.asarray(1 / scale)
     caps = zip(("softcap", "teacher_softcap"), softcaps, strict=True)

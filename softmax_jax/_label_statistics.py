@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Bool, Float, Int, Integer
 
 from softmax_jax import _checks
@@ -99,6 +99,7 @@ def linear_label_statistics(
     logit_scale: Scalar = 1.0,
     softcap: Scalar | None = None,
     axis_name: str | tuple[str, ...] | None = None,
+    dtype: DTypeLike | None = None,
     chunk_size: int | None = None,
 ) -> LabelStatistics:
     """`label_statistics(x @ weight + bias, labels, ...)` without ever holding the logits, as `linear_cross_entropy`.
@@ -114,7 +115,8 @@ def linear_label_statistics(
     """
     x, weight = jnp.asarray(x), jnp.asarray(weight)
     _checks.head_size(x, weight, bias, transpose_weight)
-    head = Source.of_head(x, weight, bias, transpose_weight)
+    dtype = _checks.multiplied_in(dtype)
+    head = Source.of_head(x, weight, bias, transpose_weight, dtype)
     options = Options(where, logit_scale=logit_scale, softcap=softcap)
     return _of_source(head, labels, x.ndim - 1, options, ignore_index, axis_name, chunk_size)
 

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 PyTree = Any
 Names = tuple[str, ...]
@@ -108,6 +109,14 @@ def buffer_for(array: Array) -> Array:
     choice that is never made gives it: the compiler does not see through the barrier before it has laid all out.
     """
     return jnp.where(lax.optimization_barrier(False), array, jnp.zeros_like(array))
+
+
+def unwritten(shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+    """An array that is written before it is read. Zeros where the compiler chooses how arrays lie over devices: it does
+    not divide one that it knows nothing of (8192 tokens of 128256 classes over 8 devices: 2004 MiB instead of 250)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    chosen = jax.device_count() > 1 if mesh.empty else any(kind != AxisType.Manual for kind in mesh.axis_types)
+    return jnp.zeros(shape, dtype) if chosen else lax.empty(shape, dtype)
 
 
 # Explicit sharding: types that tell how an array is laid out.

@@ -38,18 +38,31 @@ MOVED = {
 COMPILERS = {"H200": "jax_cuda13_plugin", "TPU v6e": "libtpu"}
 
 
-@pytest.mark.thorough
-@pytest.mark.parametrize("device", MOVED)
-def test_bytes_kernels_and_temporary_memory(device):
+def compiled(part, device, *heads):
     if find_spec(COMPILERS[device]) is None:
         pytest.skip(f"{COMPILERS[device]} is not installed, the compiler for an {device}")
     kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS" and not name.startswith("JAX_")}
-    command = [sys.executable, "-m", "benchmarks.compiled", device]
+    command = [sys.executable, "-m", "benchmarks.compiled", part, device, *heads]
     run = subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout)[device]
+    return json.loads(run.stdout)[device]
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("device", MOVED)
+def test_bytes_kernels_and_temporary_memory(device):
+    found = compiled("logits", device)
     for case, expected in MOVED[device].items():
         (kernels, moved, temporary), peer = found[case]
         assert moved <= expected + 0.15, (case, moved)
         assert temporary <= 0.05, (case, temporary)
         assert kernels is None or peer is None or kernels <= peer[0] + 5, (case, kernels, peer)
+
+
+@pytest.mark.thorough
+def test_a_head_needs_no_more_than_the_product_that_makes_its_logits():
+    """Few tokens, one super-chunk of two chunks, several super-chunks."""
+    heads = ["1024x4096x32000", "4096x4096x32000", "8192x1024x32000"]
+    for (memory, time), (of_optax, time_of_optax) in compiled("heads", "H200", *heads).values():
+        assert memory <= 1.02 * of_optax
+        assert time <= 1.03 * time_of_optax

@@ -215,3 +215,38 @@ def test_a_row_of_weight_zero_may_hold_anything(rng):
         run = jax.value_and_grad(loss, (0, 1, 2))
         got, want = run(bad, weight, bias, bad_labels), run(np.where(weights[:, None] == 0, 0, x), weight, bias, labels)
         chex.assert_trees_all_equal(got, want)
+
+
+@pytest.mark.parametrize("reduction", few_of(["mean", "none"]))
+def test_several_super_chunks_of_16_bits(rng, reduction):
+    """5000 tokens of a head that is narrower than their number: what is kept of the logits' gradient is that of some
+    2048 tokens, in four chunks each, and the last is padded."""
+    operands, labels, options = head_case(rng, (5000,), 8, 33, jnp.bfloat16, names=["weights", "where"])
+    check(rng, operands, labels, options | {"reduction": reduction}, chunk_size=500, k=16)
+
+
+def test_what_they_are_multiplied_in(rng):
+    """A bfloat16 x and a float32 head, as Flax has them: equal to the product of both in bfloat16, each gradient in its
+    operand's dtype, the head's with more digits than bfloat16 has."""
+    x, weight = rng.normal(size=(64, 16)).astype(jnp.bfloat16), rng.normal(size=(16, 50)).astype(np.float32)
+    labels = rng.integers(0, 50, 64).astype(np.int32)
+    both = jax.jit(jax.value_and_grad(partial(linear_cross_entropy, dtype=jnp.bfloat16), (0, 1)))
+    text = both.lower(x, weight, labels).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert len(products) == 3 and all(line.count("xbf16>") == 2 for line in products)
+
+    loss, (dx, dweight) = both(x, weight, labels)
+    assert (loss.dtype, dx.dtype, dweight.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
+    rounded = weight.astype(jnp.bfloat16)
+    want, (of_x, of_rounded) = jax.value_and_grad(linear_cross_entropy, (0, 1))(x, rounded, labels)
+    assert loss == want
+    np.testing.assert_array_equal(dx, of_x)
+    np.testing.assert_array_equal(dweight.astype(jnp.bfloat16), of_rounded)
+    assert np.any(np.asarray(dweight) != np.asarray(of_rounded, np.float32))
+
+
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize("dtype", [jnp.int32, "no such format"])
+def test_a_dtype_that_is_none_is_refused(dtype):
+    with pytest.raises(TypeError, match="`dtype` must be .*Pass jnp.bfloat16, say, or None"):
+        linear_cross_entropy(np.ones((3, 4), np.float32), np.ones((4, 5), np.float32), np.zeros(3, int), dtype=dtype)

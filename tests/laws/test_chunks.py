@@ -5,9 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from softmax_jax._chunks import map_over_chunks, sum_over_chunks
+from softmax_jax import cross_entropy, sum_over_chunks
+from softmax_jax._chunks import map_over
 
 SIZE, COUNT, WIDTH = 4, 3, 5
+
+
+def map_over_chunks(f, shared, chunks):
+    return map_over(f, ((), shared, chunks))
 
 
 def waves(shared, chunk):
@@ -124,3 +129,42 @@ def test_vmap_over_shared_and_over_chunks(operands):
         one = lambda i, args=args, axes=axes: [a if x is None else a[i] for a, x in zip(args, axes, strict=True)]  # noqa: E731
         want = jax.tree.map(lambda *a: jnp.stack(a), *(jax.value_and_grad(f, (0, 1))(*one(i)) for i in range(2)))
         assert_close(got, want)
+
+
+def test_a_head_that_is_a_function(rng):
+    """As in the docstring of `sum_over_chunks`: a norm, a kernel that is multiplied in bfloat16, a bias."""
+    sizes = {"norm": (1, 8), "kernel": (8, 33), "bias": (1, 33)}
+    params = {name: jnp.asarray(rng.normal(size=size), jnp.float32) for name, size in sizes.items()}
+    h, labels = jnp.asarray(rng.normal(size=(24, 8)), jnp.bfloat16), jnp.asarray(rng.integers(0, 33, 24))
+
+    def total(params, chunk):
+        h, labels = chunk
+        h = h.astype(jnp.float32) * params["norm"]
+        logits = h.astype(jnp.bfloat16) @ params["kernel"].astype(jnp.bfloat16)
+        return cross_entropy(logits.astype(jnp.float32) + params["bias"], labels, reduction="sum")
+
+    def by_chunks(params, h):
+        return sum_over_chunks(total, params, (h.reshape(-1, 3, 8), labels.reshape(-1, 3)))
+
+    got = jax.jit(jax.value_and_grad(by_chunks, (0, 1)))(params, h)
+    want = jax.jit(jax.value_and_grad(lambda params, h: total(params, (h, labels)), (0, 1)))(params, h)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert a.dtype == b.dtype
+        # The kernel's gradient is rounded to bfloat16 in every chunk by `total` itself.
+        np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=0, atol=float(np.max(np.abs(np.float32(b)))) / 64)
+
+
+@pytest.mark.parametrize(
+    ("chunks", "f", "error", "message"),
+    [
+        ((np.ones((4, 3)), np.ones((4, 2))), lambda s, c: 0.0, ValueError, r"one size.*\(4, 3\), \(4, 2\).*Reshape"),
+        (np.ones(4), lambda s, c: 0.0, ValueError, r"\[size, count, ...\].*\(4,\)"),
+        ((), lambda s, c: 0.0, ValueError, r"got shapes \[\]"),
+        (np.ones((4, 0)), lambda s, c: 0.0, ValueError, "there are no chunks"),
+        (np.ones((4, 3), np.float32), lambda s, c: c, TypeError, r"floating scalar.*Return the chunk's sum"),
+        (np.ones((4, 3), np.int32), lambda s, c: jnp.sum(c), TypeError, "floating scalar"),
+    ],
+)
+def test_bad_arguments_are_refused_with_the_way_out(chunks, f, error, message):
+    with pytest.raises(error, match=message):
+        sum_over_chunks(f, np.float32(1), chunks)

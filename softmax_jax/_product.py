@@ -1,0 +1,87 @@
+"""A head's product and its two gradients, of tokens in chunks.
+
+    logits = x · weight        dx = dlogits · weightᵀ        dweight = xᵀ · dlogits
+
+Operands are multiplied in the layer's dtype, results are float32: a gradient is rounded to 16 bits once, at the end,
+after the divisor is applied.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike, DTypeLike
+
+from softmax_jax._dtypes import accumulator
+from softmax_jax._sharding import unwritten, vary, vary_alike, varying
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["x", "weight", "weights"], meta_fields=["dtype", "transposed"])
+@dataclass(frozen=True)
+class Product:
+    """x @ weight, of tokens in chunks. Of a sharded head these are the logits of this device's classes, and the
+    gradient of `x`, which is the same on all devices, is the sum of theirs."""
+
+    x: Any  # [size, count, embed]
+    weight: Any  # [embed, classes], or [classes, embed] where it is `transposed`
+    weights: Any = None  # [size, count]: a row of weight 0 is 0, whatever it holds
+    dtype: Any = None  # in which the two are multiplied
+    transposed: bool = False
+
+    @property
+    def kept(self) -> DTypeLike:
+        """In what dlogits is kept until it is multiplied. float16 has not its range."""
+        return accumulator(self.dtype) if jnp.dtype(self.dtype) == jnp.float16 else self.dtype
+
+    def logits(self, index: ArrayLike) -> Array:
+        """[size, classes] of one chunk."""
+        x, weight = vary_alike(self._rows(index, 1)[:, 0], self.weight)
+        return _dot(x, weight, ((1,), (1 if self.transposed else 0,)), self.dtype)
+
+    def buffer(self, chunks: int) -> Array:
+        """For the dlogits of that many chunks."""
+        classes = self.weight.shape[0 if self.transposed else 1]
+        buffer = unwritten((len(self.x), chunks, classes), self.kept)
+        return vary(buffer, varying(self.x, self.weight))
+
+    def gradients(self, dlogits: Array, first: ArrayLike) -> tuple[Array, Array]:
+        """(dx, dweight) of the chunks from the `first` on, by their dlogits, [size, chunks, classes]."""
+        dlogits, scale = _in_range(dlogits, self.dtype)
+        x, weight, dlogits = vary_alike(self._rows(first, dlogits.shape[1]), self.weight, dlogits)
+        dx = _dot(dlogits, weight, ((2,), (0 if self.transposed else 1,)), self.dtype)
+        pair = (dlogits, x) if self.transposed else (x, dlogits)
+        return dx / scale, _dot(*pair, ((0, 1), (0, 1)), self.dtype) / scale
+
+    def add(self, gradients: tuple[Array, Array], dlogits: Array, first: ArrayLike) -> tuple[Array, Array]:
+        """(dx, dweight) with those of the chunks from the `first` on."""
+        (dx, dweight), (of_chunks, more) = gradients, self.gradients(dlogits, first)
+        return lax.dynamic_update_slice_in_dim(dx, of_chunks, first, 1), dweight + more
+
+    def _rows(self, first: ArrayLike, chunks: int) -> Array:
+        some = lambda a: lax.dynamic_slice_in_dim(a, first, chunks, 1)  # noqa: E731
+        return some(self.x) if self.weights is None else emptied(some(self.x), some(self.weights))
+
+
+def emptied(array: Array, weights: Array | None) -> Array:
+    """Rows of weight 0 hold 0."""
+    if weights is None:
+        return array
+    return jnp.where(jnp.expand_dims(weights, tuple(range(weights.ndim, array.ndim))) == 0, 0, array)
+
+
+def _dot(a: Array, b: Array, axes: tuple, dtype: DTypeLike) -> Array:
+    return lax.dot_general(
+        a.astype(dtype), b.astype(dtype), (axes, ((), ())), preferred_element_type=accumulator(dtype)
+    )
+
+
+def _in_range(dlogits: Array, dtype: DTypeLike) -> tuple[Array, Array | float]:
+    """(dlogits · scale, scale): for float16, the largest at 2**14, as token weights and p may leave its range."""
+    if jnp.dtype(dtype) != jnp.float16:
+        return dlogits, 1.0
+    largest = lax.stop_gradient(jnp.max(jnp.abs(dlogits), initial=0))
+    scale = jnp.where((largest > 0) & jnp.isfinite(largest), 2.0**14 / jnp.maximum(largest, 1e-30), 1)
+    return dlogits * scale, scale
