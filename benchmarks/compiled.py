@@ -192,7 +192,7 @@ def measured_heads(devices: Sequence[str], heads: Sequence[tuple[int, int, int]]
 
 if __name__ == "__main__":
     part, *asked = sys.argv[1:]
-    heads = [tuple(map(int, name.split("x"))) for name in asked if "x" in name]
+    heads: list[Any] = [tuple(map(int, name.split("x"))) for name in asked if "x" in name]
     devices = [name for name in asked if "x" not in name]
     found = measured(devices) if part == "logits" else measured_heads(devices, heads or HEADS)
     json.dump(found, sys.stdout)

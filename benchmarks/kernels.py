@@ -53,7 +53,8 @@ def kernels_of(name: str, times: int, bodies: Bodies) -> Iterator[Kernel]:
             yield Kernel(times, read + written, sum(operations_of(line, body) for line in body))
         else:
             read = sum(map(size_of, (types.get(o, "") for o in re.findall(r"%([\w.\-]+)", rest.split("), ")[0]))))
-            yield Kernel(times, read + min(size_of(shape), read if op.endswith("-start") else math.inf), 0)
+            written = min(size_of(shape), read) if op.endswith("-start") else size_of(shape)
+            yield Kernel(times, read + written, 0)
 
 
 def size_of(shapes: str) -> int:

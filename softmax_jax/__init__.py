@@ -8,7 +8,7 @@ from softmax_jax._softmax import softmax as softmax
 from softmax_jax._softmax import log_softmax as log_softmax
 from softmax_jax._cross_entropy import cross_entropy as cross_entropy
 from softmax_jax._cross_entropy import linear_cross_entropy as linear_cross_entropy
-from softmax_jax._label_statistics import LabelStatistics as LabelStatistics
+from softmax_jax._token_statistics import LabelStatistics as LabelStatistics
 from softmax_jax._label_statistics import label_statistics as label_statistics
 from softmax_jax._label_statistics import linear_label_statistics as linear_label_statistics
 from softmax_jax._kl_divergence import kl_divergence as kl_divergence

@@ -358,6 +358,12 @@ def head_size(x: Array, weight: Array, bias: ArrayLike | None, transpose_weight:
     return classes
 
 
+def ids(name: str, labels: Labels) -> None:
+    if not are_ids(labels):
+        of = "SparseLabels" if isinstance(labels, SparseLabels) else f"dtype {labels.dtype}"
+        raise TypeError(f"`labels` {name} must be integers; got {of}. Pass class ids.")
+
+
 def multiplied_in(dtype: Any) -> Any:
     """The `dtype` of a head's product; None for the promotion of its operands."""
     if dtype is None:

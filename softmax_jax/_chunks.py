@@ -1,7 +1,7 @@
 """Sums and maps over chunks of tokens whose gradients are taken chunk by chunk. Knows nothing of losses.
 
-    sum_over(f, (products, shared, chunks)) = Σ_c f(shared, chunk_c, *logits_c)            f is scalar
-    map_over(f, (products, shared, chunks))[:, c] = f(shared, chunk_c, *logits_c)          f gives numbers a token
+    sum_over(f, (products, shared, chunks)) = Σ_c f(shared, chunk_c, *logits_c)            a scalar, and numbers a token
+    map_over(f, (products, shared, chunks))[:, c] = f(shared, chunk_c, *logits_c)          numbers a token
 
 `chunks` is a pytree of arrays [size, count, ...]; chunk c is [:, c]. Tokens are dealt out in turn, token t to chunk
 t % count, so that a batch that is sharded over its first axis stays where it is. `shared` is a pytree that every
@@ -28,6 +28,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
@@ -42,8 +43,9 @@ Products = tuple[Product, ...]
 Operands = tuple[Products, PyTree, PyTree]  # products, shared, chunks
 
 
-def sum_over(f: Callable[..., Array], operands: Operands, super_chunks: int = 1) -> Array:
-    """Σ_c f(shared, chunk_c, *logits_c) in float32, with its gradient computed and summed chunk by chunk.
+def sum_over(f: Callable[..., tuple[Array, PyTree]], operands: Operands, super_chunks: int = 1) -> tuple[Array, PyTree]:
+    """Σ_c f(shared, chunk_c, *logits_c) in float32, with its gradient computed and summed chunk by chunk; beside it f
+    gives numbers [size], which have no gradient, each as [size, count].
 
     `super_chunks`, in how many parts the gradients of products are taken, divides the count.
 
@@ -93,9 +95,8 @@ def _put(chunks: PyTree, part: PyTree, index: ArrayLike) -> PyTree:
     return jax.tree.map(put, chunks, part)
 
 
-def _sizes(products: Products, chunks: PyTree) -> tuple[int, int]:
-    """(size, count)"""
-    return jax.tree.leaves((tuple(product.x for product in products), chunks))[0].shape[:2]
+def _count(products: Products, chunks: PyTree) -> int:
+    return jax.tree.leaves((tuple(product.x for product in products), chunks))[0].shape[1]
 
 
 def _loop(body: Callable, init: PyTree, count: int) -> PyTree:
@@ -133,22 +134,23 @@ def _vjp(f, shared, chunk, logits):
     return jax.vjp(of, _floats(_up(shared)), _floats(_up(chunk)), logits)
 
 
-def _pull(f, super_chunks, products, shared, chunks, cotangents: PyTree | None):
-    """One loop for value and gradients, all in float32: (Σ f or None, d(shared), d(chunks), those of the products);
-    the last are dlogits where there is one super-chunk, else (dx, dweight).
+def _pull(f, super_chunks, operands: Operands, cotangents: PyTree | None) -> tuple:
+    """One loop for value and gradients, all in float32: (the sum and what is beside it, or None, d(shared), d(chunks),
+    those of the products); the last are dlogits where there is one super-chunk, else (dx, dweight).
 
-    `cotangents` are those of f's results, [size, count]; None is 1 for a scalar f, whose sum is then returned.
+    `cotangents` are those of f's results, [size, count]; None is 1 for the scalar of a sum, which is then returned.
     """
 
     @partial(jax.checkpoint, prevent_cse=False)
     def step(shared, chunk, logits, cotangent):
         value, pull = _vjp(f, shared, chunk, logits)
-        dshared, dchunk, dlogits = pull(jnp.ones_like(value) if cotangent is None else cotangent)
+        dshared, dchunk, dlogits = pull(_of_sum(value) if cotangent is None else cotangent)
         return value, dshared, dchunk, [d.astype(p.kept) for d, p in zip(dlogits, products, strict=True)]
 
-    zeros = _zeros(f, products, shared, chunks)
-    products, shared, chunks = vary((products, shared, chunks), varying(zeros))
-    inner = _sizes(products, chunks)[1] // super_chunks
+    zeros = _zeros(f, *operands)
+    products, shared, chunks = vary(operands, varying(zeros))
+    count = _count(products, chunks)
+    inner = count // super_chunks
 
     def of_chunks(first, carry):
         """(sums, dlogits), with those of the chunks from the `first` on."""
@@ -158,7 +160,7 @@ def _pull(f, super_chunks, products, shared, chunks, cotangents: PyTree | None):
             index = first + i
             logits = [product.logits(index) for product in products]
             value, dshared_here, dchunk, dlogits = step(shared, _take(chunks, index), logits, _take(cotangents, index))
-            total = None if total is None else total + value
+            total = None if total is None else _added(total, value, index)
             sums = total, jax.tree.map(jnp.add, dshared, dshared_here), _put(dchunks, dchunk, index)
             return sums, _put(kept, dlogits, i)
 
@@ -171,7 +173,8 @@ def _pull(f, super_chunks, products, shared, chunks, cotangents: PyTree | None):
         return sums, dlogits, added
 
     of_operands = jax.tree.map(buffer_for, (_floats(_up(shared)), _floats(_up(chunks))))
-    carry = (zeros if cotangents is None else None, *of_operands), [product.buffer(inner) for product in products]
+    total = _nothing(zeros, count) if cotangents is None else None
+    carry = (total, *of_operands), [product.buffer(inner) for product in products]
     if super_chunks == 1:
         sums, of_products = of_chunks(0, carry)
     else:
@@ -200,20 +203,42 @@ def _gradients(super_chunks, operands, dshared, dchunks, of_products, factor: Ar
     return tuple(dproducts), of_tree(shared, dshared), of_tree(chunks, dchunks)
 
 
+def _nothing(zeros: tuple[Array, PyTree], count: int) -> tuple[Array, PyTree]:
+    """A sum before its first chunk, by what f returns for one."""
+    return zeros[0], _for_all(zeros[1], count)
+
+
+def _for_all(zeros: PyTree, count: int) -> PyTree:
+    """[size] to [size, count]"""
+    return jax.tree.map(lambda one: jnp.broadcast_to(one[:, None], (len(one), count)), zeros)
+
+
+def _added(sums: tuple[Array, PyTree], of_chunk: tuple[Array, PyTree], index: ArrayLike) -> tuple[Array, PyTree]:
+    return sums[0] + of_chunk[0], _put(sums[1], of_chunk[1], index)
+
+
+def _of_sum(value: tuple[Array, PyTree]) -> PyTree:
+    """The cotangent by which f is pulled back: 1 for its scalar, none for what is beside."""
+    none = lambda a: jnp.zeros_like(a) if is_floating(a) else np.zeros(a.shape, jax.dtypes.float0)  # noqa: E731
+    return jnp.ones_like(value[0]), jax.tree.map(none, value[1])
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _sum(f, super_chunks, *operands):
     products, _, chunks = operands
-    of_index = lambda index, total: total + _of_index(f, index, *operands)  # noqa: E731
-    return _loop(of_index, _zeros(f, *operands), _sizes(products, chunks)[1])
+    count = _count(products, chunks)
+    of_index = lambda index, sums: _added(sums, _of_index(f, index, *operands), index)  # noqa: E731
+    return _loop(of_index, _nothing(_zeros(f, *operands), count), count)
 
 
 def _sum_fwd(f, super_chunks, *operands):
-    total, *found = _pull(f, super_chunks, *operands, None)
+    total, *found = _pull(f, super_chunks, operands, None)
     return total, (operands, *found)
 
 
 def _sum_bwd(f, super_chunks, residuals, cotangent):
-    return _gradients(super_chunks, *residuals, cotangent)
+    operands, dshared, dchunks, of_products = residuals
+    return _gradients(super_chunks, operands, dshared, dchunks, of_products, cotangent[0])
 
 
 _sum.defvjp(_sum_fwd, _sum_bwd)
@@ -221,8 +246,8 @@ _sum.defvjp(_sum_fwd, _sum_bwd)
 
 def _map_loop(of_index, f, *operands):
     products, _, chunks = operands
-    size, count = _sizes(products, chunks)
-    init = jax.tree.map(lambda one: jnp.broadcast_to(one[:, None], (size, count)), _zeros(f, *operands))
+    count = _count(products, chunks)
+    init = _for_all(_zeros(f, *operands), count)
     return _loop(lambda index, out: _put(out, of_index(index, *operands), index), init, count)
 
 
@@ -250,8 +275,8 @@ def _map_bwd(f, super_chunks, operands, cotangents):
         results = jax.tree.leaves(f(*of_chunk))
         return {i: results[i] for i in used}
 
-    _, *found = _pull(of_used, super_chunks, *operands, used)
-    return _gradients(super_chunks, operands, *found)
+    _, dshared, dchunks, of_products = _pull(of_used, super_chunks, operands, used)
+    return _gradients(super_chunks, operands, dshared, dchunks, of_products)
 
 
 _map.defvjp(_map_fwd, _map_bwd, symbolic_zeros=True)

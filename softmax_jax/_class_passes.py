@@ -15,7 +15,7 @@ from jax import Array, lax
 from softmax_jax._adjustment import Adjustment, adjust, shifted
 from softmax_jax._dtypes import upcast
 from softmax_jax._passes import as_operands, over_classes, sum_over_classes
-from softmax_jax._sharding import Names, count, offset, pmax, psum
+from softmax_jax._sharding import Names, count, offset, pmax, pmin, psum
 
 # Between the logits and their sum stands floating-point arithmetic alone: at an integer, a comparison or a select
 # within a row sum, XLA on the CPU writes the whole array out (3-6x slower).
@@ -133,6 +133,15 @@ def top_class(logits: Array, m: Array, adjustment: Adjustment, axis: int, class_
     level, top = jnp.divmod(jnp.where(rank >= 0, rank, -1).astype(jnp.int32), size)  # of NaN too
     rank = pmax(level * classes + top + offset(size, class_axes), class_axes)
     return jnp.where(rank >= 0, rank % classes, classes)
+
+
+def first_of_largest(logits: Array, adjustment: Adjustment, axis: int, class_axes: Names) -> Array:
+    """The first of all classes whose z is the largest, as a number; any, where a z is NaN."""
+    z = upcast(adjust(*lax.stop_gradient((logits, adjustment))))
+    here, largest = jnp.argmax(z, axis) + offset(z.shape[axis], class_axes), jnp.max(z, axis)
+    here = here.astype(z.dtype)
+    beyond = jnp.asarray(count(z.shape[axis], class_axes), z.dtype)
+    return pmin(jnp.where(largest == pmax(largest, class_axes), here, beyond), class_axes) if class_axes else here
 
 
 def is_at(pivot: Array, like: Array, axis: int) -> Array:

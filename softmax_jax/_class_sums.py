@@ -35,6 +35,7 @@ from softmax_jax._adjustment import Adjustment, adjust, rounded, row_shift, shif
 from softmax_jax._class_passes import (
     beyond_exp,
     finite,
+    first_of_largest,
     is_at,
     moment_of_others,
     pick,
@@ -79,6 +80,7 @@ class ClassSums(NamedTuple):
     moment: Array | None = None  # Σ_{v≠pivot} exp(z_v - m) (m - z_v), for the entropy
     above: Array | None = None  # how many z are larger than that of the label; no gradient, as of ties
     ties: Array | None = None  # 0 where no class before the label has its z
+    first: Array | None = None  # the first class of the largest z
 
 
 class Asked(NamedTuple):
@@ -86,7 +88,7 @@ class Asked(NamedTuple):
 
     prior: bool = False
     moment: bool = False
-    place: bool = False  # above and ties, of SparseLabels of one class
+    place: bool = False  # above, ties and first, of SparseLabels of one class
 
 
 def _prior(logits, class_weights, m, adjustment, axis):
@@ -145,7 +147,7 @@ def _by_passes(logits, labels, class_weights, adjustment, unused, axis, asked, c
     sums = _written(logits, labels, class_weights, adjustment, unused, m, pivot, axis, asked, class_axes)
     if asked.place:
         above, ties = place_of(logits, jnp.squeeze(labels.ids, axis), adjustment, axis, class_axes)
-        sums = sums._replace(above=above, ties=ties)
+        sums = sums._replace(above=above, ties=ties, first=first_of_largest(logits, adjustment, axis, class_axes))
     return sums, pivot
 
 
@@ -154,7 +156,7 @@ def _by_fold(logits, labels, class_weights, adjustment, unused, axis, asked, cla
     size, dtype, where = logits.shape[axis], accumulator(logits.dtype), adjustment.where
     t = target(labels, class_weights, where, dtype) if are_dense(labels) else None
     c = uniform(class_weights, where, jnp.ones_like(logits, dtype)) if asked.prior else None
-    label, than, above, ties = labels if are_ids(labels) else None, None, None, None
+    label, than, above, ties, first = labels if are_ids(labels) else None, None, None, None, None
     if asked.place:
         ids = jnp.squeeze(labels.ids, axis)
         than = ids, pick_of_all(logits, ids, adjustment, axis, class_axes)
@@ -164,6 +166,7 @@ def _by_fold(logits, labels, class_weights, adjustment, unused, axis, asked, cla
     found = over_devices(found, class_axes)
     if asked.place:
         above, ties = found.above, pmax((found.top != ids).astype(dtype), class_axes)
+        first = found.top.astype(dtype)
     m, top, rest = _settled(found, count(size, class_axes))
     pivot, nothing = top if label is None else label, m - m
     here = pivot - offset(size, class_axes)
@@ -174,7 +177,7 @@ def _by_fold(logits, labels, class_weights, adjustment, unused, axis, asked, cla
         mass, rest_mass, label_sum = found.mass, found.rest_mass, found.label_sum
     own = nothing if label is None else found.own - m + nothing
     own = own + psum(_of_existing(jnp.zeros_like(m), pivot, unused, size, class_axes), class_axes)
-    return ClassSums(m, rest, own, mass, rest_mass, label_sum, found.prior, found.moment, above, ties), pivot
+    return ClassSums(m, rest, own, mass, rest_mass, label_sum, found.prior, found.moment, above, ties, first), pivot
 
 
 def _adjusted(own, label, adjustment, size, axis, class_axes):
@@ -260,7 +263,8 @@ def _sums_jvp(axis, asked, class_axes, primals, tangents):
     m, at = lax.stop_gradient((sums.shift, pivot))
     written = partial(_written, m=m, pivot=at, axis=axis, asked=asked, class_axes=class_axes)
     dsums = tangent_of(written, primals, tangents)
-    dsums = dsums._replace(above=jax.tree.map(jnp.zeros_like, sums.above), ties=jax.tree.map(jnp.zeros_like, sums.ties))
+    dplace = jax.tree.map(jnp.zeros_like, {name: getattr(sums, name) for name in ("above", "ties", "first")})
+    dsums = dsums._replace(**dplace)
     return (sums, pivot), (dsums, zero_from_primal(pivot, symbolic_zeros=True))
 
 

@@ -50,7 +50,7 @@ class Operands(NamedTuple):
 class How(NamedTuple):
     """Static arguments."""
 
-    numbers: Callable  # (logits, target, weights, options, more, axis, class_axes) -> [*batch] in a pytree
+    numbers: Callable  # (logits, target, weights, options, more, axis, class_axes) -> ([*batch], what is beside)
     dtype: DTypeLike  # of the logits
     axis: int  # of the classes
     reduction: Reduction = "none"
@@ -61,16 +61,20 @@ class How(NamedTuple):
 
 
 @partial(jax.jit, static_argnames="how")
-def compute(operands: Operands, how: How) -> PyTree:
+def compute(operands: Operands, how: How) -> tuple[PyTree, PyTree]:
+    """(`numbers` of the tokens, reduced; what they have beside, of every token)."""
     mesh = explicit_mesh(operands)
     if mesh is None:
         return _of_device(*operands, how=how)
     batch, classes, specs = _specs(operands, how.axis)
     f = partial(_of_device, how=how._replace(class_axes=how.class_axes + classes, token_axes=sum(batch, ())))
-    return over_devices(f, mesh, tuple(operands), specs, exactly(batch if how.reduction == "none" else ()))
+    reduced = batch if how.reduction == "none" else ()
+    return over_devices(f, mesh, tuple(operands), specs, (exactly(reduced), exactly(batch)))
 
 
-def _of_device(student: Source, target: Source, options: Options, normalizer: Any, more: PyTree, how: How) -> PyTree:
+def _of_device(
+    student: Source, target: Source, options: Options, normalizer: Any, more: PyTree, how: How
+) -> tuple[PyTree, PyTree]:
     """Of one device's part."""
     shape, axis, class_axes = student.shape, how.axis, how.class_axes
     batch = shape[:axis] + shape[axis + 1 :]
@@ -78,16 +82,16 @@ def _of_device(student: Source, target: Source, options: Options, normalizer: An
     summed, numbers = how.reduction != "none", partial(how.numbers, class_axes=class_axes)
     if how.in_chunks or student.weight is not None:
         operands = dealt(student, replace(target, x=labels), weights, options, more, how.dtype, how.chunk_size)
-        found = over_chunks(partial(numbers, axis=1), operands, batch, summed)
+        found, beside = over_chunks(partial(numbers, axis=1), operands, batch, summed)
     else:
-        found = numbers(student.x, labels, weights, options, more, axis=axis)
+        found, beside = numbers(student.x, labels, weights, options, more, axis=axis)
         found = jnp.sum(found) if summed else found
     if not summed:
-        return found
+        return found, beside
     found = psum(found, how.token_axes)
-    if how.reduction == "sum":
-        return found
-    return _divide(found, _mean_divisor(labels, weights, options, math.prod(batch), normalizer, how))
+    if how.reduction == "mean":
+        found = _divide(found, _mean_divisor(labels, weights, options, math.prod(batch), normalizer, how))
+    return found, beside
 
 
 def _in_one_form(labels: Any, options: Options, more: PyTree, shape: tuple[int, ...], how: How):

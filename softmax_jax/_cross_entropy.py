@@ -4,7 +4,6 @@ from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
-from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Bool, Float, Num
 
@@ -14,8 +13,10 @@ from softmax_jax._core import How, Operands, compute
 from softmax_jax._source import Source
 from softmax_jax._targets import SparseLabels
 from softmax_jax._token_loss import weighted_losses
+from softmax_jax._token_statistics import losses_and_statistics
 
 Scalar = Float[ArrayLike, ""] | float | int
+Loss = Any  # Float[Array, "..."], and with statistics=True the pair of that and LabelStatistics
 
 
 def cross_entropy(
@@ -35,7 +36,8 @@ def cross_entropy(
     normalizer: ArrayLike | None = None,
     axis_name: str | tuple[str, ...] | None = None,
     forward_mode: bool = False,
-) -> Float[Array, "..."]:
+    statistics: bool = False,
+) -> Loss:
     r"""Cross-entropy of softmax(logits) against integer or dense labels, exact in loss and gradient.
 
         ℓ = Σ_v c_v · target_v · (log_normalizer - z_v)  +  z_loss · log_normalizer²
@@ -64,8 +66,10 @@ def cross_entropy(
         and gradients, whatever it holds.
       ignore_index: rows with this integer label get weight 0; in range or not.
       class_weights: c, `[classes]`. A class weight of 0 wins over an infinite loss.
-      label_smoothing: ε in [0, 1].
-      z_loss: factor of log_normalizer², not class-weighted.
+      label_smoothing: ε in [0, 1], spread over all K classes. Those who spread ε over the K-1 others (Flax's examples,
+        T5X, big_vision) have label_smoothing = ε · K/(K-1) here.
+      z_loss: factor of log_normalizer², not class-weighted. The mean divides it as all else, by Σ weights · c_y (Liger
+        divides it by the token count: add that as a loss of its own, with no class weights).
       logit_scale: inverse temperature.
       softcap: bound of the logits, > 0. It makes -inf the finite -softcap; use `where` to remove a class.
       reduction: "mean", "sum" or "none".
@@ -79,12 +83,16 @@ def cross_entropy(
       forward_mode: True makes `jax.jvp`, `jax.jacfwd` and `jax.linearize` work, which JAX refuses for a function with a
         reverse rule ("can't apply forward-mode autodiff (jvp) to a custom_vjp function"). The same values;
         `jax.grad` works too, but makes more passes over the logits.
+      statistics: True returns (loss, `LabelStatistics`): what `label_statistics` says of every token, without a
+        gradient, from the same pass on GPUs and TPUs; for `jax.value_and_grad(..., has_aux=True)`. Only what is used is
+        computed. Of integer labels; 0 where the weight is. With `weights` w, a step's accuracy is Σ w · correct / Σ w,
+        its z-loss z_loss · Σ w · log_normalizer² / Σ w, and its perplexity exp of -Σ w · log_prob / Σ w.
 
     Every float option may be a traced scalar, and has a gradient; `weights`, `class_weights` and dense labels too.
     Of traced options, a value out of range gives NaN.
 
     Returns:
-      A scalar, or the batch shape for `reduction="none"`.
+      A scalar, or the batch shape for `reduction="none"`; a pair with `statistics=True`.
 
     Raises:
       TypeError, ValueError: while tracing, for shapes, dtypes and numbers that do not fit; the message says which.
@@ -114,6 +122,7 @@ def cross_entropy(
         normalizer,
         axis_name,
         forward_mode=bool(forward_mode),
+        statistics=bool(statistics),
     )
 
 
@@ -137,7 +146,8 @@ def linear_cross_entropy(
     axis_name: str | tuple[str, ...] | None = None,
     dtype: DTypeLike | None = None,
     chunk_size: int | None = None,
-) -> Float[Array, "..."]:
+    statistics: bool = False,
+) -> Loss:
     """`cross_entropy(x @ weight + bias, labels, ...)` without ever holding the logits.
 
     Tokens go through in chunks: one matrix product makes a chunk's logits in float32, the very functions of
@@ -178,7 +188,8 @@ def linear_cross_entropy(
     a function: `sum_over_chunks`.
 
     Returns:
-      A scalar, or the batch shape for `reduction="none"`, whose backward pass makes each chunk's logits again.
+      A scalar, or the batch shape for `reduction="none"`, whose backward pass makes each chunk's logits again; a pair
+      with `statistics=True`, which takes no further product.
 
     >>> import jax, jax.numpy as jnp
     >>> from softmax_jax import linear_cross_entropy
@@ -197,10 +208,18 @@ def linear_cross_entropy(
     dtype = _checks.multiplied_in(dtype)
     head = Source.of_head(x, weight, bias, transpose_weight, dtype)
     options = Options(where, weights, ignore_index, class_weights, label_smoothing, z_loss, logit_scale, softcap)
-    return _loss(head, labels, x.ndim - 1, options, reduction, normalizer, axis_name, chunk_size)
+    return _loss(
+        head, labels, x.ndim - 1, options, reduction, normalizer, axis_name, chunk_size, statistics=bool(statistics)
+    )
 
 
-_in_forward_mode = partial(weighted_losses, forward_mode=True)
+# By (forward_mode, statistics); one function for each, since JAX keeps programs by it.
+_NUMBERS = {
+    (False, False): weighted_losses,
+    (True, False): partial(weighted_losses, forward_mode=True),
+    (False, True): losses_and_statistics,
+    (True, True): partial(losses_and_statistics, forward_mode=True),
+}
 
 
 def _loss(
@@ -213,7 +232,8 @@ def _loss(
     axis_name: Any,
     chunk_size: Any = None,
     forward_mode: bool = False,
-) -> Array:
+    statistics: bool = False,
+) -> Loss:
     """What both have in common, once the logits are known."""
     shape, dtype = student.shape, student.dtype
     labels = _checks.labels_of(labels, shape, axis)
@@ -221,6 +241,9 @@ def _loss(
     class_axes = _checks.mesh_axes(axis_name, forward_mode)
     _checks.sharded(*student.of_classes(), class_axes)
     divisor = _checks.reduction_of(reduction, normalizer, dtype)
-    numbers, chunk_size = _in_forward_mode if forward_mode else weighted_losses, _checks.chunk_size_of(chunk_size)
+    if statistics:
+        _checks.ids("with statistics=True", labels)
+    numbers, chunk_size = _NUMBERS[forward_mode, statistics], _checks.chunk_size_of(chunk_size)
     how = How(numbers, dtype, axis, reduction, chunk_size=chunk_size, class_axes=class_axes)
-    return compute(Operands(student, Source(labels), options, divisor), how)
+    loss, beside = compute(Operands(student, Source(labels), options, divisor), how)
+    return (loss, beside) if statistics else loss

@@ -61,27 +61,29 @@ def dealt(
     where, rows, row_of = _mask_rows(options.where, tuple(batch))
     deal = lambda tree: jax.tree.map(lambda a: _deal(a.reshape(tokens, *a.shape[len(batch) :]), chunks), tree)  # noqa: E731
     heads = [source for source in (student, target) if source.weight is not None]
-    given = [None if source.weight is not None else source.x for source in (student, target)]
-    each = deal(Each(*given, weights, row_of))
+    logits, labels = (None if source.weight is not None else source.x for source in (student, target))
+    each = deal(Each(logits, labels, weights, row_of))
     products = (Product(deal(s.x), s.weight, each.weights, s.dtype, s.transposed) for s in heads)
     options = options._replace(where=where, class_weights=_row(options.class_weights))
     shared = Shared(student.bias, target.bias, rows, options, more)
     return Dealt((tuple(products), shared, each), super_chunks)
 
 
-def over_chunks(numbers: Callable, operands: Dealt, batch: tuple[int, ...], summed: bool) -> PyTree:
-    """`numbers` of a chunk's logits, target, weights, options and `more`: [*batch], or their sum."""
-    of_chunk = partial(_of_chunk, numbers)
+def over_chunks(numbers: Callable, operands: Dealt, batch: tuple[int, ...], summed: bool) -> tuple[PyTree, PyTree]:
+    """`numbers` of a chunk's logits, target, weights, options and `more`: each [*batch], or the sum of the first."""
+    of_chunk, undealt = partial(_of_chunk, numbers), partial(jax.tree.map, partial(_undealt, batch))
     if summed:
-        return sum_over(partial(_total, of_chunk), *operands)
-    return jax.tree.map(partial(_undealt, batch), map_over(of_chunk, *operands))
+        total, beside = sum_over(partial(_total, of_chunk), *operands)
+        return total, undealt(beside)
+    return undealt(map_over(of_chunk, *operands))
 
 
-def _total(of_chunk: Callable, *operands: Any) -> Array:
-    return jnp.sum(of_chunk(*operands))
+def _total(of_chunk: Callable, *operands: Any) -> tuple[Array, PyTree]:
+    losses, beside = of_chunk(*operands)
+    return jnp.sum(losses), beside
 
 
-def _of_chunk(numbers: Callable, shared: Shared, chunk: Each, *of_heads: Array) -> PyTree:
+def _of_chunk(numbers: Callable, shared: Shared, chunk: Each, *of_heads: Array) -> tuple[PyTree, PyTree]:
     made, options = iter(of_heads), shared.options
     logits = emptied(chunk.logits, chunk.weights) if chunk.logits is not None else _plus(next(made), shared.bias)
     target = chunk.target if chunk.target is not None else _plus(next(made), shared.target_bias)

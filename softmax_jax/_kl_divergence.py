@@ -208,7 +208,7 @@ def _divergence(
     divisor = _checks.reduction_of(reduction, normalizer, dtype)
     in_chunks, chunk_size = kind == "probabilities", _checks.chunk_size_of(chunk_size)
     how = How(_numbers(kind, reverse), dtype, axis, reduction, in_chunks, chunk_size, class_axes)
-    return compute(Operands(student, teacher, options, divisor, _Numbers(caps[1], scale, beta)), how)
+    return compute(Operands(student, teacher, options, divisor, _Numbers(caps[1], scale, beta)), how)[0]
 
 
 @cache
@@ -227,7 +227,7 @@ def _losses(
     more: _Numbers,
     axis: int,
     class_axes: Names,
-) -> Array:
+) -> tuple[Array, None]:
     """weights · divergence of every token."""
     if kind == "probabilities":
         target = jax.tree.map(lambda a: emptied(a, weights), target)
@@ -240,7 +240,7 @@ def _losses(
     teacher = Logits(wide(target), Adjustment(softcap=more.teacher_softcap))
     both, unused = (student, teacher) if reverse else (teacher, student), unused_by(weights)
     losses = divergence(*both, options.where, more.scale, more.beta, unused, axis, class_axes)
-    return losses if weights is None else weights * losses
+    return losses if weights is None else weights * losses, None
 
 
 @jax.custom_jvp

@@ -1,33 +1,17 @@
 """What else one pass over the vocabulary tells of a token: for reinforcement learning, evaluation, calibration."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
-from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Bool, Float, Int, Integer
+from jaxtyping import Bool, Float, Integer
 
 from softmax_jax import _checks
-from softmax_jax._adjustment import Adjustment
 from softmax_jax._checks import Options
-from softmax_jax._class_sums import Asked, class_sums
 from softmax_jax._core import How, Operands, compute
 from softmax_jax._cross_entropy import Scalar
-from softmax_jax._dtypes import accumulator
-from softmax_jax._sharding import Names
 from softmax_jax._source import Source
-from softmax_jax._targets import SparseLabels, unused_by
-from softmax_jax._token_loss import log_spread, loss_of, negative_log_likelihood, without
-
-
-class LabelStatistics(NamedTuple):
-    """Per token, each of the batch shape. The first three are differentiable."""
-
-    log_prob: Float[Array, "*batch"]
-    log_normalizer: Float[Array, "*batch"]
-    entropy: Float[Array, "*batch"]
-    correct: Bool[Array, "*batch"]
-    rank: Int[Array, "*batch"]
+from softmax_jax._token_statistics import LabelStatistics, statistics
 
 
 def label_statistics(
@@ -45,7 +29,7 @@ def label_statistics(
 
         log_prob = z_y - log_normalizer = log p_y         log_normalizer = log Σ_v exp(z_v)
         entropy = -Σ_v p_v log p_v, in nats               rank = number of classes v with z_v > z_y
-        correct: the label is the largest logit, of equal ones the first
+        correct: the label is the largest logit, of equal ones the first; prediction: the class of that
 
     z are the adjusted logits, as in `cross_entropy`, whose exactness these have, and their gradients: the log_prob and
     the entropy of a confident token do not round to 0. Under `jit` only what is used is computed; kept for the
@@ -60,7 +44,8 @@ def label_statistics(
         in a row without any class all numbers are 0.
 
     Returns:
-      `LabelStatistics`. Where log_prob is NaN, `correct` is False and `rank` -1. Two logits that differ by less than
+      `LabelStatistics`. Where log_prob is NaN, `correct` is False and `rank` -1; `prediction` is -1 in a row that is
+      NaN itself. Two logits that differ by less than
       the smallest normal number count as equal.
 
     Raises:
@@ -130,49 +115,14 @@ def _of_source(
     axis_name: Any,
     chunk_size: Any = None,
 ) -> LabelStatistics:
-    """What both have in common. A label is one class of probability 1, and a row to ignore has weight 0."""
+    """What both have in common. A row to ignore has weight 0."""
     labels, shape, dtype = jnp.asarray(labels), student.shape, student.dtype
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(f"`labels` must be integers; got dtype {labels.dtype}. Pass class ids.")
+    _checks.ids("of statistics", labels)
     _checks.labels_of(labels, shape, axis)
     ignored = _checks.ignored_id(ignore_index, labels)
     options = options._replace(weights=None if ignored is None else labels != ignored)
     options = _checks.options_for(shape, dtype, axis, labels, options)
     class_axes = _checks.mesh_axes(axis_name)
     _checks.sharded(*student.of_classes(), class_axes)
-    one = SparseLabels(labels[..., None], jnp.ones((*labels.shape, 1), accumulator(dtype)))
-    how = How(_statistics, dtype, axis, chunk_size=_checks.chunk_size_of(chunk_size), class_axes=class_axes)
-    return compute(Operands(student, Source(one), options), how)
-
-
-# With a = the largest class as the pivot, both are sums of terms ≥ 0, so nothing cancels:
-#
-#     -log p_y = nll if y = a, else spread + (m - z_y)
-#     entropy  = p_a · nll + Σ_{v≠a} p_v (spread + m - z_v) = p_a · nll + (rest · spread + moment) / t
-
-
-def _statistics(
-    logits: Array, labels: Any, weights: Array | None, options: Options, _: None, axis: int, class_axes: Names
-) -> LabelStatistics:
-    adjustment = Adjustment(options.where, options.logit_scale, options.softcap)
-    unused = unused_by(weights)
-    operands = logits, labels, None, adjustment, unused
-    sums: Any = class_sums(
-        *operands, axis=axis, asked=Asked(moment=True, place=True), class_axes=class_axes, forward_mode=False
-    )
-    used = lambda value: value if unused is None else jnp.where(unused, jnp.zeros_like(value), value)  # noqa: E731
-    sums = without(unused, sums)
-    nll, spread = negative_log_likelihood(sums.rest, sums.own), log_spread(sums.rest, sums.own)
-    hidden = (sums.own_mass == 0) & (sums.rest_mass == 0)
-    slope = spread - lax.stop_gradient(spread)  # 0: an infinite log_prob has the gradient of any label's, -p
-    log_prob = jnp.where(hidden, -jnp.inf - slope, -loss_of(sums, None, options))
-    t = sums.rest + jnp.exp(sums.own)
-    entropy = (jnp.exp(sums.own) * nll + sums.rest * spread + sums.moment) / t
-    valid = ~jnp.isnan(log_prob)
-    return LabelStatistics(
-        used(log_prob),
-        used(sums.shift + spread),
-        used(entropy),
-        used(valid & (sums.above == 0) & (sums.ties == 0)),
-        used(jnp.where(valid, sums.above.astype(jnp.int32), -1)),
-    )
+    how = How(statistics, dtype, axis, chunk_size=_checks.chunk_size_of(chunk_size), class_axes=class_axes)
+    return compute(Operands(student, Source(labels), options), how)[0]

@@ -146,7 +146,7 @@ def fit(array: Array | None, entries: tuple[Names, ...]) -> Any:
     return exactly(tuple(entry if size > 1 else () for size, entry in zip(array.shape, last, strict=True)))
 
 
-def over_devices(f: Callable, mesh: Mesh | AbstractMesh, operands: tuple, specs: tuple, out: PartitionSpec) -> PyTree:
+def over_devices(f: Callable, mesh: Mesh | AbstractMesh, operands: tuple, specs: tuple, out: PyTree) -> PyTree:
     """f of each device's part of the operands, once they are laid out by `specs`."""
     axes = {kind: [n for n, k in zip(mesh.axis_names, mesh.axis_types, strict=True) if k == kind] for kind in AxisType}
     if axes[AxisType.Manual]:

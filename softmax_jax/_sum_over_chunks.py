@@ -52,7 +52,7 @@ def sum_over_chunks(f: Callable[[PyTree, PyTree], Array], shared: PyTree, chunks
     shared, chunks = jax.tree.map(jnp.asarray, (shared, chunks))
     _check_chunks(chunks)
     _check_scalar(refuse_closure(f, (), shared, chunks))
-    return sum_over(f, ((), shared, chunks))
+    return sum_over(lambda *operands: (f(*operands), None), ((), shared, chunks))[0]
 
 
 def _check_chunks(chunks: PyTree) -> None:

@@ -126,7 +126,7 @@ def weighted_losses(
     axis: int,
     class_axes: Names,
     forward_mode: bool = False,
-) -> Array:
+) -> tuple[Array, None]:
     """weights · ℓ of every token."""
     unused = unused_by(weights)
     if isinstance(labels, SparseLabels) and labels.others is not None and unused is not None:
@@ -136,8 +136,8 @@ def weighted_losses(
     operands, asked = (logits, labels, options.class_weights, adjustment, unused), Asked(prior=evenly is not None)
     sums = class_sums(*operands, axis=axis, asked=asked, class_axes=class_axes, forward_mode=forward_mode)
     if weights is None or unused is None:
-        return loss_of(sums, evenly, options)
-    return jnp.where(unused, 0, weights * loss_of(without(unused, sums), evenly, options))
+        return loss_of(sums, evenly, options), None
+    return jnp.where(unused, 0, weights * loss_of(without(unused, sums), evenly, options)), None
 
 
 def without(unused: Array | None, sums: ClassSums) -> ClassSums:

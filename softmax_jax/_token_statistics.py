@@ -1,0 +1,82 @@
+"""What else one pass over the classes tells of a token and its label."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Float, Int
+
+from softmax_jax._adjustment import Adjustment
+from softmax_jax._checks import Options
+from softmax_jax._class_sums import Asked, class_sums
+from softmax_jax._dtypes import accumulator
+from softmax_jax._sharding import Names, count
+from softmax_jax._targets import SparseLabels, in_one_form, unused_by
+from softmax_jax._token_loss import log_spread, loss_of, negative_log_likelihood, weighted_losses, without
+
+
+class LabelStatistics(NamedTuple):
+    """Per token, each of the batch shape. The first three are differentiable."""
+
+    log_prob: Float[Array, "*batch"]
+    log_normalizer: Float[Array, "*batch"]
+    entropy: Float[Array, "*batch"]
+    correct: Bool[Array, "*batch"]
+    rank: Int[Array, "*batch"]
+    prediction: Int[Array, "*batch"]
+
+
+# With a = the largest class as the pivot, both are sums of terms ≥ 0, so nothing cancels:
+#
+#     -log p_y = nll if y = a, else spread + (m - z_y)
+#     entropy  = p_a · nll + Σ_{v≠a} p_v (spread + m - z_v) = p_a · nll + (rest · spread + moment) / t
+
+
+def statistics(
+    logits: Array, labels: Array, weights: Array | None, options: Options, _: None, axis: int, class_axes: Names
+) -> tuple[LabelStatistics, None]:
+    """Of ids in their one form; all 0 for a token of weight 0. A label is one class of probability 1, so that the
+    pivot is the largest class."""
+    unused, classes = unused_by(weights), count(logits.shape[axis], class_axes)
+    one = SparseLabels(labels[..., None], jnp.ones((*labels.shape, 1), accumulator(logits.dtype)))
+    one = in_one_form(one, unused, classes, accumulator(logits.dtype), axis)
+    adjustment = Adjustment(options.where, options.logit_scale, options.softcap)
+    asked = Asked(moment=True, place=True)
+    sums: Any = class_sums(
+        logits, one, None, adjustment, unused, axis=axis, asked=asked, class_axes=class_axes, forward_mode=False
+    )
+    used = lambda value: value if unused is None else jnp.where(unused, jnp.zeros_like(value), value)  # noqa: E731
+    sums = without(unused, sums)
+    nll, spread = negative_log_likelihood(sums.rest, sums.own), log_spread(sums.rest, sums.own)
+    hidden = (sums.own_mass == 0) & (sums.rest_mass == 0)
+    slope = spread - lax.stop_gradient(spread)  # 0: an infinite log_prob has the gradient of any label's, -p
+    log_prob = jnp.where(hidden, -jnp.inf - slope, -loss_of(sums, None, options))
+    t = sums.rest + jnp.exp(sums.own)
+    entropy = (jnp.exp(sums.own) * nll + sums.rest * spread + sums.moment) / t
+    valid, log_normalizer = ~jnp.isnan(log_prob), sums.shift + spread
+    found = LabelStatistics(
+        log_prob,
+        log_normalizer,
+        entropy,
+        valid & (sums.above == 0) & (sums.ties == 0),
+        jnp.where(valid, sums.above.astype(jnp.int32), -1),
+        jnp.where(jnp.isnan(log_normalizer), -1, sums.first.astype(jnp.int32)),
+    )
+    return jax.tree.map(used, found), None
+
+
+def losses_and_statistics(
+    logits: Array,
+    labels: Array,
+    weights: Array | None,
+    options: Options,
+    more: None,
+    axis: int,
+    class_axes: Names,
+    forward_mode: bool = False,
+) -> tuple[Array, LabelStatistics]:
+    """weights · ℓ of every token, and what there is beside it, which has no gradient."""
+    losses, _ = weighted_losses(logits, labels, weights, options, more, axis, class_axes, forward_mode)
+    constant = lax.stop_gradient((logits, labels, weights, options._replace(label_smoothing=None, z_loss=None)))
+    return losses, statistics(*constant, more, axis, class_axes)[0]
