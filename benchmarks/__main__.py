@@ -81,7 +81,7 @@ def of_compiled(part: str, devices: list[str]) -> dict[str, dict]:
 def compiled() -> dict[str, str]:
     """Tables, by the names of their places in the README."""
     moved = lambda pair: " / ".join("-" if cost is None else f"{cost[1]:.1f}" for cost in pair)  # noqa: E731
-    need = lambda costs: " / ".join(f"{mib:.0f}" for mib, _ in costs)  # noqa: E731
+    need = lambda costs: " / ".join("-" if cost is None else f"{cost[0]:.0f}" for cost in costs)  # noqa: E731
     take = lambda costs: " / ".join(f"{ms:.3g}" for _, ms in costs)  # noqa: E731
     logits, heads = of_compiled("logits", DEVICES), of_compiled("heads", WITH_HEADS)
     rows = [[case, *(moved(of[case]) for of in logits.values())] for case in logits["H200"]]

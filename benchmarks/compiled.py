@@ -116,6 +116,19 @@ def optax_kl(a, b):
     return optax.losses.kl_divergence_with_log_targets(jax.nn.log_softmax(a.astype(jnp.float32)), t)
 
 
+def with_beside(f: Callable) -> Callable:
+    return jax.value_and_grad(f, has_aux=True)
+
+
+def accuracy(z, y):
+    loss, beside = sj.cross_entropy(z, y, statistics=True)
+    return loss, (beside.correct, beside.log_normalizer)
+
+
+def accuracy_by_jax(z, y):
+    return jnp.mean(IDS(z, y)), (jnp.argmax(z, 1) == y, jax.nn.logsumexp(z.astype(jnp.float32), 1))
+
+
 def all_options(z, y):
     return sj.cross_entropy(z, y, label_smoothing=0.1, z_loss=1e-4, logit_scale=0.7, softcap=30.0)
 
@@ -127,6 +140,11 @@ CASES = {  # name: (what stands beside the logits, ours, the peer's)
     "dense labels, forward": ("rows", sj.cross_entropy, lambda z, t: jnp.mean(DENSE(z, t))),
     "dense labels, with gradient": ("rows", with_gradient(sj.cross_entropy), with_gradient(DENSE)),
     "all options, with gradient": ("ids", with_gradient(all_options), None),
+    "integer labels, with gradient, accuracy, log-normalizer": (
+        "ids",
+        with_beside(accuracy),
+        with_beside(accuracy_by_jax),
+    ),
     "log_prob, entropy, correct, rank": ("ids", lambda z, y: told(sj.label_statistics(z, y)), told_by_jax),
     "KL from logits, forward": ("rows", lambda a, b: sj.kl_divergence(a, teacher_logits=b), optax_kl),
     "KL from logits, with gradient": (
@@ -175,17 +193,26 @@ def of_product(dtype: str) -> Callable:
     return loss
 
 
-def of_head(device: str, tokens: int, embed: int, classes: int) -> list[Cost]:
-    """Ours, Optax's of bfloat16 logits; on a TPU also that of float32 logits."""
+def if_it_fits(device: str, f: Callable, operands: Sequence[jax.ShapeDtypeStruct]) -> Cost | None:
+    try:
+        return cost(device, f, operands)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return None
+
+
+def of_head(device: str, tokens: int, embed: int, classes: int) -> list[Cost | None]:
+    """Ours, Optax's of bfloat16 logits; on a TPU also that of float32 logits. None where they do not fit."""
     shapes = ((tokens, embed), DTYPE), ((embed, classes), DTYPE), ((tokens,), "int32")
     operands = [jax.ShapeDtypeStruct(*of) for of in shapes]
     peers = [of_product(DTYPE)] + [of_product("float32")] * (device in TPUS)
-    return [cost(device, jax.value_and_grad(f, (0, 1)), operands) for f in (sj.linear_cross_entropy, *peers)]
+    return [if_it_fits(device, jax.value_and_grad(f, (0, 1)), operands) for f in (sj.linear_cross_entropy, *peers)]
 
 
 def measured_heads(devices: Sequence[str], heads: Sequence[tuple[int, int, int]] = HEADS) -> dict[str, dict]:
     """{device: {"tokens x embed x classes": [(temporary MiB, roofline ms or None), ...]}}"""
-    told = lambda c: (c.temporary / 2**20, c.seconds and 1e3 * c.seconds)  # noqa: E731
+    told = lambda c: c and (c.temporary / 2**20, c.seconds and 1e3 * c.seconds)  # noqa: E731
     name = "{} x {} x {}".format
     return {d: {name(*head): [told(c) for c in of_head(d, *head)] for head in heads} for d in devices}
 
