@@ -18,7 +18,6 @@ from helpers import (
     few_of,
     random_case,
     relative_error,
-    unoptimized,
 )
 from jax.sharding import PartitionSpec as P
 from meshes import assert_equal, mesh_of, problem, truth, under_jit
@@ -26,7 +25,7 @@ from meshes import assert_equal, mesh_of, problem, truth, under_jit
 from softmax_jax import _fold, _softmax, cross_entropy, kl_divergence, label_statistics, log_softmax, softmax
 from softmax_jax._adjustment import Adjustment
 
-pytestmark = [pytest.mark.compiled, pytest.mark.optimized]
+pytestmark = pytest.mark.compiled
 
 
 @pytest.fixture
@@ -75,6 +74,7 @@ def test_combine_joins_in_any_order_and_grouping(rng, label):
                 np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.optimized
 @pytest.mark.usefixtures("folded")
 @pytest.mark.parametrize("kind", ["integer", "dense", "log_softmax"])
 def test_every_margin(rng, kind):
@@ -98,6 +98,7 @@ def test_every_margin(rng, kind):
     assert relative_error(gradient, want.grad).max() < PROMISE
 
 
+@pytest.mark.optimized
 @pytest.mark.usefixtures("folded")
 @pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
 @pytest.mark.parametrize("dtype", few_of([jnp.float32, jnp.bfloat16, jnp.float16]), ids=lambda d: d.__name__)
@@ -110,19 +111,19 @@ def test_all_options(rng, dtype, dense, axis):
 
 
 SIDES = {
-    "integer": lambda z, y, t: cross_entropy(z, y, reduction="none"),
     "softcap": lambda z, y, t: cross_entropy(z, y, reduction="none", softcap=3.0, where=t > 0.02),
-    "forward_mode": lambda z, y, t: cross_entropy(z, y, reduction="none", forward_mode=True),
     "dense": lambda z, y, t: cross_entropy(z, t, reduction="none", label_smoothing=0.1),
     "statistics": lambda z, y, t: jnp.stack([*map(jnp.float32, label_statistics(z, y))]),
-    "divergence": lambda z, y, t: kl_divergence(z, teacher_logits=2 * t, reduction="none"),
     "mixture": lambda z, y, t: kl_divergence(z, teacher_logits=t, temperature=2.0, beta=0.3, reduction="none"),
     "log_softmax": lambda z, y, t: log_softmax(z)[:, ::5].T,
+    "integer": lambda z, y, t: cross_entropy(z, y, reduction="none"),
+    "forward_mode": lambda z, y, t: cross_entropy(z, y, reduction="none", forward_mode=True),
+    "divergence": lambda z, y, t: kl_divergence(z, teacher_logits=2 * t, reduction="none"),
 }
 
 
 @pytest.mark.nan
-@pytest.mark.parametrize("name", SIDES)
+@pytest.mark.parametrize("name", few_of(list(SIDES), 5))
 def test_both_sides_agree(rng, name, monkeypatch):
     """Values, gradients and Hessian-vector products; NaN in the same places: of rows with NaN, +inf, -inf alone, and
     of labels of no class."""
@@ -170,36 +171,35 @@ def test_a_row_without_any_class_is_told():
 def test_a_label_is_not_above_itself(rng, made):
     """Its z is read by itself too, and a compiler may round it otherwise there."""
     z, w, c = (np.float32(rng.normal(size=shape)) for shape in ((64, 200), (1, 200), (64, 1)))
-    with unoptimized():
-        for of_row in (np.argmax, np.argmin):
-            labels = of_row(z if made == "softcap" else z * w + c, 1)
-            if made == "softcap":
-                found = label_statistics(z, labels, softcap=5.0)
-            else:
-                found = jax.jit(lambda z, labels: label_statistics(z * w + c, labels))(z, labels)
-            assert np.all(found.rank == (0 if of_row is np.argmax else 199))
-            assert np.all(found.correct == (of_row is np.argmax))
+    capped = jax.jit(lambda z, labels: label_statistics(z, labels, softcap=5.0))
+    of_product = jax.jit(lambda z, labels: label_statistics(z * w + c, labels))
+    for of_row in (np.argmax, np.argmin):
+        labels = of_row(z if made == "softcap" else z * w + c, 1)
+        found = (capped if made == "softcap" else of_product)(z, labels)
+        assert np.all(found.rank == (0 if of_row is np.argmax else 199))
+        assert np.all(found.correct == (of_row is np.argmax))
 
 
+@pytest.mark.optimized
 @pytest.mark.usefixtures("folded")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: d.__name__)
 def test_softmax_of_wide_rows(rng, monkeypatch, dtype):
     """Value, pullback and its derivative against short rows', which are one kernel; exact where y → 1."""
-    x, g = (jnp.asarray(5 * rng.normal(size=(7, 37)), dtype) for _ in range(2))
-    x = x.at[0, 3].set(-jnp.inf)
+    x, g = (np.asarray(5 * rng.normal(size=(7, 37)), dtype) for _ in range(2))
+    x[0, 3] = -np.inf
 
-    def all_of(x):
+    def all_of(x, g):
         y, pull = jax.vjp(softmax, x)
         again = jax.grad(lambda x: jnp.sum(jnp.float32(jax.vjp(softmax, x)[1](g)[0]) ** 2))(x)
         return y, pull(g)[0], again
 
-    want = jax.jit(all_of)(x)
+    want = jax.jit(all_of)(x, g)
     monkeypatch.setattr(_softmax, "KERNEL", 16)
     jax.clear_caches()
-    for got, of_short in zip(jax.jit(all_of)(x), want, strict=True):
+    for got, of_short in zip(jax.jit(all_of)(x, g), want, strict=True):
         size = 1 + np.max(np.abs(np.float64(of_short)))
         np.testing.assert_allclose(np.float64(got), np.float64(of_short), rtol=0, atol=4 * epsilon(dtype) * size)
-    confident = jnp.zeros(37, dtype).at[0].set(20).at[3:].set(-jnp.inf)
-    dx = jax.vjp(softmax, confident)[1](jnp.zeros(37, dtype).at[0].set(1))[0]
+    confident = np.asarray([20, 0, 0] + 34 * [-np.inf], dtype)
+    dx = jax.jit(lambda x, g: jax.vjp(softmax, x)[1](g)[0])(confident, np.asarray(np.arange(37) == 0, dtype))
     p = np.exp(-20) / (1 + 2 * np.exp(-20))
     np.testing.assert_allclose(np.float64(dx[:3]), [2 * p, -p, -p], rtol=8 * epsilon(dtype))

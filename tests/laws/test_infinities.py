@@ -9,12 +9,12 @@ from helpers import assert_within, check_against_reference, epsilon, few_of, los
 
 from softmax_jax import cross_entropy, log_softmax
 
-pytestmark = pytest.mark.optimized
-
 INF = np.inf
 both = pytest.mark.parametrize("dense", few_of([False, True]), ids=["integer", "dense"])
 
 
+@pytest.mark.diagonal
+@pytest.mark.optimized
 @both
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
 @pytest.mark.parametrize("offset", [1e4, -1e4, 1e7, -1e7, 6e4, 3e38, -3e38])
@@ -34,9 +34,10 @@ def test_very_large_logits(rng, offset, dtype, dense):
     assert_within(grad, want.grad, want.grad * 0 + 20 * (1 + (labels.sum(-1, keepdims=True) if dense else 0)), 8, dtype)
 
 
+@pytest.mark.diagonal
 @both
 @pytest.mark.parametrize(
-    "names", few_of([[], ["class_weights", "logit_scale", "where"], ["logit_scale"], ["z_loss"]], 2), ids=str
+    "names", few_of([["class_weights", "logit_scale", "where"], [], ["logit_scale"], ["z_loss"]]), ids=str
 )
 def test_zero_times_infinity_is_zero(rng, names, dense):
     """Classes of probability zero (-inf) with target 0 are as if they did not exist."""
@@ -73,6 +74,7 @@ def test_the_lowest_logit_of_all(rng):
     np.testing.assert_allclose(log_softmax(logits), [[-np.log(3)] * 3, [0, -INF, -INF]], rtol=1e-6)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_one_hot_labels_beside_a_class_that_is_almost_the_maximum(dtype):
     """All others are -inf: none of them may be taken for the largest, how small the gap to it ever is."""
@@ -131,8 +133,8 @@ def test_a_class_of_weight_zero_at_minus_infinity_has_a_finite_gradient(rng):
     logits, labels, _ = random_case(rng, (3, 7))
     logits[:, 2], labels[labels == 2] = -INF, 3
     c = np.float32([1, 2, 0, 1, 1, 1, 1])
-    of_weights = jax.grad(
-        lambda c: cross_entropy(logits, labels, class_weights=c, label_smoothing=0.1, reduction="sum")
+    of_weights = jax.jit(
+        jax.grad(lambda c: cross_entropy(logits, labels, class_weights=c, label_smoothing=0.1, reduction="sum"))
     )
     got, z = np.asarray(of_weights(c)), np.float64(logits)
     spread = np.log(np.exp(z).sum(-1))
@@ -146,7 +148,7 @@ def test_smoothing_has_a_gradient_beside_a_row_without_classes(rng):
     logits, labels, _ = random_case(rng, (3, 7))
     where = np.ones((3, 7), bool)
     where[1] = False
-    of_smoothing = jax.grad(lambda e, z, y, w: cross_entropy(z, y, where=w, label_smoothing=e, reduction="sum"))
+    of_smoothing = jax.jit(jax.grad(lambda e, z, y, w: cross_entropy(z, y, where=w, label_smoothing=e, reduction="sum")))
     got, kept = of_smoothing(0.1, logits, labels, where), [0, 2]
     np.testing.assert_allclose(got, of_smoothing(0.1, logits[kept], labels[kept], where[kept]), rtol=1e-5)
 
@@ -164,17 +166,19 @@ def test_a_class_weight_of_zero_wins_over_an_infinite_loss(rng):
         assert_within(got, want.loss, want.loss_condition, 8)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("total", [0.0, 0.3, 1.0, 7.0])
 def test_soft_labels_of_any_sum(rng, total):
     """The gradient is T p - t, not p - t."""
     logits, labels, _ = random_case(rng, (5, 7), dense=True)
     labels = labels / labels.sum(-1, keepdims=True) * np.float32(total)
     check_against_reference(jax.jit, rng, logits, labels, {"reduction": "none"})
-    _, grad = loss_and_grad(jax.jit, logits, labels, np.float32(0.7), {"reduction": "sum"})
+    _, grad = loss_and_grad(jax.jit, logits, labels, np.full(5, 0.7, np.float32), {"reduction": "none"})
     want = 0.7 * (total * reference.softmax(logits) - labels)
     assert_within(grad, want, 20 * (abs(want) + labels + 0.01), 8)
 
 
+@pytest.mark.optimized
 @both
 @pytest.mark.parametrize("names", [["softcap"], ["softcap", "logit_scale"]], ids=len)
 def test_the_labels_own_logit_is_capped_too(rng, names, dense):
@@ -279,4 +283,5 @@ def test_a_traced_smoothing_of_zero_over_minus_infinity_has_class_weight_gradien
     logits = jnp.array([[1.0, 2.0, -INF], [0.0, 1.0, 2.0]])
     labels = jnp.array([[0.25, 0.75, 0.0], [0.0, 1.0, 0.0]]) if dense else jnp.array([0, 1])
     gradient = jax.grad(lambda c, e: cross_entropy(logits, labels, class_weights=c, label_smoothing=e))
-    np.testing.assert_array_equal(gradient(jnp.ones(3), jnp.float32(0)), gradient(jnp.ones(3), 0.0))
+    both = jax.jit(lambda c, e: (gradient(c, e), gradient(c, 0.0)))
+    np.testing.assert_array_equal(*both(jnp.ones(3), jnp.float32(0)))

@@ -76,14 +76,14 @@ def test_rows_that_have_no_loss(device, rng, shape):
     cotangent = rng.normal(size=len(z)).astype(np.float32)
     for given in (labels, targets, sparse):
         broken = [0, 1, 3, 4, 5] + [6] * (given is not targets)
-        loss, grad = losses_and_gradient(z, given, cotangent)
+        loss, grad = map(np.asarray, losses_and_gradient(z, given, cotangent))
         assert np.flatnonzero(np.isnan(loss)).tolist() == broken and np.isnan(grad).any(-1)[broken].all()
         good = np.setdiff1d(np.arange(len(z)), broken)
         want = reference.cross_entropy(z[good], targets[good], reduction="none", cotangent=np.float64(cotangent[good]))
         assert_within(loss[good], want.loss, want.loss_condition, 8)
         assert_within(grad[good], want.grad, want.grad_condition, 8)
-    assert np.flatnonzero(np.isnan(log_softmax(z)).all(-1)).tolist() == [0, 1, 3, 4, 5]
-    found = label_statistics(z, labels)
+    log_p, found = jax.jit(lambda z, labels: (log_softmax(z), label_statistics(z, labels)))(z, labels)
+    assert np.flatnonzero(np.isnan(log_p).all(-1)).tolist() == [0, 1, 3, 4, 5]
     assert all(np.isnan(value)[[0, 1, 3, 4, 5]].all() for value in found[:3])
 
 
@@ -95,24 +95,28 @@ def test_the_top_of_millions_of_classes(rng, classes):
     z[np.arange(3), labels] = 60
     cotangent = rng.normal(size=3).astype(np.float32)
     want = reference.cross_entropy(z, labels, reduction="none", cotangent=np.float64(cotangent))
-    log_p = log_softmax(z)[np.arange(3), labels]
-    loss, pull = jax.vjp(lambda z: cross_entropy(z, jax.nn.one_hot(labels, classes), reduction="none"), z)
-    np.testing.assert_allclose(loss, want.loss, rtol=1e-5)
-    np.testing.assert_allclose(-log_p, want.loss, rtol=1e-5)
-    np.testing.assert_allclose(pull(cotangent)[0][np.arange(3), labels], want.grad[np.arange(3), labels], rtol=1e-5)
+
+    @jax.jit
+    def of(z):
+        targets = jax.nn.one_hot(labels, classes)
+        loss, pull = jax.vjp(lambda z: cross_entropy(z, targets, reduction="none"), z)
+        return loss, -log_softmax(z)[np.arange(3), labels], pull(cotangent)[0][np.arange(3), labels]
+
+    for got, truth_of in zip(of(z), (want.loss, want.loss, want.grad[np.arange(3), labels]), strict=True):
+        np.testing.assert_allclose(got, truth_of, rtol=1e-5)
 
 
 @dtypes
 def test_log_softmax_and_its_pullback(device, rng, dtype):
     x = _unusual((3 * rng.normal(size=SHAPES[0])).astype(dtype))
-    g = jnp.asarray(rng.normal(size=x.shape), dtype)
-    y, pull = jax.vjp(log_softmax, jnp.asarray(x))
+    g = np.asarray(rng.normal(size=x.shape), dtype)
+    y, dx = jax.jit(lambda x, g: (log_softmax(x), jax.vjp(log_softmax, x)[1](g)[0]))(x, g)
     want, p = (f(np.float64(x)) for f in (reference.log_softmax, reference.softmax))
     total = np.float64(g).sum(-1, keepdims=True)
     size = 1 + np.abs(np.where(np.isinf(x), 0, np.float64(x))) + np.max(np.float64(x), -1, keepdims=True)
     assert_within(y, want, size, 8, dtype)
     condition = np.abs(np.float64(g)) + p * size * np.abs(np.float64(g)).sum(-1, keepdims=True)
-    assert_within(pull(g)[0], np.float64(g) - p * total, condition, 8, dtype)
+    assert_within(dx, np.float64(g) - p * total, condition, 8, dtype)
 
 
 def test_sparse_labels_and_statistics(device, rng):
@@ -127,19 +131,26 @@ def test_sparse_labels_and_statistics(device, rng):
     assert_within(grad, want.grad, want.grad_condition, 8)
 
     labels, cotangents = ids[:, 0], tuple(rng.normal(size=(3, len(z))).astype(np.float32))
-    found = label_statistics(z, labels)
-    _, pull = jax.vjp(lambda z: label_statistics(z, labels)[:3], z)
+
+    @jax.jit
+    def of_statistics(z, cotangents):
+        floats_of = lambda z: (lambda found: (found[:3], found))(label_statistics(z, labels))  # noqa: E731
+        _, pull, found = jax.vjp(floats_of, z, has_aux=True)
+        return found, pull(cotangents)[0]
+
+    found, dz = of_statistics(z, cotangents)
     want = reference.label_statistics(z, labels, cotangents)
-    assert_within(pull(cotangents)[0], want.grad, want.grad_condition, 16)
+    assert_within(dz, want.grad, want.grad_condition, 16)
     for got, truth_of, condition in zip(found[:3], want.values, want.conditions, strict=False):
         assert_within(got, truth_of, condition, 16)
     np.testing.assert_array_equal(found.correct, want.values[3])
     np.testing.assert_array_equal(found.rank, want.values[4])
 
 
+@pytest.mark.unoptimized
 @pytest.mark.parametrize("beta", few_of([0.25, 0.0, 1.0]))
 def test_divergences(device, rng, beta):
-    teacher, student = (3 * rng.normal(size=(2, MANY + 7, 4))).astype(np.float32)
+    teacher, student = (3 * rng.normal(size=(2, MANY + 7, 3))).astype(np.float32)
     cotangent = rng.normal(size=len(student)).astype(np.float32)
 
     @jax.jit
