@@ -19,7 +19,7 @@ from hypothesis import is_hypothesis_test, settings  # noqa: E402
 
 from softmax_jax import _fold  # noqa: E402
 
-for name, examples in {"quick": 3, "thorough": 10, "fuzz": 2400}.items():
+for name, examples in {"quick": 3, "thorough": 6, "fuzz": 2400}.items():
     settings.register_profile(name, max_examples=examples, derandomize=True, deadline=None, database=None)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -53,6 +53,7 @@ def pytest_collection_modifyitems(config, items):
     for item in items:  # properties are in either run, with examples of its own number
         if is_hypothesis_test(getattr(item, "obj", None)) and "not thorough" not in config.option.markexpr:
             item.add_marker("thorough")
+    items.sort(key=_optimized)  # each kind of program by itself, see `_optimized_or_not`
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +67,10 @@ def _settings_that_a_test_cannot_have(request):
         yield
 
 
+def _optimized(item) -> bool:
+    return bool(item.get_closest_marker("optimized") and not item.get_closest_marker("unoptimized"))
+
+
 LAST = {"optimized": True}  # how the test before was compiled
 
 
@@ -73,8 +78,7 @@ LAST = {"optimized": True}  # how the test before was compiled
 def _optimized_or_not(request):
     """What has the mark `optimized` is compiled as users compile, the rest in half of the time. JAX would take one for
     the other: it forgets its programs in between."""
-    marked = request.node.get_closest_marker
-    optimized = bool(marked("optimized") and not marked("unoptimized"))
+    optimized = _optimized(request.node)
     if optimized != LAST["optimized"]:
         jax.clear_caches()
         LAST["optimized"] = optimized

@@ -74,6 +74,7 @@ def run_two(tmp_path, command=()):
     flags = "--xla_force_host_platform_device_count=2"
     path = os.pathsep.join(str(Path(__file__).parents[up]) for up in (1, 2))  # meshes.py, the library
     env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+    env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # as this process, see conftest.py
     paths, logs = ([tmp_path / f"{index}.{kind}" for index in range(2)] for kind in ("npz", "log"))
     children = []
     for index in range(2):

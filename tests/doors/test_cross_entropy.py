@@ -27,6 +27,7 @@ def test_every_option_alone(device, variant, rng, name, dense):
     check_against_reference(variant, rng, logits, labels, options)
 
 
+@pytest.mark.diagonal
 @labels_kind
 @pytest.mark.parametrize(
     ("dtype", "reduction"),
@@ -49,7 +50,8 @@ def test_every_shape_and_axis(rng, shape_and_axis, dense, reduction):
     check_against_reference(jax.jit, rng, logits, labels, options | {"reduction": reduction})
 
 
-@labels_kind
+@pytest.mark.diagonal
+@pytest.mark.parametrize("dense", few_of([True, False]), ids=["dense", "integer"])
 @pytest.mark.parametrize("shape_and_axis", few_of([((3, 40000), -1), ((65536, 2), 0), ((2, 32771), -1)]), ids=str)
 def test_rows_longer_than_a_block(rng, shape_and_axis, dense):
     """Of 2 x 20000, of 2 x 32768, and of a prime number of classes, which has no blocks."""
@@ -58,6 +60,7 @@ def test_rows_longer_than_a_block(rng, shape_and_axis, dense):
     check_against_reference(jax.jit, rng, logits, labels, options)
 
 
+@pytest.mark.diagonal
 @labels_kind
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
 def test_every_dtype_on_its_own(device, rng, dtype, dense):
@@ -81,7 +84,7 @@ def test_operands_of_another_float_dtype(rng, dtypes):
         assert d_labels.dtype == other and np.all(np.isfinite(d_labels))
 
 
-@labels_kind
+@pytest.mark.parametrize("dense", few_of([True, False]), ids=["dense", "integer"])
 def test_float64_in_float64_out(rng, dense):
     with jax.enable_x64(True):
         logits, labels, options = random_case(rng, (5, 41), -1, jnp.float64, dense, all_names(dense))
@@ -147,7 +150,7 @@ def test_normalizer_replaces_the_divisor(variant, rng, normalizer):
     check_against_reference(variant, rng, logits, labels, options | {"normalizer": normalizer})
 
 
-@labels_kind
+@pytest.mark.parametrize("dense", few_of([False, True]), ids=["integer", "dense"])
 def test_traced_neutral_options_equal_absent_ones(rng, dense):
     """Also with logits of -inf: 0 · inf is 0."""
     logits, labels, options = random_case(rng, (5, 7), dense=dense)

@@ -62,13 +62,13 @@ def of_logits(beta, cotangent, teacher, student, options):
 
 
 ALL = ("where", *NUMBERS)
-EVERY = [(0.0, jnp.float32, ()), (1.0, jnp.float32, ALL), (0.25, jnp.bfloat16, ALL), (0.25, jnp.float16, ALL)]
+EVERY = [(0.0, jnp.float32, ()), (0.25, jnp.bfloat16, ALL), (1.0, jnp.float32, ALL), (0.25, jnp.float16, ALL)]
 EVERY += [(0.0, jnp.float32, ALL), (1.0, jnp.float32, ()), (0.25, jnp.float32, ()), (0.25, jnp.float32, ALL)]
 EVERY += [(0.0, jnp.float32, (name,)) for name in NUMBERS]
 
 
 @pytest.mark.diagonal
-@pytest.mark.parametrize("case", few_of(EVERY, 3), ids=str)
+@pytest.mark.parametrize("case", few_of(EVERY, 2), ids=str)
 def test_every_direction_option_and_format(rng, case):
     """Value and the gradients of both logits."""
     beta, dtype, names = case
@@ -169,6 +169,7 @@ def test_every_pair_of_margins_in_linear_form_and_over_devices(rng, beta, sharde
         assert np.max(error / np.where(size > 0, size, 1)) < PROMISE
 
 
+@pytest.mark.diagonal
 @pytest.mark.optimized
 @pytest.mark.parametrize("offset", [0, 30, -1e4, 1e6])
 @pytest.mark.parametrize("beta", few_of([0.25, 0.0, 1.0]))
@@ -202,6 +203,7 @@ def test_students_that_nearly_agree(rng, beta):
     assert not np.any(of_value(teacher, {})[0])
 
 
+@pytest.mark.diagonal
 @pytest.mark.parametrize("beta", few_of([0.25, 0.0, 1.0]))
 @pytest.mark.parametrize("axis", few_of([0, -1]))
 def test_probabilities(rng, beta, axis):
@@ -238,7 +240,8 @@ def test_probabilities(rng, beta, axis):
 @pytest.mark.nan
 def test_a_hidden_probability_may_be_nan():
     where, probs = np.array([True, True, False]), np.float32([[0.5, 0.5, np.nan]])
-    grad = jax.grad(lambda t: kl_divergence(np.float32([[1, 2, np.nan]]), teacher_probs=t, where=where))(probs)
+    loss = lambda t: kl_divergence(np.float32([[1, 2, np.nan]]), teacher_probs=t, where=where)  # noqa: E731
+    grad = jax.jit(jax.grad(loss))(probs)
     assert np.all(np.isfinite(grad)) and grad[0, 2] == 0
 
 
@@ -332,7 +335,7 @@ def test_two_heads(rng, case):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("beta", few_of([0.25, 0.0, 1.0]))
+@pytest.mark.parametrize("beta", few_of([0.25, 0.0]))
 def test_reductions_weights_and_teacher_logits_of_a_head(rng, beta):
     (x, weight, bias), _ = random_heads(rng, (12,), 31)
     teacher = np.float32(2 * rng.normal(size=(12, 31)))
@@ -649,9 +652,12 @@ def test_optax_is_the_same_on_normalized_probabilities(rng):
     teacher, student, _ = random_case(rng, (5, 7))
     with jax.enable_x64(True):
         a, t = np.float64(student), np.float64(reference.softmax(teacher))
-        want = optax.losses.kl_divergence(jax.nn.log_softmax(a), t)
-        np.testing.assert_allclose(kl_divergence(a, teacher_probs=t, reduction="none"), want, rtol=1e-12)
-        np.testing.assert_allclose(kl_divergence(a, teacher_logits=np.log(t), reduction="none"), want, rtol=1e-12)
+        of_optax = lambda a, t: optax.losses.kl_divergence(jax.nn.log_softmax(a), t)  # noqa: E731
+        of_probs = lambda a, t: kl_divergence(a, teacher_probs=t, reduction="none")  # noqa: E731
+        of_log = lambda a, t: kl_divergence(a, teacher_logits=jnp.log(t), reduction="none")  # noqa: E731
+        want, *both = jax.jit(lambda a, t: [f(a, t) for f in (of_optax, of_probs, of_log)])(a, t)
+        for got in both:
+            np.testing.assert_allclose(got, want, rtol=1e-12)
 
 
 @pytest.mark.thorough
@@ -669,13 +675,13 @@ def test_dtypes_of_student_and_teacher_may_differ(rng):
 @pytest.mark.compiled
 def test_a_traced_beta_is_nan_at_its_ends_and_the_number_between(rng):
     teacher, student, _ = random_case(rng, (5, 7))
-    loss = jax.jit(lambda beta: kl_divergence(student, teacher_logits=teacher, beta=beta))
+    of_beta = lambda beta: kl_divergence(student, teacher_logits=teacher, beta=beta)  # noqa: E731
+    loss = jax.jit(of_beta)
     np.testing.assert_array_equal(np.isnan([loss(b) for b in (0.0, 0.5, 1.0, 1.5)]), [True, False, True, True])
-    np.testing.assert_allclose(loss(0.5), kl_divergence(student, teacher_logits=teacher, beta=0.5), rtol=1e-6)
+    np.testing.assert_allclose(loss(0.5), of_beta(0.5), rtol=1e-6)
     for beta in (0.0, 0.5, 1.0):
-        want = kl_divergence(student, teacher_logits=teacher, beta=beta)
         for same in (jnp.float32(beta), np.array(beta), np.float32(beta)):
-            np.testing.assert_array_equal(kl_divergence(student, teacher_logits=teacher, beta=same), want)
+            np.testing.assert_array_equal(of_beta(same), of_beta(beta))
     assert kl_divergence(jnp.array([[30.0, 0]]), teacher_logits=jnp.array([[0, 30.0]]), beta=1e-8) < 3e-7
 
 
@@ -718,8 +724,9 @@ def test_refuses():
         kl_divergence(z, teacher_probs=jnp.zeros((2, 3), jnp.int32))
 
 
-@pytest.mark.parametrize("form", ["logits", "states"])
-@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.diagonal
+@pytest.mark.parametrize("form", few_of(["states", "logits"]))
+@pytest.mark.parametrize("beta", few_of([0.25, 0.0, 1.0]))
 def test_a_close_student_at_a_temperature(rng, beta, form):
     """Failure 29: the logits are subtracted first and divided then. An error δ of log(p/t) that all classes share, that
     of the two normalizers, comes in as δ²/2."""
@@ -752,10 +759,11 @@ def by_temperature(teacher, student, beta, temperature, cotangent):
     return want.loss, (db / temperature, da / temperature, -np.sum(db * b + da * a) / temperature)
 
 
+@pytest.mark.diagonal
 @pytest.mark.compiled
-@pytest.mark.parametrize("linear", [False, True], ids=["logits", "states"])
-@pytest.mark.parametrize("how", ["shard_map", "explicit"])
-@pytest.mark.parametrize("beta", [0.0, 0.25])
+@pytest.mark.parametrize("linear", few_of([False, True]), ids=["logits", "states"])
+@pytest.mark.parametrize("how", few_of(["shard_map", "explicit"]))
+@pytest.mark.parametrize("beta", few_of([0.25, 0.0]))
 def test_a_temperature_of_sharded_classes(rng, beta, how, linear):
     """It is in the numbers of a token, which the devices share, and in the sums, which they do not."""
     teacher, student = (np.float32(rng.normal(size=(6, 16))) for _ in range(2))
@@ -792,4 +800,4 @@ def test_second_derivatives_by_the_temperature_beside_a_class_that_is_not_there(
     exact = lambda t: reference.divergence(np.float64(teacher) / t, np.float64(student) / t, beta).loss.mean()  # noqa: E731
     step, at = 1e-4, np.float64(np.float32(0.7))
     want = (exact(at + step) - 2 * exact(at) + exact(at - step)) / step**2
-    np.testing.assert_allclose(jax.hessian(total)(jnp.float32(0.7)), want, rtol=1e-4)
+    np.testing.assert_allclose(jax.jit(jax.hessian(total))(np.float32(0.7)), want, rtol=1e-4)

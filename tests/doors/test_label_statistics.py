@@ -55,11 +55,11 @@ def check(found, want, k=16):
     np.testing.assert_array_equal(found.rank, want.values[4])
 
 
-EVERY = [(jnp.float32, ()), (jnp.bfloat16, tuple(ALL)), (jnp.float16, tuple(ALL)), (jnp.float32, tuple(ALL))]
+EVERY = [(jnp.bfloat16, tuple(ALL)), (jnp.float32, ()), (jnp.float16, tuple(ALL)), (jnp.float32, tuple(ALL))]
 EVERY += [(jnp.float32, (name,)) for name in ALL]
 
 
-@pytest.mark.parametrize("case", few_of(EVERY, 2), ids=str)
+@pytest.mark.parametrize("case", few_of(EVERY), ids=str)
 def test_every_option_and_format(rng, case):
     dtype, names = case
     logits, labels, options = random_case(rng, (3, 5, 61), dtype, names)
@@ -95,6 +95,7 @@ def test_every_margin_from_minus_100_to_100(rng):
     assert relative_error(got, truth).max() < PROMISE
 
 
+@pytest.mark.diagonal
 @pytest.mark.optimized
 @pytest.mark.compiled
 @pytest.mark.parametrize("sharded", few_of([False, True]), ids=["alone", "8 devices"])
@@ -251,6 +252,7 @@ def test_nothing_of_logits_size_is_kept_and_only_what_is_used_is_computed():
     assert grad.memory_analysis().temp_size_in_bytes < 0.05 * logits.nbytes
 
 
+@pytest.mark.diagonal
 @pytest.mark.compiled
 @pytest.mark.parametrize("how", few_of(["automatic", "explicit", "axis_name"]))
 @pytest.mark.parametrize("linear", few_of([True, False]), ids=["linear", "logits"])
@@ -317,14 +319,10 @@ def test_ignored_rows_are_0_with_their_gradients(rng, linear):
     plain = lambda x, w, y: label_statistics(x @ w, y, ignore_index=-100)  # noqa: E731
     statistics = door if linear else plain
     found, (dx, dweight) = with_gradient(lambda x, w: statistics(x, w, labels), cotangents, x, weight)
-    few = [c[kept] for c in cotangents]
-    want, (dfew, dtruth) = with_gradient(lambda x, w: statistics(x, w, labels[kept]), few, x[kept], weight)
-    for a, b in zip(found, want, strict=True):
-        np.testing.assert_allclose(np.asarray(a)[kept], b, rtol=1e-6)
-        assert not np.any(np.asarray(a)[[1, 3]])
-    np.testing.assert_allclose(dx[jnp.array(kept)], dfew, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(dweight, dtruth, rtol=1e-5, atol=1e-5)
-    assert not np.any(dx[jnp.array([1, 3])])
+    assert not any(np.any(np.asarray(a)[[1, 3]]) for a in (*found, dx))
+    want, (dfew, dtruth, _) = of_head(x[kept], weight, 0, labels[kept], [c[kept] for c in cotangents], {})
+    few = jax.tree.map(lambda a: np.asarray(a)[kept], found)
+    check_head(few, (np.asarray(dx)[kept], dweight), want, (dfew, dtruth))
 
 
 def test_float64_ranks_tell_what_float32_cannot():
@@ -336,8 +334,10 @@ def test_float64_ranks_tell_what_float32_cannot():
 
 def test_log_prob_is_minus_the_loss(rng):
     logits, labels, options = random_case(rng, (16, 61), names=tuple(ALL))
-    loss = cross_entropy(logits, labels, reduction="none", **options)
-    np.testing.assert_allclose(label_statistics(logits, labels, **options).log_prob, -loss, rtol=1e-6)
+    loss = lambda z: cross_entropy(z, labels, reduction="none", **options)  # noqa: E731
+    log_prob = lambda z: label_statistics(z, labels, **options).log_prob  # noqa: E731
+    got, want = jax.jit(lambda z: (log_prob(z), -loss(z)))(logits)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
 @pytest.mark.usefixtures("untyped")

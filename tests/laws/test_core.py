@@ -23,6 +23,9 @@ INF, NONE = np.inf, Adjustment(None, None, None)
 merged = jax.jit(_targets.merged, static_argnums=2)
 largest = jax.jit(lambda z, adjustment, axis: row_shift(adjust(z, adjustment), axis), static_argnums=2)
 top = jax.jit(top_class, static_argnums=3)
+sum_others, moment_others = (jax.jit(f, static_argnums=4) for f in (sum_of_others, moment_of_others))
+sparse_rest, few_of_shard = jax.jit(sparse_sums, static_argnums=5), jax.jit(few, static_argnums=5)
+own, dense_rest = jax.jit(own_mass, static_argnums=(4, 5, 6)), jax.jit(dense_sums, static_argnums=6)
 
 
 def top_of(z, adjustment=NONE, axis=-1):
@@ -77,8 +80,8 @@ def test_sums_of_all_but_the_pivot(rng):
     others = np.exp(np.float64(z) - m[:, None]) * (np.arange(9) != pivot[:, None])
     gap = np.where(np.isinf(z), 0, m[:, None] - np.float64(z))
     operands = jnp.asarray(z), jnp.asarray(m), jnp.asarray(pivot), NONE, 1
-    np.testing.assert_allclose(sum_of_others(*operands), others.sum(-1), rtol=1e-6)
-    np.testing.assert_allclose(moment_of_others(*operands), (others * gap).sum(-1), rtol=1e-6)
+    np.testing.assert_allclose(sum_others(*operands), others.sum(-1), rtol=1e-6)
+    np.testing.assert_allclose(moment_others(*operands), (others * gap).sum(-1), rtol=1e-6)
 
 
 def test_pick_of_all(rng):
@@ -174,8 +177,8 @@ def test_masses_and_sums_of_dense_and_of_few_labels(rng, weighted):
     c, exists = jnp.asarray(weights)[None] if weighted else None, jnp.asarray(where)
     adjustment = Adjustment(exists, None, None)
     labels, logits, place = jnp.asarray(labels), jnp.asarray(z), jnp.asarray(pivot)
-    at_pivot = lambda pivot: own_mass(labels, c, exists, pivot, 6, 1, jnp.float32)  # noqa: E731
-    dense = at_pivot(place), *dense_sums(logits, labels, c, jnp.asarray(m), place, adjustment, 1)
+    at_pivot = lambda pivot: own(labels, c, exists, pivot, 6, 1, jnp.float32)  # noqa: E731
+    dense = at_pivot(place), *dense_rest(logits, labels, c, jnp.asarray(m), place, adjustment, 1)
     for got, truth in zip(dense, want, strict=True):
         np.testing.assert_allclose(got, truth, rtol=1e-6, atol=1e-7)
     assert np.asarray(at_pivot(jnp.full(4, 5, jnp.int32)))[1] == 0
@@ -185,9 +188,9 @@ def test_masses_and_sums_of_dense_and_of_few_labels(rng, weighted):
     for first, size in ((0, 2), (2, 4)):  # two shards
         here = slice(first, first + size)
         of_shard = None if c is None else c[:, here]
-        found = few(logits[:, here], sparse, of_shard, exists[:, here], first, 1)
+        found = few_of_shard(logits[:, here], sparse, of_shard, exists[:, here], first, 1)
         gaps = found.logits - m[:, None]
-        total += np.stack(sparse_sums(gaps, sparse.probs, found.class_weights, found, place - first, 1))
+        total += np.stack(sparse_rest(gaps, sparse.probs, found.class_weights, found, place - first, 1))
     np.testing.assert_allclose(total, want, rtol=1e-6, atol=1e-7)
 
 

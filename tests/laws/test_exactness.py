@@ -27,6 +27,7 @@ pytestmark = pytest.mark.optimized
 OFFSETS = [0, 1e4, -1e4, 1e7, -(2.0**24)]
 
 
+@pytest.mark.diagonal
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
 @pytest.mark.parametrize("kind", ["integer", "one-hot"])
 @pytest.mark.parametrize("classes", [11, 37], ids=["class by class", "whole rows"])
@@ -50,6 +51,7 @@ def test_every_margin_from_minus_100_to_100(device, rng, dtype, kind, classes):
         assert np.all(abs(np.asarray(grad, np.float64) - want.grad) <= allowed + smallest)
 
 
+@pytest.mark.diagonal
 @pytest.mark.parametrize("classes", [70000, 65537])
 @pytest.mark.parametrize("kind", ["one-hot", "log_softmax"])
 def test_margins_of_rows_longer_than_a_block(rng, classes, kind):
@@ -251,6 +253,7 @@ SECOND_ORDER = {
 }
 
 
+@pytest.mark.diagonal
 @pytest.mark.parametrize("how", SECOND_ORDER)
 @pytest.mark.parametrize("dense", [False, True], ids=["integer", "one-hot"])
 def test_hessian_is_the_analytic_one(rng, how, dense):
@@ -265,6 +268,7 @@ def test_hessian_is_the_analytic_one(rng, how, dense):
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
 
 
+@pytest.mark.diagonal
 @pytest.mark.parametrize("how", SECOND_ORDER)
 @pytest.mark.parametrize("dense", [False, True], ids=["integer", "one-hot"])
 def test_one_class_has_no_loss_no_gradient_no_curvature(how, dense):

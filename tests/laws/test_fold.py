@@ -98,6 +98,7 @@ def test_every_margin(rng, kind):
     assert relative_error(gradient, want.grad).max() < PROMISE
 
 
+@pytest.mark.diagonal
 @pytest.mark.optimized
 @pytest.mark.usefixtures("folded")
 @pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])
@@ -150,6 +151,7 @@ def test_both_sides_agree(rng, name, monkeypatch):
         )
 
 
+@pytest.mark.diagonal
 @pytest.mark.usefixtures("folded")
 @pytest.mark.parametrize("kind", few_of(["automatic", "explicit"], 2))
 @pytest.mark.parametrize("dense", [False, True], ids=["integer", "dense"])

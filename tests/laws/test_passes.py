@@ -180,6 +180,7 @@ def test_nothing_of_the_logits_size_is_made(dtype, dense):
     assert memory.temp_size_in_bytes <= (12 if dense else 6) * 4 * 8192
 
 
+@pytest.mark.diagonal
 @pytest.mark.compiled
 @pytest.mark.unoptimized
 @pytest.mark.parametrize("kind", ["automatic", "explicit"])

@@ -211,6 +211,7 @@ def value_and_gradient(f, logits, labels, where, cotangents):
     return y, pull(cotangents)[0]
 
 
+@pytest.mark.thorough
 @given(cases(with_options=False), flags, st.data())
 def test_doors_with_optaxs_names_are_the_float64_ones(case, masked, data):
     """Bitwise `cross_entropy` with reduction="none"; the poly loss is that plus 2 Σ t_v (1 - p_v)."""

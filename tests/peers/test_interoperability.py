@@ -10,8 +10,6 @@ import optimistix
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
-from sklearn.datasets import load_digits
-from sklearn.linear_model import LogisticRegression
 
 from softmax_jax import cross_entropy, linear_cross_entropy
 
@@ -25,6 +23,8 @@ def _jax_as_these_packages_know_it():
 
 @pytest.fixture(scope="module")
 def digits():
+    from sklearn.datasets import load_digits  # a second that the quick run does not need
+
     images, labels = load_digits(return_X_y=True)
     return np.float32(images / 16), np.int32(labels)
 
@@ -34,6 +34,7 @@ def falls(losses):
     return np.all(np.isfinite(losses)) and losses[-1] < losses[0] / 2
 
 
+@pytest.mark.thorough
 def test_flax_nnx_training_step(digits):
     """The head goes to `linear_cross_entropy` as the layer holds it."""
     images, labels = digits
@@ -112,6 +113,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(digits):
 @pytest.mark.thorough
 def test_a_solver_finds_the_optimum_of_multinomial_regression(digits):
     """optimistix takes derivatives forward; scikit-learn's float64 solution is the truth."""
+    from sklearn.linear_model import LogisticRegression
+
     images, labels = digits
     images, labels, penalty = images[:300], labels[:300], 0.1
 
