@@ -98,7 +98,8 @@ def test_python_numbers_do_not_change_the_dtype(rng, x64):
 @pytest.mark.parametrize("dense", few_of([False, True]), ids=["integer", "dense"])
 @pytest.mark.parametrize("names", few_of([ALONE, [], ["label_smoothing"]]), ids=len)
 @pytest.mark.parametrize("door", few_of(["logits", "linear"]))
-def test_debug_nans_stays_silent_on_valid_input(rng, door, names, dense):
+@pytest.mark.parametrize("no_jit", few_of([False, True]), ids=["jit", "operations"])
+def test_debug_nans_stays_silent_on_valid_input(rng, door, names, dense, no_jit):
     """With logits of -inf, hidden classes, rows of weight 0, rows without any class and an id of -100 that is ignored.
     Nor does one operation, run by itself, make a NaN that a `where` then hides."""
     logits, labels, options = random_case(rng, (6, 7), dense=dense, names=names)
@@ -121,9 +122,9 @@ def test_debug_nans_stays_silent_on_valid_input(rng, door, names, dense):
         loss = lambda x: cross_entropy(x, labels, **options)  # noqa: E731
     gradient = jax.value_and_grad(lambda x: -1.3 * loss(x))
     with jax.debug_nans(True):
-        value, grad = gradient(jnp.asarray(logits))
-        with jax.disable_jit():
-            again, _ = gradient(jnp.asarray(logits))
+        value, grad = jax.jit(gradient)(jnp.asarray(logits))
+        with jax.disable_jit(no_jit):
+            again, _ = gradient(jnp.asarray(logits)) if no_jit else (value, grad)
     assert np.isfinite(value) and np.all(np.isfinite(grad))
     np.testing.assert_allclose(again, value, rtol=1e-6)
 

@@ -80,7 +80,7 @@ def test_head_over_data_and_model(rng, transpose):
     check(rng, asked)
 
 
-@doors
+@pytest.mark.parametrize("embed", few_of([None, 40]), ids=["logits", "linear"])
 def test_smoothing_over_a_sharded_vocabulary_is_over_all_of_it(rng, embed):
     """Not the mean over each shard (Megatron 737, 7452)."""
     check(rng, problem(rng, (8, 6, 64), names=("label_smoothing",), embed=embed, reduction="sum"))
