@@ -24,9 +24,12 @@ DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 PROMISE = 1e-5
 
 
-def few_of(values, quick=1):
-    """Parameters of which the first are quick and the others thorough."""
-    return [*values[:quick], *(pytest.param(value, marks=pytest.mark.thorough) for value in values[quick:])]
+def few_of(values, quick=1, thorough=None):
+    """Parameters of which the first are quick and the others thorough, be it not more than so many; what is left is
+    for `--full-products`."""
+    end = len(values) if thorough is None else quick + thorough
+    marks = [[], [pytest.mark.thorough], [pytest.mark.thorough, pytest.mark.full]]
+    return [pytest.param(value, marks=marks[(i >= quick) + (i >= end)]) for i, value in enumerate(values)]
 
 
 def epsilon(dtype) -> float:

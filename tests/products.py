@@ -3,7 +3,8 @@
 Stacked `parametrize` and parametrized fixtures multiply. Kept are cells in which every two of them meet in each way
 that the product lets them meet (of two that is all of it); `--full-products` keeps the rest too. The cells of a
 diagonal, in which every value of every name comes once, are quick; the others have the mark `thorough`. With the mark
-`diagonal` that is all of a test's cells, with the mark `whole` every cell is quick.
+`diagonal` that is all of a test's cells, with the mark `whole` every cell is quick. Cells with the mark `full` are for
+`--full-products` alone.
 """
 
 from collections import defaultdict
@@ -29,8 +30,12 @@ def covering(cells: list[Cell], wanted: int) -> set[int]:
 
 def select(config, items: list[pytest.Item]) -> None:
     """Marks and deselects, in place."""
+    everything = config.getoption("--full-products")
     groups, dropped = defaultdict(list), set()
     for item in items:
+        if item.get_closest_marker("full") and not everything:
+            dropped.add(item)
+            continue
         spec = getattr(item, "callspec", None)
         if spec is not None and not item.get_closest_marker("whole"):
             groups[item.nodeid.split("[")[0], *(spec.params.get(name) for name in APART)].append(item)
@@ -40,7 +45,7 @@ def select(config, items: list[pytest.Item]) -> None:
         may = [i for i, item in enumerate(group) if not item.get_closest_marker("thorough")]
         quick = {may[i] for i in covering([values[i] for i in may], 1)}
         wanted = 1 if group[0].get_closest_marker("diagonal") else 2
-        kept = range(len(group)) if config.getoption("--full-products") else quick | covering(values, wanted)
+        kept = range(len(group)) if everything else quick | covering(values, wanted)
         for i, item in enumerate(group):
             if i not in kept:
                 dropped.add(item)

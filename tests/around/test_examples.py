@@ -97,7 +97,13 @@ longer = partial(pytest.param, marks=pytest.mark.thorough)
         pytest.param("digits", "--epochs 10", _digits, id="digits"),
         longer("vmap_batches", "--epochs 10 --members 4", _vmap_batches, id="vmap_batches"),
         longer("char_lm", f"--steps 30 --batch 8 --length 64 {FEW} --vocabulary 4096", _char_lm, id="char_lm"),
-        longer("vocab_parallel", f"--steps 15 {FEW} --vocabulary 4093", _vocab_parallel, id="vocab_parallel"),
+        pytest.param(
+            "vocab_parallel",
+            f"--steps 15 {FEW} --vocabulary 4093",
+            _vocab_parallel,
+            id="vocab_parallel",
+            marks=[pytest.mark.thorough, pytest.mark.full],  # below it runs in two processes
+        ),
         longer("distill", "--students 2", _distill, id="distill"),
         longer("tail", "--steps 1000", _tail, id="tail"),
         longer("policy_gradient", "--updates 20", _policy_gradient, id="policy_gradient"),

@@ -172,12 +172,18 @@ def other_doors(rng):
     yield "linear_kl_divergence", between, (states, head)
 
 
-OTHERS = sorted(
-    (name for name, *_ in other_doors(np.random.default_rng(0))), key=lambda name: name != "label_statistics"
-)
+FIRST = [
+    "label_statistics",
+    "log_softmax",
+    "SparseLabels",
+    "forward_mode",
+    "kl_divergence 0.25",
+    "linear_kl_divergence",
+]
+OTHERS = FIRST + [name for name, *_ in other_doors(np.random.default_rng(0)) if name not in FIRST]
 
 
-@pytest.mark.parametrize("case", few_of([(OTHERS[0], False), *((name, True) for name in OTHERS)]), ids=str)
+@pytest.mark.parametrize("case", few_of([(OTHERS[0], False), *((name, True) for name in OTHERS)], thorough=6), ids=str)
 def test_debug_nans_stays_silent_at_every_other_door(rng, case):
     """As above, value and gradients; what takes longer, operation by operation, for each."""
     name, no_jit = case

@@ -59,7 +59,7 @@ EVERY = [(jnp.bfloat16, tuple(ALL)), (jnp.float32, ()), (jnp.float16, tuple(ALL)
 EVERY += [(jnp.float32, (name,)) for name in ALL]
 
 
-@pytest.mark.parametrize("case", few_of(EVERY), ids=str)
+@pytest.mark.parametrize("case", few_of(EVERY, thorough=3), ids=str)
 def test_every_option_and_format(rng, case):
     dtype, names = case
     logits, labels, options = random_case(rng, (3, 5, 61), dtype, names)

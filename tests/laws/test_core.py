@@ -24,6 +24,11 @@ merged = jax.jit(_targets.merged, static_argnums=2)
 largest = jax.jit(lambda z, adjustment, axis: row_shift(adjust(z, adjustment), axis), static_argnums=2)
 top = jax.jit(top_class, static_argnums=3)
 sum_others, moment_others = (jax.jit(f, static_argnums=4) for f in (sum_of_others, moment_of_others))
+dense_of, number_of = (
+    jax.jit(probabilities_of, static_argnums=(2, 3, 4)),
+    jax.jit(existing_classes, static_argnums=(1, 2, 3, 4)),
+)
+spread = jax.jit(spread_evenly, static_argnums=(3, 4, 5))
 sparse_rest, few_of_shard = jax.jit(sparse_sums, static_argnums=5), jax.jit(few, static_argnums=5)
 own, dense_rest = jax.jit(own_mass, static_argnums=(4, 5, 6)), jax.jit(dense_sums, static_argnums=6)
 
@@ -140,11 +145,11 @@ def test_others_are_spread_over_the_classes_without_an_entry(hidden, axis):
     turn = lambda a: jnp.asarray(a if axis == 1 else a.T)  # noqa: E731
     labels = SparseLabels(turn(ids), turn(probs), jnp.asarray(others))
     exists = turn(where) if hidden else None
-    np.testing.assert_allclose(probabilities_of(labels, exists, 6, axis, ()), turn(want), rtol=1e-6)
+    np.testing.assert_allclose(dense_of(labels, exists, 6, axis, ()), turn(want), rtol=1e-6)
 
-    number = existing_classes(exists, 6, axis, (), jnp.float32)
+    number = number_of(exists, 6, axis, (), jnp.float32)
     np.testing.assert_array_equal(np.broadcast_to(number, 4), where.sum(-1))
-    without, share = spread_evenly(labels, exists, jnp.broadcast_to(number, 4), 6, axis, ())
+    without, share = spread(labels, exists, jnp.broadcast_to(number, 4), 6, axis, ())
     assert without.others is None
     np.testing.assert_allclose(share, each, rtol=1e-6)
     np.testing.assert_allclose(without.probs, turn(probs - each[:, None]), atol=1e-7)
@@ -199,4 +204,4 @@ def test_the_references_dense_labels_are_those(rng):
     probs = rng.uniform(0.1, 1, (5, 3)).astype(np.float32)
     labels = merged(SparseLabels(jnp.asarray(ids), jnp.asarray(probs), jnp.full(5, 0.2, jnp.float32)), None, 6)
     want = reference.dense_labels(ids, probs, np.full(5, 0.2), np.ones((5, 6), bool))
-    np.testing.assert_allclose(probabilities_of(labels, None, 6, 1, ()), want, rtol=1e-6)
+    np.testing.assert_allclose(dense_of(labels, None, 6, 1, ()), want, rtol=1e-6)

@@ -148,7 +148,9 @@ def test_smoothing_has_a_gradient_beside_a_row_without_classes(rng):
     logits, labels, _ = random_case(rng, (3, 7))
     where = np.ones((3, 7), bool)
     where[1] = False
-    of_smoothing = jax.jit(jax.grad(lambda e, z, y, w: cross_entropy(z, y, where=w, label_smoothing=e, reduction="sum")))
+    of_smoothing = jax.jit(
+        jax.grad(lambda e, z, y, w: cross_entropy(z, y, where=w, label_smoothing=e, reduction="sum"))
+    )
     got, kept = of_smoothing(0.1, logits, labels, where), [0, 2]
     np.testing.assert_allclose(got, of_smoothing(0.1, logits[kept], labels[kept], where[kept]), rtol=1e-5)
 
