@@ -372,8 +372,10 @@ def multiplied_in(dtype: Any) -> Any:
         found = jax.dtypes.canonicalize_dtype(dtype)
     except TypeError:
         raise TypeError(f"`dtype` must be a dtype; got {dtype!r}. Pass jnp.bfloat16, say, or None.") from None
-    if not jnp.issubdtype(found, jnp.floating):
-        raise TypeError(f"`dtype` must be floating; got {dtype!r}. Pass jnp.bfloat16, say, or None.")
+    if found not in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64):
+        raise TypeError(
+            f"`dtype` must be floating, of 16 bits or more; got {dtype!r}. Pass jnp.bfloat16, say, or None."
+        )
     return found
 
 

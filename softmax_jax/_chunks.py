@@ -14,7 +14,7 @@ a cotangent of its own for every token, so its chunks are made again in the back
 
 The logits of the `products` are made and dropped, and the gradients of their operands are taken at two levels:
 
-    a chunk                    float32 logits and their gradient, which is kept in the dtype that is multiplied
+    a chunk                    float32 logits and their gradient, which is kept, as `kept_in` says
     a super-chunk, of chunks   two products of what is kept: dx of all its tokens, and dweight, summed in float32
 
 Where one super-chunk is all, its products stand in the backward pass, with cotangent and cast in their epilogue. A
@@ -34,9 +34,9 @@ from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
-from softmax_jax._dtypes import upcast
-from softmax_jax._product import Product
-from softmax_jax._sharding import buffer_for, same_on_devices, vary, vary_alike, varying, zeros_as
+from softmax_jax._dtypes import accumulator, upcast
+from softmax_jax._product import Product, kept_in
+from softmax_jax._sharding import buffer_for, same_on_devices, vary, varying, zeros_as
 
 PyTree = Any
 Products = tuple[Product, ...]
@@ -67,7 +67,7 @@ def refuse_closure(f, *operands) -> PyTree:
     jaxpr, shapes = _traced(f, *operands)
     if any(isinstance(const, Tracer) for const in jaxpr.consts):
         raise ValueError(
-            "the function given to a sum or map over chunks closes over a traced value, whose gradient would be lost. "
+            "the function given to a sum or map over chunks closes over a traced value: its gradient would be lost. "
             "Pass that value in `shared`, or in `chunks` if there is one a token."
         )
     return shapes
@@ -79,7 +79,7 @@ def _traced(f, *operands):
 
 
 def _of_index(f, index, products, shared, chunks):
-    return f(_up(shared), _take(chunks, index), *(product.logits(index) for product in products))
+    return f(_up(shared), _up(_take(chunks, index)), *(product.logits(index) for product in products))
 
 
 def _up(tree: PyTree) -> PyTree:
@@ -145,7 +145,7 @@ def _pull(f, super_chunks, operands: Operands, cotangents: PyTree | None) -> tup
     def step(shared, chunk, logits, cotangent):
         value, pull = _vjp(f, shared, chunk, logits)
         dshared, dchunk, dlogits = pull(_of_sum(value) if cotangent is None else cotangent)
-        return value, dshared, dchunk, [d.astype(p.kept) for d, p in zip(dlogits, products, strict=True)]
+        return value, dshared, dchunk, [d.astype(kept_in(p.dtype)) for d, p in zip(dlogits, products, strict=True)]
 
     zeros = _zeros(f, *operands)
     products, shared, chunks = vary(operands, varying(zeros))
@@ -178,7 +178,7 @@ def _pull(f, super_chunks, operands: Operands, cotangents: PyTree | None) -> tup
     if super_chunks == 1:
         sums, of_products = of_chunks(0, carry)
     else:
-        init = [tuple(buffer_for(_up(a)) for a in vary_alike(p.x, p.weight)) for p in products]
+        init = [jax.tree.map(buffer_for, p.operands(accumulator(p.dtype))) for p in products]
         sums, _, of_products = _loop(of_super_chunk, (*carry, init), super_chunks)
     return *sums, of_products
 

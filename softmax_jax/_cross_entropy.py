@@ -155,8 +155,11 @@ def linear_cross_entropy(
     gradient is kept, in the dtype that is multiplied, of as many tokens as it takes to make the two other products
     efficient: three in all, as the plain form has. Temporary memory beyond operands and gradients, bytes a class:
 
-        4 · chunk_size  +  2 · kept  +  (4 · embed, where tokens > kept)       of 16-bit operands, with kept =
-        max(2048, chunk_size) or all tokens, as long as that is no more;   4 · chunk_size + 4 · chunk_size of wider ones
+        4 · chunk_size  +  2 · kept  +  4 · embed, where tokens > kept, unless `weight` is float32       bfloat16
+        4 · chunk_size  +  4 · chunk_size                                                                float32
+
+    with kept at most max(2048, chunk_size), or all tokens as long as that takes no more (float16: the second line, and
+    4 · embed), and a float32 copy of the gradient of `x` where tokens > kept.
 
     Args:
       x: hidden states, `[*batch, embed]`.
@@ -170,7 +173,7 @@ def linear_cross_entropy(
         same along them (if each device has other tokens there, `jax.lax.all_gather` them first).
       dtype: what both are multiplied in, by default their promotion: a bfloat16 `x` with a float32 `weight`, as Flax
         has them by `dtype=jnp.bfloat16`, multiplies in float32 unless told `dtype=jnp.bfloat16` here too. Logits and
-        sums are float32, and each gradient has its operand's dtype, whatever this is.
+        sums are float32 (float64 of float64), and each gradient has its operand's dtype, whatever this is.
       chunk_size: the most tokens whose logits exist at a time: of one device's under `shard_map` and in explicit
         sharding, of all in automatic sharding. By default their logits take 32 MiB in float32, or as much as the
         head's gradient if embed is up to 512, from 1024 on half as much. Chunks are of equal size; where no such

@@ -23,6 +23,11 @@ def product_dtype(a: DTypeLike, b: DTypeLike) -> jnp.dtype:
         return jnp.promote_types(a, b)
 
 
+def has_range(dtype: DTypeLike) -> bool:
+    """Whether the format has float32's range: float16 and the 8-bit ones have not."""
+    return float(jnp.finfo(dtype).max) > 1e38
+
+
 def nan_unless(valid: Array, value: Array, unused: Array | None = None) -> Array:
     """`value`, and NaN where it is neither `valid` nor `unused`. As inf - inf: under `jax_disable_jit` a
     constant NaN would be an array of its own, at which `jax_debug_nans` stops though no entry of it is used."""

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from softmax_jax._checks import Options, fixed_sizes
 from softmax_jax._chunks import PyTree, map_over, sum_over
 from softmax_jax._dtypes import accumulator
-from softmax_jax._product import Product, emptied
+from softmax_jax._product import Product, emptied, kept_in
 from softmax_jax._source import Source
 
 
@@ -106,13 +106,13 @@ def _undealt(batch: tuple[int, ...], of_chunks: Array) -> Array:
 #     b·S + 4·C + (4·embed if n > S and the head's gradient is not float32 itself)
 #
 # The head's product with what is kept takes 2·S·embed operations a class; between super-chunks 8·embed bytes of its
-# float32 sum are read and written. From S = 4 · rate / bandwidth on arithmetic binds: for 16-bit operands from 731
-# tokens (H200) or 866 (B200), for wider ones from some dozens, so there S = C. One super-chunk while all that is kept,
-# b·n, is no more than that sum and what is kept beside it.
+# float32 sum are read and written. From S = 4 · rate / bandwidth on arithmetic binds: for bfloat16 operands from 731
+# tokens (H200) or 866 (B200), for wider ones from some dozens, so there S = C, as where float32 is kept of float16. One
+# super-chunk while all that is kept, b·n, is no more than that sum and what is kept beside it.
 
 CHUNK_BYTES, FEW_TOKENS, KEPT_TOKENS = 2**25, 512, 2048
 """What the default `chunk_size` aims at for the logits of one chunk in the accumulator's dtype; what a large head gets
-all the same; and the tokens of a super-chunk of 16-bit operands."""
+all the same; and the most tokens of a super-chunk of bfloat16 operands."""
 
 
 def default_chunk(embed: int, classes: int, dtype: DTypeLike) -> int:
@@ -127,13 +127,15 @@ def chunk_counts(batch: tuple[int, ...], chunk_size: int, student: Source) -> tu
     """(how many chunks there are, in how many super-chunks), n / C and n / S."""
     if student.weight is None:
         return chunk_count(batch, chunk_size), 1
-    kept, embed = jnp.dtype(student.dtype).itemsize, student.x.shape[-1]
+    tokens, kept, embed = math.prod(batch), kept_in(student.dtype).itemsize, student.x.shape[-1]
     most = max(chunk_size, KEPT_TOKENS) if kept == 2 else chunk_size
     of_sum = 0 if student.weight.dtype == accumulator(student.dtype) else 4 * embed
-    if kept * math.prod(batch) <= of_sum + kept * most:
+    if kept * tokens <= of_sum + kept * most:
         return chunk_count(batch, chunk_size), 1
-    chunks = chunk_count(batch, chunk_size, most // chunk_size)
-    return chunks, chunks // (most // chunk_size)
+    if most < 2 * chunk_size:
+        return (chunks := chunk_count(batch, chunk_size)), chunks
+    super_chunks = -(-tokens // most)
+    return chunk_count(batch, chunk_size, super_chunks), super_chunks
 
 
 def chunk_count(batch: tuple[int, ...], chunk_size: int, multiple: int = 1) -> int:

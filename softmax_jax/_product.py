@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
-from softmax_jax._dtypes import accumulator
+from softmax_jax._dtypes import accumulator, has_range
 from softmax_jax._sharding import unwritten, vary, vary_alike, varying
 
 
@@ -31,10 +31,9 @@ class Product:
     dtype: Any = None  # in which the two are multiplied
     transposed: bool = False
 
-    @property
-    def kept(self) -> DTypeLike:
-        """In what dlogits is kept until it is multiplied. float16 has not its range."""
-        return accumulator(self.dtype) if jnp.dtype(self.dtype) == jnp.float16 else self.dtype
+    def operands(self, dtype: DTypeLike) -> tuple[Array, Array]:
+        """(x, weight) in that dtype, varying over the same devices."""
+        return vary_alike(self.x.astype(dtype), self.weight.astype(dtype))
 
     def logits(self, index: ArrayLike) -> Array:
         """[size, classes] of one chunk."""
@@ -44,7 +43,7 @@ class Product:
     def buffer(self, chunks: int) -> Array:
         """For the dlogits of that many chunks."""
         classes = self.weight.shape[0 if self.transposed else 1]
-        buffer = unwritten((len(self.x), chunks, classes), self.kept)
+        buffer = unwritten((len(self.x), chunks, classes), kept_in(self.dtype))
         return vary(buffer, varying(self.x, self.weight))
 
     def gradients(self, dlogits: Array, first: ArrayLike) -> tuple[Array, Array]:
@@ -78,10 +77,16 @@ def _dot(a: Array, b: Array, axes: tuple, dtype: DTypeLike) -> Array:
     )
 
 
+def kept_in(dtype: DTypeLike) -> jnp.dtype:
+    """In what dlogits are kept until they are multiplied: token weights and p may leave the range of float16."""
+    return jnp.dtype(dtype) if has_range(dtype) else accumulator(dtype)
+
+
 def _in_range(dlogits: Array, dtype: DTypeLike) -> tuple[Array, Array | float]:
-    """(dlogits · scale, scale): for float16, the largest at 2**14, as token weights and p may leave its range."""
-    if jnp.dtype(dtype) != jnp.float16:
+    """(dlogits · scale, scale), the largest at a quarter of the range, where that is narrow."""
+    if has_range(dtype):
         return dlogits, 1.0
     largest = lax.stop_gradient(jnp.max(jnp.abs(dlogits), initial=0))
-    scale = jnp.where((largest > 0) & jnp.isfinite(largest), 2.0**14 / jnp.maximum(largest, 1e-30), 1)
+    highest = float(jnp.finfo(dtype).max) / 4
+    scale = jnp.where((largest > 0) & jnp.isfinite(largest), highest / jnp.maximum(largest, 1e-30), 1)
     return dlogits * scale, scale

@@ -50,12 +50,14 @@ def sum_over_chunks(f: Callable[[PyTree, PyTree], Array], shared: PyTree, chunks
     2.33776 {'kernel': (4, 5), 'norm': (4,)}
     """
     shared, chunks = jax.tree.map(jnp.asarray, (shared, chunks))
-    _check_chunks(chunks)
+    _check_operands(shared, chunks)
     _check_scalar(refuse_closure(f, (), shared, chunks))
     return sum_over(lambda *operands: (f(*operands), None), ((), shared, chunks))[0]
 
 
-def _check_chunks(chunks: PyTree) -> None:
+def _check_operands(shared: PyTree, chunks: PyTree) -> None:
+    if kinds := [a.dtype for a in jax.tree.leaves((shared, chunks)) if jnp.issubdtype(a.dtype, jnp.complexfloating)]:
+        raise TypeError(f"operands must be real; got {kinds}. Pass the real and the imaginary parts.")
     shapes = [jnp.shape(a) for a in jax.tree.leaves(chunks)]
     if not shapes or any(len(shape) < 2 for shape in shapes) or len({shape[:2] for shape in shapes}) > 1:
         raise ValueError(

@@ -11,6 +11,8 @@ import reference
 from helpers import ALONE, FLOATS, assert_within, epsilon, few_of, random_case
 
 from softmax_jax import cross_entropy, linear_cross_entropy
+from softmax_jax._head import chunk_counts
+from softmax_jax._source import Source
 
 AWKWARD = (252, 507, 123)  # tokens, embed, classes
 
@@ -250,7 +252,39 @@ def test_what_they_are_multiplied_in(rng):
 
 
 @pytest.mark.usefixtures("untyped")
-@pytest.mark.parametrize("dtype", [jnp.int32, "no such format"])
+@pytest.mark.parametrize("dtype", [jnp.int32, "no such format", jnp.float8_e4m3fn])
 def test_a_dtype_that_is_none_is_refused(dtype):
     with pytest.raises(TypeError, match="`dtype` must be .*Pass jnp.bfloat16, say, or None"):
         linear_cross_entropy(np.ones((3, 4), np.float32), np.ones((4, 5), np.float32), np.zeros(3, int), dtype=dtype)
+
+
+FORMATS = [("float32", "float64", None), ("float64", "float64", "bfloat16"), ("float32", "float32", "float64")]
+
+
+@pytest.mark.parametrize("formats", few_of([*FORMATS, ("bfloat16", "float32", None)]), ids=str)
+def test_sums_over_chunks_are_in_the_accumulator_of_the_product(rng, formats):
+    """Whatever the operands' own dtypes are; several chunks, several super-chunks."""
+    of_x, of_weight, dtype = formats
+    with jax.enable_x64(True):
+        x, weight = jnp.asarray(rng.normal(size=(40, 4)), of_x), jnp.asarray(rng.normal(size=(4, 9)), of_weight)
+        labels = rng.integers(0, 9, 40)
+
+        def by_chunks(x, weight):
+            return linear_cross_entropy(x, weight, labels, chunk_size=8, dtype=dtype)
+
+        def plain(x, weight):
+            return cross_entropy(x.astype(jnp.float64) @ weight.astype(jnp.float64), labels)
+
+        got, want = (jax.jit(jax.grad(f, (0, 1)))(x, weight) for f in (by_chunks, plain))
+        rounded = max(epsilon(a) for a in (of_x, of_weight, dtype or of_x))
+        for a, b in zip(got, want, strict=True):
+            assert a.dtype == b.dtype
+            np.testing.assert_allclose(np.float64(a), np.float64(b), rtol=0, atol=4 * rounded * np.max(np.abs(b)))
+
+
+def test_small_chunks_are_not_padded_to_the_size_of_a_super_chunk():
+    for tokens, size in [(2100, 1), (2100, 16), (4200, 8), (9001, 100), (5000, 500)]:
+        head = Source.of_head(jnp.zeros((tokens, 8), jnp.bfloat16), jnp.zeros((8, 9), jnp.bfloat16))
+        chunks, super_chunks = chunk_counts((tokens,), size, head)
+        assert chunks % super_chunks == 0 and super_chunks == -(-tokens // 2048)
+        assert -(-tokens // chunks) <= size and -(-tokens // chunks) * chunks <= 1.01 * tokens

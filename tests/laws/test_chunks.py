@@ -163,8 +163,23 @@ def test_a_head_that_is_a_function(rng):
         (np.ones((4, 0)), lambda s, c: 0.0, ValueError, "there are no chunks"),
         (np.ones((4, 3), np.float32), lambda s, c: c, TypeError, r"floating scalar.*Return the chunk's sum"),
         (np.ones((4, 3), np.int32), lambda s, c: jnp.sum(c), TypeError, "floating scalar"),
+        (np.ones((4, 3), np.complex64), lambda s, c: jnp.sum(jnp.abs(c)), TypeError, "must be real.*complex64"),
     ],
 )
 def test_bad_arguments_are_refused_with_the_way_out(chunks, f, error, message):
     with pytest.raises(error, match=message):
         sum_over_chunks(f, np.float32(1), chunks)
+
+
+def test_16_bit_chunks_are_float32_whether_a_gradient_is_asked_or_not(rng):
+    """A sum in bfloat16 would be off by its rounding, and by another number than the one beside a gradient."""
+    chunks, seen = jnp.asarray(rng.normal(size=(512, 4)), jnp.bfloat16), []
+
+    def total(shared, chunk):
+        seen.append(chunk.dtype)
+        return shared * jnp.sum(chunk * chunk)
+
+    loss = lambda shared, chunks: sum_over_chunks(total, shared, chunks)  # noqa: E731
+    alone, (beside, (_, gradient)) = loss(1.0, chunks), jax.value_and_grad(loss, (0, 1))(1.0, chunks)
+    assert set(seen) == {jnp.dtype(jnp.float32)} and gradient.dtype == jnp.bfloat16
+    np.testing.assert_allclose([alone, beside], np.sum(np.float64(chunks) ** 2), rtol=1e-5)
