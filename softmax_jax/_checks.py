@@ -358,10 +358,10 @@ def head_size(x: Array, weight: Array, bias: ArrayLike | None, transpose_weight:
     return classes
 
 
-def ids(name: str, labels: Labels) -> None:
+def ids(labels: Labels, beside: str = "") -> None:
     if not are_ids(labels):
         of = "SparseLabels" if isinstance(labels, SparseLabels) else f"dtype {labels.dtype}"
-        raise TypeError(f"`labels` {name} must be integers; got {of}. Pass class ids.")
+        raise TypeError(f"`labels`{beside} must be integers; got {of}. Pass class ids.")
 
 
 def multiplied_in(dtype: Any) -> Any:

@@ -245,7 +245,7 @@ def _loss(
     _checks.sharded(*student.of_classes(), class_axes)
     divisor = _checks.reduction_of(reduction, normalizer, dtype)
     if statistics:
-        _checks.ids("with statistics=True", labels)
+        _checks.ids(labels, " with statistics=True")
     numbers, chunk_size = _NUMBERS[forward_mode, statistics], _checks.chunk_size_of(chunk_size)
     how = How(numbers, dtype, axis, reduction, chunk_size=chunk_size, class_axes=class_axes)
     loss, beside = compute(Operands(student, Source(labels), options, divisor), how)

@@ -117,7 +117,7 @@ def _of_source(
 ) -> LabelStatistics:
     """What both have in common. A row to ignore has weight 0."""
     labels, shape, dtype = jnp.asarray(labels), student.shape, student.dtype
-    _checks.ids("of statistics", labels)
+    _checks.ids(labels)
     _checks.labels_of(labels, shape, axis)
     ignored = _checks.ignored_id(ignore_index, labels)
     options = options._replace(weights=None if ignored is None else labels != ignored)

@@ -67,7 +67,7 @@ FIRST = ("forward_mode", "linear_cross_entropy, none", "log_softmax", "linear_la
 DOORS.sort(key=lambda door: door[0] or door[1] not in (*FIRST, "kl_divergence"))
 
 
-@pytest.mark.parametrize("door", few_of(DOORS, 6), ids=lambda door: f"{door[1]}, {'dense' if door[0] else 'integer'}")
+@pytest.mark.parametrize("door", few_of(DOORS, 3), ids=lambda door: f"{door[1]}, {'dense' if door[0] else 'integer'}")
 def test_every_door_and_its_gradient_lower_for_every_platform(rng, door):
     dense, name = door
     dtype = jnp.float32 if dense else jnp.bfloat16
@@ -131,7 +131,7 @@ def exported(f, operands):
 @pytest.mark.compiled
 @pytest.mark.usefixtures("untyped")  # a symbol is no int
 @pytest.mark.parametrize("sizes", few_of(["b, k", "b, 37", "6, k"]))
-@pytest.mark.parametrize("name", few_of(SYMBOLIC, 4))
+@pytest.mark.parametrize("name", few_of(SYMBOLIC, 2))
 def test_symbolic_sizes(sizes, name):
     """Failure 31: every function on logits is exported for any batch, any number of classes."""
     f, operands = next((f, operands) for of, f, operands in symbolic(*export.symbolic_shape(sizes)) if of == name)

@@ -31,7 +31,13 @@ def test_every_option_alone(device, variant, rng, name, dense):
 @labels_kind
 @pytest.mark.parametrize(
     ("dtype", "reduction"),
-    [(jnp.float32, "mean"), (jnp.float32, "sum"), (jnp.float32, "none"), (jnp.bfloat16, "mean"), (jnp.float16, "none")],
+    [
+        (jnp.float32, "sum"),
+        (jnp.bfloat16, "mean"),
+        pytest.param(jnp.float32, "mean", marks=pytest.mark.thorough),
+        pytest.param(jnp.float32, "none", marks=pytest.mark.thorough),
+        pytest.param(jnp.float16, "none", marks=pytest.mark.thorough),
+    ],
     ids=lambda v: v if isinstance(v, str) else v.__name__,
 )
 def test_all_options_together(device, rng, dtype, reduction, dense):
@@ -41,7 +47,7 @@ def test_all_options_together(device, rng, dtype, reduction, dense):
 
 @pytest.mark.diagonal
 @labels_kind
-@pytest.mark.parametrize("shape_and_axis", few_of(SHAPES, 4), ids=str)
+@pytest.mark.parametrize("shape_and_axis", few_of(SHAPES, 2), ids=str)
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_every_shape_and_axis(rng, shape_and_axis, dense, reduction):
     shape, axis = shape_and_axis
@@ -177,3 +183,13 @@ def test_formats_without_infinity(dtype):
     logits = jnp.asarray([[1.0, 2.0, -3.0]], jnp.dtype(dtype))
     want = cross_entropy(logits.astype(jnp.float32), jnp.array([1]))
     np.testing.assert_array_equal(cross_entropy(logits, jnp.array([1])), want)
+
+
+def test_smoothing_that_is_spread_over_the_other_classes(rng):
+    """As Flax's examples, T5X and big_vision spell it: 1 - ε for the label, ε/(K-1) for each other class."""
+    logits, ids, _ = random_case(rng, (6, 9))
+    epsilon, classes = 0.1, 9
+    target = np.where(np.arange(classes) == ids[:, None], 1 - epsilon, epsilon / (classes - 1))
+    want = reference.cross_entropy(logits, target.astype(np.float64))
+    got = cross_entropy(logits, ids, label_smoothing=epsilon * classes / (classes - 1))
+    assert_within(got, want.loss, want.loss_condition, 8)

@@ -450,6 +450,7 @@ def test_an_id_that_no_class_has_and_a_negative_probability_make_their_rows_nan(
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("beta", few_of([0.25, 0.0, 1.0]))
 def test_an_offset_beside_a_class_that_is_not_there(beta):
     """As of the same logits without the class: 0 of one class that is left, -inf in both or hidden."""
@@ -792,6 +793,7 @@ def test_a_temperature_of_sharded_classes(rng, beta, how, linear):
         np.testing.assert_allclose(got, grad, rtol=0, atol=PROMISE * np.max(np.abs(grad)))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("beta", few_of([0.25, 0.0]))
 def test_second_derivatives_by_the_temperature_beside_a_class_that_is_not_there(rng, beta):
     """-inf stands as the smallest number in a difference: times 1/0.7 that is infinite."""

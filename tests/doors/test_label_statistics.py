@@ -214,6 +214,7 @@ def test_linear_is_plain(rng, case):
     check_head(found, (dx, turned(dweight), dbias), *of_head(x, weight, bias, labels, cotangents, options))
 
 
+@pytest.mark.thorough
 @pytest.mark.compiled
 @pytest.mark.cpu_compiler
 def test_linear_memory_is_that_of_the_loss_whatever_the_tokens():
@@ -286,7 +287,8 @@ def test_over_8_devices(rng, how, linear):
         jitted = differentiated(lambda *o: run(*o, *placed[-2:]), len(placed) - 2)
         program = jitted.lower(cotangents, *placed[:-2]).compile()
         grads, found = program(cotangents, *placed[:-2])
-    assert {c.op for c in collectives(program)} <= {"all-reduce"}
+    of_tokens = lambda c: c.op == "all-gather" and c.largest <= labels.size * 4  # of a prediction  # noqa: E731
+    assert all(c.op == "all-reduce" or of_tokens(c) for c in collectives(program))
     check_head(found, grads, want, truth)
 
 

@@ -165,6 +165,7 @@ def test_a_few_of_probability_zero(rng):
     np.testing.assert_allclose(got, cross_entropy(logits[2:, :2], np.full((1, 2), 0.5, np.float32)), rtol=1e-6)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("how", few_of([("mean", True), ("none", False)]), ids=str)
 def test_linear_is_plain(rng, how):
     reduction, transpose = how

@@ -88,8 +88,8 @@ MADE = {
 
 
 @pytest.mark.diagonal
-@pytest.mark.parametrize("made", few_of(["traced", "capped", "upcast", "constant"], 3))
-@pytest.mark.parametrize("kind", few_of(["integer", "one-hot", "log_softmax", "forward_mode"], 3))
+@pytest.mark.parametrize("made", few_of(["traced", "capped", "upcast", "constant"], 2))
+@pytest.mark.parametrize("kind", few_of(["integer", "one-hot", "log_softmax", "forward_mode"], 2))
 @pytest.mark.parametrize("rows", [101, 1025], ids=["whole rows", "class by class"])
 def test_logits_that_are_a_product_made_in_the_same_program(rng, kind, made, rows):
     """A compiler may then take a · b - m in one step, so that z - m is not 0 at the maximum."""
@@ -131,6 +131,7 @@ def huge_rows(rng, made):
     return x, np.asarray(jax.jit(made)(x, np.float32(0.7)))
 
 
+@pytest.mark.thorough
 @pytest.mark.diagonal
 @pytest.mark.parametrize(
     "some",

@@ -121,6 +121,7 @@ def test_log_softmax_and_its_pullback(device, rng, dtype):
     assert_within(dx, np.float64(g) - p * total, condition, 8, dtype)
 
 
+@pytest.mark.thorough
 def test_sparse_labels_and_statistics(device, rng):
     z = _unusual((3 * rng.normal(size=SHAPES[0])).astype(np.float32))
     ids = rng.permuted(np.tile(np.arange(1, 6), (len(z), 1)), axis=-1)[:, :3]
@@ -149,6 +150,7 @@ def test_sparse_labels_and_statistics(device, rng):
     np.testing.assert_array_equal(found.rank, want.values[4])
 
 
+@pytest.mark.thorough
 @pytest.mark.unoptimized
 @pytest.mark.parametrize("beta", few_of([0.25, 0.0, 1.0]))
 def test_divergences(device, rng, beta):
