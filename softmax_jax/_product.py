@@ -50,9 +50,13 @@ class Product:
         """(dx, dweight) of the chunks from the `first` on, by their dlogits, [size, chunks, classes]."""
         dlogits, scale = _in_range(dlogits, self.dtype)
         x, weight, dlogits = vary_alike(self._rows(first, dlogits.shape[1]), self.weight, dlogits)
-        dx = _dot(dlogits, weight, ((2,), (0 if self.transposed else 1,)), self.dtype)
+        shape = x.shape
+        if shape[1] == 1:  # matrices, of which XLA on the CPU copies none to sum over two axes
+            x, dlogits = x[:, 0], dlogits[:, 0]
+        tokens = tuple(range(x.ndim - 1))
+        dx = _dot(dlogits, weight, ((x.ndim - 1,), (0 if self.transposed else 1,)), self.dtype)
         pair = (dlogits, x) if self.transposed else (x, dlogits)
-        return dx / scale, _dot(*pair, ((0, 1), (0, 1)), self.dtype) / scale
+        return dx.reshape(shape) / scale, _dot(*pair, (tokens, tokens), self.dtype) / scale
 
     def add(self, gradients: tuple[Array, Array], dlogits: Array, first: ArrayLike) -> tuple[Array, Array]:
         """(dx, dweight) with those of the chunks from the `first` on."""

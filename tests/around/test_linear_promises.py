@@ -65,6 +65,19 @@ def test_tied_embeddings_are_not_copied():
     assert compiled(loss, *shapes).memory_analysis().temp_size_in_bytes <= 2 * chunk + head / 4
 
 
+@pytest.mark.parametrize("transposed", [True, False], ids=["classes x embed", "embed x classes"])
+@pytest.mark.compiled
+@pytest.mark.cpu_compiler
+def test_one_chunk_with_its_gradient_is_one_array_of_its_logits(transposed):
+    """The gradient is written in their place, and neither product copies it."""
+    tokens, embed, classes = 512, 128, 4096
+    head = (classes, embed) if transposed else (embed, classes)
+    shapes = (((tokens, embed), jnp.float32), (head, jnp.float32), ((tokens,), jnp.int32))
+    loss = lambda x, w, y: linear_cross_entropy(x, w, y, transpose_weight=transposed)  # noqa: E731
+    memory = compiled(jax.value_and_grad(loss, (0, 1)), *shapes).memory_analysis()
+    assert memory.temp_size_in_bytes <= 1.05 * 4 * tokens * classes
+
+
 def test_padded_tokens_are_not_counted(rng):
     """Failure 2: peaked and tiny logits, a size that no chunk divides; a padded row would add exp(0) a class."""
     for scale in (1e-3, 50.0):
