@@ -68,7 +68,7 @@ def publish(folder: Path, docs: Path) -> dict[str, str]:
 
 
 DEVICES = ["H200", "H100", "B200", "A100", "TPU v5e", "TPU v6e"]
-WITH_HEADS = ["H200", "H100", "TPU v5e", "TPU v6e"]
+WITH_HEADS = ["H200", "H100"]
 
 
 def of_compiled(part: str, devices: list[str]) -> dict[str, dict]:
