@@ -81,17 +81,13 @@ def of_compiled(part: str, devices: list[str]) -> dict[str, dict]:
 def compiled() -> dict[str, str]:
     """Tables, by the names of their places in the README."""
     moved = lambda pair: " / ".join("-" if cost is None else f"{cost[1]:.1f}" for cost in pair)  # noqa: E731
-    need = lambda costs: " / ".join("-" if cost is None else f"{cost[0]:.0f}" for cost in costs)  # noqa: E731
+    need = lambda costs: " / ".join(f"{mib:.0f}" for mib, _ in costs)  # noqa: E731
     take = lambda costs: " / ".join(f"{ms:.3g}" for _, ms in costs)  # noqa: E731
     logits, heads = of_compiled("logits", DEVICES), of_compiled("heads", WITH_HEADS)
     rows = [[case, *(moved(of[case]) for of in logits.values())] for case in logits["H200"]]
     tables = {"compiled": show.table(["", *logits], rows)}
-    timed = [d for d in heads if d.startswith("H")]
-    header = ["tokens x embed x classes", *(f"{d}, MiB" for d in heads), *(f"{d}, ms" for d in timed)]
-    rows = [
-        [head, *(need(of[head]) for of in heads.values()), *(take(heads[d][head]) for d in timed)]
-        for head in heads["H200"]
-    ]
+    header = ["tokens x embed x classes", *(f"{d}, {unit}" for unit in ("MiB", "ms") for d in heads)]
+    rows = [[head, *(told(of[head]) for told in (need, take) for of in heads.values())] for head in heads["H200"]]
     return tables | {"heads": show.table(header, rows)}
 
 

@@ -116,10 +116,6 @@ def optax_kl(a, b):
     return optax.losses.kl_divergence_with_log_targets(jax.nn.log_softmax(a.astype(jnp.float32)), t)
 
 
-def with_beside(f: Callable) -> Callable:
-    return jax.value_and_grad(f, has_aux=True)
-
-
 def accuracy(z, y):
     loss, beside = sj.cross_entropy(z, y, statistics=True)
     return loss, (beside.correct, beside.log_normalizer)
@@ -142,8 +138,8 @@ CASES = {  # name: (what stands beside the logits, ours, the peer's)
     "all options, with gradient": ("ids", with_gradient(all_options), None),
     "integer labels, with gradient, accuracy, log-normalizer": (
         "ids",
-        with_beside(accuracy),
-        with_beside(accuracy_by_jax),
+        jax.value_and_grad(accuracy, has_aux=True),
+        jax.value_and_grad(accuracy_by_jax, has_aux=True),
     ),
     "log_prob, entropy, correct, rank": ("ids", lambda z, y: told(sj.label_statistics(z, y)), told_by_jax),
     "KL from logits, forward": ("rows", lambda a, b: sj.kl_divergence(a, teacher_logits=b), optax_kl),

@@ -29,6 +29,17 @@ class Step(NamedTuple):
         """A chunk's logits in float32."""
         return 4 * self.chunk * self.local_classes
 
+    def kept_tokens(self) -> int:
+        """Those of a super-chunk: all, while what is kept of them is no more than the head's float32 gradient and what
+        would be kept beside it."""
+        tokens, most = self.local_tokens, max(self.chunk, 2048) if self.itemsize == 2 else self.chunk
+        of_sum = 4 * self.embed if self.itemsize == 2 else 0
+        return tokens if self.itemsize * tokens <= of_sum + self.itemsize * most else -(-tokens // -(-tokens // most))
+
+    def kept_bytes(self) -> int:
+        """The gradient of a super-chunk's logits."""
+        return self.itemsize * self.kept_tokens() * self.local_classes
+
     def sums_bytes(self) -> int:
         """The gradients of x and weight in float32, before their one cast."""
         return 4 * self.embed * (self.local_classes + self.local_tokens)
@@ -78,6 +89,7 @@ def table() -> list[list[str]]:
                     f"{step.gathered_logits_bytes() / 2**20:,.0f} MiB",
                     f"{step.gathered_logits_moved() / 2**20:,.0f} MiB",
                     f"{step.chunk_bytes() / 2**20:,.0f} MiB",
+                    f"{step.kept_bytes() / 2**20:,.0f} MiB",
                     f"{step.sums_bytes() / 2**20:,.0f} MiB",
                     f"{over_model[0] / 2**20:.2f} MiB",
                     f"{over_model[1] / 2**20:,.0f} MiB",
@@ -94,6 +106,7 @@ HEADER = [
     "logits gathered",
     "received for them",
     "a chunk's logits",
+    "their gradient, kept",
     "float32 sums",
     "sent: sums of a token",
     "sent: dx",

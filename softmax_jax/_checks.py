@@ -143,11 +143,11 @@ def one_teacher(
     axis: int,
     teacher_probs: Any,
     teacher_logits: Any,
-    head: tuple[Any, Any, Any, bool] = (None, None, None, False),
+    of_states: tuple[Any, Any, Any, bool] = (None, None, None, False),
     dtype: Any = None,
 ) -> tuple[Kind, Source]:
     """What the one teacher given is, for logits of `shape`."""
-    teacher_x, weight, bias, transpose_weight = head
+    teacher_x, weight, bias, transpose_weight = of_states
     given = {"teacher_probs": teacher_probs, "teacher_logits": teacher_logits, "teacher_x": teacher_x}
     given = [name for name, value in given.items() if value is not None]
     of_head = {"teacher_weight": weight, "teacher_bias": bias, "teacher_transpose_weight": transpose_weight or None}
@@ -159,14 +159,13 @@ def one_teacher(
             "the linear form `teacher_x` with `teacher_weight`."
         )
     if teacher_x is not None:
-        x, weight = jnp.asarray(teacher_x), jnp.asarray(weight)
-        classes = head_size(x, weight, bias, transpose_weight, "teacher_")
-        if (*x.shape[:-1], classes) != shape:
+        teacher = head(teacher_x, weight, bias, transpose_weight, dtype, "teacher_")
+        if teacher.shape != shape:
             raise ValueError(
-                f"the teacher's logits must have the student's shape {shape}; got {(*x.shape[:-1], classes)} from "
-                f"teacher_x.shape={x.shape}, teacher_weight.shape={weight.shape}. Give both the same tokens, classes."
+                f"the teacher's logits must have the student's shape {shape}; got {teacher.shape} from teacher_x.shape="
+                f"{teacher.x.shape}, teacher_weight.shape={teacher.weight.shape}. Give both the same tokens, classes."
             )
-        return "states", Source.of_head(x, weight, bias, transpose_weight, dtype)
+        return "states", teacher
     if isinstance(teacher_probs, SparseLabels):
         return "probabilities", Source(labels_of(teacher_probs, shape, axis))
     if isinstance(teacher_logits, SparseLabels):
@@ -324,8 +323,17 @@ def sharded(name: str, array: Array, class_axes: Names) -> None:
         )
 
 
-def head_size(x: Array, weight: Array, bias: ArrayLike | None, transpose_weight: bool, prefix: str = "") -> int:
-    """The number of classes of `weight`, once `x`, `weight` and `bias` agree. Their names begin with `prefix`."""
+def head(
+    x: ArrayLike, weight: ArrayLike, bias: Any, transpose_weight: bool, dtype: Any = None, prefix: str = ""
+) -> Source:
+    """Where the logits of a head come from. The names of its operands begin with `prefix`."""
+    x, weight = jnp.asarray(x), jnp.asarray(weight)
+    head_size(x, weight, bias, transpose_weight, prefix)
+    return Source.of_head(x, weight, bias, transpose_weight, multiplied_in(dtype))
+
+
+def head_size(x: Array, weight: Array, bias: ArrayLike | None, transpose_weight: bool, prefix: str) -> None:
+    """That `x`, `weight` and `bias` agree."""
     x_name, weight_name, bias_name = (f"{prefix}{name}" for name in ("x", "weight", "bias"))
     floating(x_name, x)
     floating(weight_name, weight)
@@ -355,7 +363,6 @@ def head_size(x: Array, weight: Array, bias: ArrayLike | None, transpose_weight:
                 f"`{bias_name}` must hold one number a class, {(classes,)}; got {bias_name}.shape={bias.shape}, "
                 f"{weight_name}.shape={weight.shape}, {layout}. Reshape it."
             )
-    return classes
 
 
 def ids(labels: Labels, beside: str = "") -> None:

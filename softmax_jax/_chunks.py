@@ -34,7 +34,7 @@ from jax.core import Tracer
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
-from softmax_jax._dtypes import accumulator, upcast
+from softmax_jax._dtypes import accumulator, is_floating, upcast
 from softmax_jax._product import Product, kept_in
 from softmax_jax._sharding import buffer_for, same_on_devices, vary, varying, zeros_as
 
@@ -113,10 +113,6 @@ def _zeros(f, *operands) -> PyTree:
 
 
 # What has a gradient: the floating leaves of an operand, as a list.
-
-
-def is_floating(a: Any) -> bool:
-    return jnp.issubdtype(a.dtype, jnp.floating)
 
 
 def _floats(tree: PyTree) -> list[Array]:

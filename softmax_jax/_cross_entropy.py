@@ -84,7 +84,7 @@ def cross_entropy(
         reverse rule ("can't apply forward-mode autodiff (jvp) to a custom_vjp function"). The same values;
         `jax.grad` works too, but makes more passes over the logits.
       statistics: True returns (loss, `LabelStatistics`): what `label_statistics` says of every token, without a
-        gradient, from the same pass on GPUs and TPUs; for `jax.value_and_grad(..., has_aux=True)`. Only what is used is
+        gradient, on a GPU from the same pass; for `jax.value_and_grad(..., has_aux=True)`. Only what is used is
         computed. Of integer labels; 0 where the weight is. With `weights` w, a step's accuracy is Σ w · correct / Σ w,
         its z-loss z_loss · Σ w · log_normalizer² / Σ w, and its perplexity exp of -Σ w · log_prob / Σ w.
 
@@ -206,14 +206,10 @@ def linear_cross_entropy(
 
     Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", ICLR 2025; Hsu et al., "Liger Kernel", 2024.
     """
-    x, weight = jnp.asarray(x), jnp.asarray(weight)
-    _checks.head_size(x, weight, bias, transpose_weight)
-    dtype = _checks.multiplied_in(dtype)
-    head = Source.of_head(x, weight, bias, transpose_weight, dtype)
+    head = _checks.head(x, weight, bias, transpose_weight, dtype)
     options = Options(where, weights, ignore_index, class_weights, label_smoothing, z_loss, logit_scale, softcap)
-    return _loss(
-        head, labels, x.ndim - 1, options, reduction, normalizer, axis_name, chunk_size, statistics=bool(statistics)
-    )
+    how = reduction, normalizer, axis_name, chunk_size
+    return _loss(head, labels, len(head.shape) - 1, options, *how, statistics=bool(statistics))
 
 
 # By (forward_mode, statistics); one function for each, since JAX keeps programs by it.

@@ -1,5 +1,7 @@
 """The one policy on number formats: read in any, compute in float32 (float64 for float64), answer in the operand's."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -21,6 +23,11 @@ def product_dtype(a: DTypeLike, b: DTypeLike) -> jnp.dtype:
     switched implicit promotion off."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.promote_types(a, b)
+
+
+def is_floating(a: Any) -> bool:
+    """Of an array or what tells its dtype."""
+    return jnp.issubdtype(a.dtype, jnp.floating)
 
 
 def has_range(dtype: DTypeLike) -> bool:

@@ -150,14 +150,9 @@ def linear_kl_divergence(
 
     Hsu et al., "Liger Kernel", 2024 (the fused linear form).
     """
-    x, weight = jnp.asarray(x), jnp.asarray(weight)
-    _checks.head_size(x, weight, bias, transpose_weight)
-    dtype = _checks.multiplied_in(dtype)
-    student, axis = Source.of_head(x, weight, bias, transpose_weight, dtype), x.ndim - 1
-    head = teacher_x, teacher_weight, teacher_bias, teacher_transpose_weight
-    kind, teacher = _checks.one_teacher(
-        student.shape, axis, teacher_probs=teacher_probs, teacher_logits=teacher_logits, head=head, dtype=dtype
-    )
+    student = _checks.head(x, weight, bias, transpose_weight, dtype)
+    axis, of_states = len(student.shape) - 1, (teacher_x, teacher_weight, teacher_bias, teacher_transpose_weight)
+    kind, teacher = _checks.one_teacher(student.shape, axis, teacher_probs, teacher_logits, of_states, dtype)
     numbers = beta, temperature, softcap, teacher_softcap
     return _divergence(
         kind, student, teacher, axis, where, weights, numbers, reduction, normalizer, axis_name, chunk_size

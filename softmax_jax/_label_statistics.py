@@ -45,8 +45,7 @@ def label_statistics(
 
     Returns:
       `LabelStatistics`. Where log_prob is NaN, `correct` is False and `rank` -1; `prediction` is -1 in a row that is
-      NaN itself. Two logits that differ by less than
-      the smallest normal number count as equal.
+      NaN itself. Two logits that differ by less than the smallest normal number count as equal.
 
     Raises:
       TypeError, ValueError: while tracing, for shapes, dtypes and numbers that do not fit; the message says which.
@@ -98,12 +97,9 @@ def linear_label_statistics(
     >>> linear_label_statistics(x, weight, jnp.array([0, 4, 2])).rank.tolist()
     [4, 0, 2]
     """
-    x, weight = jnp.asarray(x), jnp.asarray(weight)
-    _checks.head_size(x, weight, bias, transpose_weight)
-    dtype = _checks.multiplied_in(dtype)
-    head = Source.of_head(x, weight, bias, transpose_weight, dtype)
+    head = _checks.head(x, weight, bias, transpose_weight, dtype)
     options = Options(where, logit_scale=logit_scale, softcap=softcap)
-    return _of_source(head, labels, x.ndim - 1, options, ignore_index, axis_name, chunk_size)
+    return _of_source(head, labels, len(head.shape) - 1, options, ignore_index, axis_name, chunk_size)
 
 
 def _of_source(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from softmax_jax._dtypes import product_dtype
+from softmax_jax._dtypes import is_floating, product_dtype
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["x", "weight", "bias"], meta_fields=["dtype", "transposed"])
@@ -40,7 +40,7 @@ class Source:
 
     def dtypes(self) -> list[DTypeLike]:
         """Of the floats that its logits come in."""
-        floats = [a.dtype for a in jax.tree.leaves(self.x) if jnp.issubdtype(a.dtype, jnp.floating)]
+        floats = [a.dtype for a in jax.tree.leaves(self.x) if is_floating(a)]
         return floats if self.weight is None else [self.dtype]
 
     def of_classes(self) -> tuple[str, Array]:

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from softmax_jax._chunks import PyTree, is_floating, refuse_closure, sum_over
+from softmax_jax._chunks import PyTree, refuse_closure, sum_over
+from softmax_jax._dtypes import is_floating
 
 
 def sum_over_chunks(f: Callable[[PyTree, PyTree], Array], shared: PyTree, chunks: PyTree) -> Array:
