@@ -15,9 +15,16 @@ one = 1. Nothing here cancels: every term is of one sign.
 
 On a GPU or TPU one `lax.reduce` is one kernel and one read of the logits, whatever the axis. XLA for the CPU runs it
 one number at a time (34x slower): there the sums are those of `_class_passes`, one row reduction each.
+
+A GPU reads a bfloat16 logit in the time of about twenty of its instructions; to join it to a set takes as many again,
+and joining the sets of a warp's threads more. So neighbours, as many as one load has, are summed around their largest
+first, which takes one exponential each and little else (`_of_classes`). On a TPU neighbours cannot be told apart
+without a copy.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -52,9 +59,14 @@ def combine(a: Folded, b: Folded) -> Folded:
     """Of both sets of classes: associative and commutative."""
     first = a.m > b.m if a.top is None else (a.m > b.m) | ((a.m == b.m) & (a.top < b.top))
     high, low = (jax.tree.map(lambda x, y: jnp.where(first, x, y), *pair) for pair in ((a, b), (b, a)))
-    joined = _lowered(low, jnp.where(low.m == high.m, 0, low.m - high.m))  # -inf - -inf is NaN
-    added = jax.tree.map(jnp.add, _summed(high), _summed(joined))
-    return added._replace(m=jnp.maximum(a.m, b.m), top=high.top, mass=high.mass)
+    m = jnp.maximum(a.m, b.m)
+    added = jax.tree.map(jnp.add, _summed(high), _summed(_lowered(low, jnp.minimum(a.m, b.m) - _finite(m))))
+    return added._replace(m=m, top=high.top, mass=high.mass)
+
+
+def _finite(m: Array) -> Array:
+    """For what is subtracted from -inf too."""
+    return jnp.maximum(m, float(jnp.finfo(m.dtype).min))
 
 
 def _lowered(low: Folded, down: Array) -> Folded:
@@ -78,17 +90,45 @@ def _summed(part: Folded) -> Folded:
     return part._replace(m=jnp.zeros_like(part.m), top=None, mass=None)
 
 
-def _of_class(z: Array, ids: Array, raw: Any, label: Any, t: Any, c: Any, than: Any, moment: bool) -> Folded:
-    """Of every class by itself: its z, its t and c; `raw` is its logit as it came, `than` a class and its z. (By the
-    class too, since what is read elsewhere may be rounded otherwise.)"""
-    zero = jnp.zeros_like(z)
-    of = lambda asked: None if asked is None else zero  # noqa: E731
-    above = None if than is None else ((z > than[1]) & (ids != than[0])).astype(z.dtype)
+class Class(NamedTuple):
+    """Of every token: a class, its z, its logit as it came, t and c."""
+
+    id: Array
+    z: Array
+    raw: Array
+    t: Array | None = None
+    c: Array | None = None
+
+
+def _of_classes(classes: Sequence[Class], label: Array | None, than: Any, moment: bool) -> Folded:
+    """The sums of a few classes, as they are written. `than` is a class and its z. (By the class too, since what is
+    read elsewhere may be rounded otherwise.)"""
+    m = reduce(jnp.maximum, (v.z for v in classes))
+    down = [v.z - _finite(m) for v in classes] if len(classes) > 1 else [jnp.zeros_like(m)]
+    scale = [jnp.exp(z) for z in down]
+    pivot = label
     if label is None:
-        moment_of_one = zero if moment else None
-        return Folded(z, zero, ids, None, above, moment_of_one, t, of(t), of(t), c, of(c))
-    here = ids == label
-    return Folded(z, 1 - here.astype(z.dtype), None, jnp.where(here, raw, 0), above, each_mass=c, prior=of(c))
+        pivot = classes[-1].id
+        for v in classes[-2::-1]:
+            pivot = jnp.where(v.z == m, v.id, pivot)
+    here = [v.id == pivot for v in classes]
+    others = lambda terms: sum(jnp.where(at, 0, term) for at, term in zip(here, terms, strict=True))  # noqa: E731
+    at_pivot = lambda terms: sum(jnp.where(at, term, 0) for at, term in zip(here, terms, strict=True))  # noqa: E731
+    weighed = lambda masses: sum(jnp.where(n == 0, 0, n * z) for n, z in zip(masses, down, strict=True))  # noqa: E731
+    sums = Folded(m, others(scale))
+    if than is not None:
+        sums = sums._replace(above=sum(((v.z > than[1]) & (v.id != than[0])).astype(m.dtype) for v in classes))
+    if classes[0].c is not None:
+        masses = [v.c for v in classes]
+        sums = sums._replace(each_mass=sum(masses), prior=weighed(masses))
+    if label is not None:
+        return sums._replace(own=at_pivot([v.raw for v in classes]))
+    if moment:
+        sums = sums._replace(moment=-others([e * beyond_exp(z) for e, z in zip(scale, down, strict=True)]))
+    if classes[0].t is not None:
+        masses = [v.t for v in classes]
+        sums = sums._replace(mass=at_pivot(masses), rest_mass=others(masses), label_sum=weighed(masses))
+    return sums._replace(top=pivot)
 
 
 def _of_none(like: Folded) -> Folded:
@@ -103,10 +143,15 @@ def _of_none(like: Folded) -> Folded:
 PLATFORMS = ("cpu",)
 """Those on which sums are passes of their own."""
 
+LOAD, ROW = 8, 2**14
+"""Bytes of neighbours that a thread of a GPU reads at once (of 16, XLA makes their maxima in a kernel of its own), and
+the longest row that XLA does not cut into pieces of a few hundred, for each of which a warp joins its threads' sets."""
+
 
 def by_platform(by_passes: Callable, by_fold: Callable, *operands: Any) -> Any:
-    """The one place at which the two ways part."""
-    return lax.platform_dependent(*operands, default=by_fold, **dict.fromkeys(PLATFORMS, by_passes))
+    """The one place at which the ways part; a fold is told the bytes of what it may take as neighbours."""
+    folds = {"default": partial(by_fold, load=LOAD), "tpu": partial(by_fold, load=1)}
+    return lax.platform_dependent(*operands, **folds, **dict.fromkeys(PLATFORMS, by_passes))
 
 
 def fold(
@@ -119,18 +164,52 @@ def fold(
     axis: int,
     moment: bool,
     class_axes: Names,
+    load: int,
 ) -> Folded:
     """The sums of every token over `axis`, of this device's classes, whose ids are those among the classes of all
     devices along `class_axes`. t and c broadcast to the logits. A row of -inf alone has m = -inf."""
-    z = upcast(adjust(logits, adjustment))
-    ids = lax.broadcasted_iota(jnp.int32, z.shape, axis) + offset(z.shape[axis], class_axes)
+    axis, size = axis % logits.ndim, logits.shape[axis]
+    step = neighbours(size, logits.dtype, load)
     label, than = jax.tree.map(lambda row: jnp.expand_dims(row, axis), (label, than))
-    t, c = (None if a is None else jnp.broadcast_to(a, z.shape).astype(z.dtype) for a in (t, c))
-    each = _of_class(z, ids, upcast(logits), label, t, c, than, moment)
-    leaves, tree = jax.tree.flatten(each)
-    leaves, init = vary_alike(leaves, jax.tree.leaves(_of_none(each)))
-    join = lambda a, b: tuple(jax.tree.leaves(combine(tree.unflatten(a), tree.unflatten(b))))  # noqa: E731
-    return tree.unflatten(lax.reduce(tuple(leaves), tuple(init), join, (axis,)))
+
+    def every(first: int) -> Class:
+        take = lambda a: _every(a, first, step, axis) if a.ndim and a.shape[axis] == size else a  # noqa: E731
+        raw, adjusted, *masses = jax.tree.map(take, (logits, adjustment, t, c))
+        z = upcast(adjust(raw, adjusted))
+        ids = lax.broadcasted_iota(jnp.int32, z.shape, axis) * step + (first + offset(size, class_axes))
+        return Class(ids, z, upcast(raw), *jax.tree.map(lambda a: jnp.broadcast_to(a, z.shape).astype(z.dtype), masses))
+
+    each = _of_classes([every(first) for first in range(step)], label, than, moment)
+    return reduced(combine, each, _of_none(each), axis)
+
+
+def neighbours(size: Any, dtype: Any, load: int) -> int:
+    """How many of a token's classes are summed before the reduction."""
+    return math.gcd(size, max(1, load // dtype.itemsize)) if isinstance(size, int) else 1
+
+
+def _every(a: Array, first: int, step: int, axis: int) -> Array:
+    """Every `step`-th entry. (By a reshape, which leaves classes on the devices where they lie.)"""
+    split = a.reshape(*a.shape[:axis], a.shape[axis] // step, step, *a.shape[axis + 1 :])
+    return lax.index_in_dim(split, first, axis + 1, keepdims=False)
+
+
+def reduced(join: Callable, sums: Any, nothing: Any, axis: int) -> Any:
+    """The sums of all entries on `axis`, in one pass."""
+    leaves, tree = jax.tree.flatten(sums)
+    leaves, init = vary_alike(leaves, jax.tree.leaves(nothing))
+    of_leaves = lambda a, b: tuple(jax.tree.leaves(join(tree.unflatten(a), tree.unflatten(b))))  # noqa: E731
+    size = leaves[0].shape[axis]
+    if isinstance(size, int) and (parts := _parts(size)) > 1:
+        leaves = [a.reshape(*a.shape[:axis], parts, size // parts, *a.shape[axis + 1 :]) for a in leaves]
+        leaves = lax.reduce(tuple(leaves), tuple(init), of_leaves, (axis + 1,))
+    return tree.unflatten(lax.reduce(tuple(leaves), tuple(init), of_leaves, (axis,)))
+
+
+def _parts(size: int) -> int:
+    """The fewest equal parts of a row that are at most `ROW` long; 1 where there are none but short ones."""
+    fewest = -(-size // ROW)
+    return next((n for n in range(fewest, 4 * fewest) if size % n == 0), 1)
 
 
 def over_devices(here: Folded, axes: Names) -> Folded:

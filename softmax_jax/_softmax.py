@@ -13,7 +13,7 @@ from softmax_jax._adjustment import Adjustment, adjust, row_shift, shifted
 from softmax_jax._class_passes import classes_last, from_classes_last, is_at
 from softmax_jax._class_sums import top_sums
 from softmax_jax._dtypes import floating, upcast
-from softmax_jax._fold import by_platform
+from softmax_jax._fold import by_platform, reduced
 from softmax_jax._passes import alone, apart
 from softmax_jax._token_loss import negative_log_likelihood
 
@@ -116,7 +116,7 @@ def _softmax_value(x, where, axes):
         e = jnp.exp(_shifted(x, where, axes))
         return e, jnp.sum(e, axes, keepdims=True)
 
-    def by_fold(x, where):
+    def by_fold(x, where, load):
         masked = Adjustment(where=where)
         if not _is_wide(x, axes):
             e = jnp.exp(shifted(x, masked, row_shift(adjust(x, masked), axes), axes))
@@ -147,13 +147,13 @@ def _softmax_bwd(axes, y, g):
     return _pulled_back(y, g, axes).astype(y.dtype), None
 
 
-def _around_mean(y, g, axes):
+def _around_mean(y, g, axes, load=1):
     p, g = upcast(y), upcast(g)
     g = g - jnp.sum(g * p, axes, keepdims=True)
     return p * (g - jnp.sum(g * p, axes, keepdims=True))
 
 
-def _around_top(y, g, axes):
+def _around_top(y, g, axes, load):
     if not _is_wide(y, axes):
         return _around_mean(y, g, axes)
     if y.dtype.itemsize < 4:  # else XLA keeps a float32 copy for the two passes (H200: 11 reads, not 8)
@@ -184,7 +184,7 @@ def _mean_around_top(y: Array, g: Array, axis: int) -> tuple[Array, Array]:
     p, g = upcast(y), upcast(g)
     zero = jnp.zeros((), p.dtype)
     start = zero - 1, zero, zero, zero
-    _, c, _, mean = lax.reduce((p, g, p, jnp.zeros_like(p)), start, join, (axis,))
+    _, c, _, mean = reduced(join, (p, g, p, jnp.zeros_like(p)), start, axis)
     return c, mean
 
 
