@@ -18,7 +18,7 @@ one number at a time (34x slower): there the sums are those of `_class_passes`, 
 
 A GPU reads a bfloat16 logit in the time of about twenty of its instructions; to join it to a set takes as many again,
 and joining the sets of a warp's threads more. So neighbours, as many as one load has, are summed around their largest
-first, which takes one exponential each and little else (`_of_classes`). On a TPU neighbours cannot be told apart
+first, which takes one exponential each and little else (`_of_neighbours`). On a TPU neighbours cannot be told apart
 without a copy.
 """
 
@@ -91,44 +91,59 @@ def _summed(part: Folded) -> Folded:
 
 
 class Class(NamedTuple):
-    """Of every token: a class, its z, its logit as it came, t and c."""
+    """Of every token: a class, as its z, its logit as it came, t and c."""
 
-    id: Array
     z: Array
     raw: Array
     t: Array | None = None
     c: Array | None = None
 
 
-def _of_classes(classes: Sequence[Class], label: Array | None, than: Any, moment: bool) -> Folded:
-    """The sums of a few classes, as they are written. `than` is a class and its z. (By the class too, since what is
-    read elsewhere may be rounded otherwise.)"""
-    m = reduce(jnp.maximum, (v.z for v in classes))
-    down = [v.z - _finite(m) for v in classes] if len(classes) > 1 else [jnp.zeros_like(m)]
+def _of_neighbours(some: Sequence[Class], first: Array, label: Array | None, than: Any, moment: bool) -> Folded:
+    """The sums of the classes from `first` on, as they are written. `than` is a class and its z. (By the class too,
+    since what is read elsewhere may be rounded otherwise.)
+
+    No comparison of logits is used twice: XLA would keep it, and read the logits again. So `rest` of the top is the sum
+    of all but the largest, which is exactly 1."""
+    m = reduce(jnp.maximum, (v.z for v in some))
+    down = [v.z - _finite(m) for v in some] if len(some) > 1 else [jnp.zeros_like(m)]
     scale = [jnp.exp(z) for z in down]
-    pivot = label
-    if label is None:
-        pivot = classes[-1].id
-        for v in classes[-2::-1]:
-            pivot = jnp.where(v.z == m, v.id, pivot)
-    here = [v.id == pivot for v in classes]
-    others = lambda terms: sum(jnp.where(at, 0, term) for at, term in zip(here, terms, strict=True))  # noqa: E731
-    at_pivot = lambda terms: sum(jnp.where(at, term, 0) for at, term in zip(here, terms, strict=True))  # noqa: E731
     weighed = lambda masses: sum(jnp.where(n == 0, 0, n * z) for n, z in zip(masses, down, strict=True))  # noqa: E731
-    sums = Folded(m, others(scale))
+    sums = Folded(m, _all_but_largest(scale))
     if than is not None:
-        sums = sums._replace(above=sum(((v.z > than[1]) & (v.id != than[0])).astype(m.dtype) for v in classes))
-    if classes[0].c is not None:
-        masses = [v.c for v in classes]
+        larger = [(v.z > than[1]) & (first != than[0] - i) for i, v in enumerate(some)]
+        sums = sums._replace(above=sum(more.astype(m.dtype) for more in larger))
+    if some[0].c is not None:
+        masses = [v.c for v in some]
         sums = sums._replace(each_mass=sum(masses), prior=weighed(masses))
-    if label is not None:
-        return sums._replace(own=at_pivot([v.raw for v in classes]))
     if moment:
-        sums = sums._replace(moment=-others([e * beyond_exp(z) for e, z in zip(scale, down, strict=True)]))
-    if classes[0].t is not None:
-        masses = [v.t for v in classes]
-        sums = sums._replace(mass=at_pivot(masses), rest_mass=others(masses), label_sum=weighed(masses))
-    return sums._replace(top=pivot)
+        sums = sums._replace(moment=sum(e * -beyond_exp(z) for e, z in zip(scale, down, strict=True)))
+    if label is not None:
+        rest, own = _apart(label - first, scale), _apart(label - first, [v.raw for v in some])
+        return sums._replace(rest=rest[1], own=own[0])
+    top = len(some) - 1
+    for i, v in list(enumerate(some))[-2::-1]:
+        top = jnp.where(v.z == m, i, top)
+    if some[0].t is not None:
+        masses = [v.t for v in some]
+        mass, rest_mass = _apart(top, masses)
+        sums = sums._replace(mass=mass, rest_mass=rest_mass, label_sum=weighed(masses))
+    return sums._replace(top=first + top)
+
+
+def _all_but_largest(terms: Sequence[Array]) -> Array:
+    largest, others = terms[0], jnp.zeros_like(terms[0])
+    for term in terms[1:]:
+        others, largest = others + jnp.minimum(largest, term), jnp.maximum(largest, term)
+    return others
+
+
+def _apart(place: Any, terms: Sequence[Array]) -> tuple[Array, Array]:
+    """(the term at a place, the sum of the others)."""
+    at, others = jnp.zeros_like(terms[0]), jnp.zeros_like(terms[0])
+    for i, term in enumerate(terms):
+        at, others = jnp.where(place == i, term, at), others + jnp.where(place == i, 0, term)
+    return at, others
 
 
 def _of_none(like: Folded) -> Folded:
@@ -144,13 +159,13 @@ PLATFORMS = ("cpu",)
 """Those on which sums are passes of their own."""
 
 LOAD, ROW = 8, 2**14
-"""Bytes of neighbours that a thread of a GPU reads at once (of 16, XLA makes their maxima in a kernel of its own), and
-the longest row that XLA does not cut into pieces of a few hundred, for each of which a warp joins its threads' sets."""
+"""Bytes of neighbours that a thread of a GPU reads at once, and the longest row that XLA does not cut into pieces of a
+few hundred, for each of which a warp joins the sets of its threads."""
 
 
 def by_platform(by_passes: Callable, by_fold: Callable, *operands: Any) -> Any:
-    """The one place at which the ways part; a fold is told the bytes of what it may take as neighbours."""
-    folds = {"default": partial(by_fold, load=LOAD), "tpu": partial(by_fold, load=1)}
+    """The one place at which the ways part; a fold is told the bytes of neighbours, 0 where there may be none."""
+    folds = {"default": partial(by_fold, load=LOAD), "tpu": partial(by_fold, load=0)}
     return lax.platform_dependent(*operands, **folds, **dict.fromkeys(PLATFORMS, by_passes))
 
 
@@ -169,21 +184,31 @@ def fold(
     """The sums of every token over `axis`, of this device's classes, whose ids are those among the classes of all
     devices along `class_axes`. t and c broadcast to the logits. A row of -inf alone has m = -inf."""
     axis, size = axis % logits.ndim, logits.shape[axis]
-    step = neighbours(size, logits.dtype, load)
+    step = _neighbours(size, logits.dtype, load // _halves(t, c, than, adjustment, moment))
     label, than = jax.tree.map(lambda row: jnp.expand_dims(row, axis), (label, than))
 
-    def every(first: int) -> Class:
-        take = lambda a: _every(a, first, step, axis) if a.ndim and a.shape[axis] == size else a  # noqa: E731
+    def every(place: int) -> Class:
+        take = lambda a: _every(a, place, step, axis) if a.ndim and a.shape[axis] == size else a  # noqa: E731
         raw, adjusted, *masses = jax.tree.map(take, (logits, adjustment, t, c))
         z = upcast(adjust(raw, adjusted))
-        ids = lax.broadcasted_iota(jnp.int32, z.shape, axis) * step + (first + offset(size, class_axes))
-        return Class(ids, z, upcast(raw), *jax.tree.map(lambda a: jnp.broadcast_to(a, z.shape).astype(z.dtype), masses))
+        return Class(z, upcast(raw), *jax.tree.map(lambda a: jnp.broadcast_to(a, z.shape).astype(z.dtype), masses))
 
-    each = _of_classes([every(first) for first in range(step)], label, than, moment)
-    return reduced(combine, each, _of_none(each), axis)
+    some = [every(place) for place in range(step)]
+    first = lax.broadcasted_iota(jnp.int32, some[0].z.shape, axis) * step + offset(size, class_axes)
+    each = _of_neighbours(some, first, label, than, moment)
+    return reduced(combine, each, _of_none(each), axis, load)
 
 
-def neighbours(size: Any, dtype: Any, load: int) -> int:
+def _halves(t: Any, c: Any, than: Any, adjustment: Adjustment, moment: bool) -> int:
+    """What `LOAD` is divided by. Where a number of neighbours costs much more than a read, XLA makes their maxima in a
+    kernel of its own, and reads the logits twice: of a tanh always, of more sums from 8 bytes on. So it is, if not in
+    every format, of dense labels."""
+    if t is not None or adjustment.softcap is not None:
+        return LOAD
+    return 1 if c is None and than is None and adjustment.logit_scale is None and not moment else 2
+
+
+def _neighbours(size: Any, dtype: Any, load: int) -> int:
     """How many of a token's classes are summed before the reduction."""
     return math.gcd(size, max(1, load // dtype.itemsize)) if isinstance(size, int) else 1
 
@@ -194,13 +219,13 @@ def _every(a: Array, first: int, step: int, axis: int) -> Array:
     return lax.index_in_dim(split, first, axis + 1, keepdims=False)
 
 
-def reduced(join: Callable, sums: Any, nothing: Any, axis: int) -> Any:
+def reduced(join: Callable, sums: Any, nothing: Any, axis: int, load: int) -> Any:
     """The sums of all entries on `axis`, in one pass."""
     leaves, tree = jax.tree.flatten(sums)
     leaves, init = vary_alike(leaves, jax.tree.leaves(nothing))
     of_leaves = lambda a, b: tuple(jax.tree.leaves(join(tree.unflatten(a), tree.unflatten(b))))  # noqa: E731
     size = leaves[0].shape[axis]
-    if isinstance(size, int) and (parts := _parts(size)) > 1:
+    if load and isinstance(size, int) and (parts := _parts(size)) > 1:
         leaves = [a.reshape(*a.shape[:axis], parts, size // parts, *a.shape[axis + 1 :]) for a in leaves]
         leaves = lax.reduce(tuple(leaves), tuple(init), of_leaves, (axis + 1,))
     return tree.unflatten(lax.reduce(tuple(leaves), tuple(init), of_leaves, (axis,)))
@@ -208,7 +233,7 @@ def reduced(join: Callable, sums: Any, nothing: Any, axis: int) -> Any:
 
 def _parts(size: int) -> int:
     """The fewest equal parts of a row that are at most `ROW` long; 1 where there are none but short ones."""
-    fewest = -(-size // ROW)
+    fewest = max(1, -(-size // ROW))
     return next((n for n in range(fewest, 4 * fewest) if size % n == 0), 1)
 
 

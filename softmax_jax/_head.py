@@ -110,7 +110,7 @@ def _undealt(batch: tuple[int, ...], of_chunks: Array) -> Array:
 # tokens (H200) or 866 (B200), for wider ones from some dozens, so there S = C, as where float32 is kept of float16. One
 # super-chunk while all that is kept, b·n, is no more than that sum and what is kept beside it.
 
-CHUNK_BYTES, FEW_TOKENS, KEPT_TOKENS = 2**25, 512, 2048
+CHUNK_BYTES, FEW_TOKENS, KEPT_TOKENS = 2**25, 512, 4096
 """What the default `chunk_size` aims at for the logits of one chunk in the accumulator's dtype; what a large head gets
 all the same; and the most tokens of a super-chunk of bfloat16 operands."""
 

@@ -147,7 +147,7 @@ def _softmax_bwd(axes, y, g):
     return _pulled_back(y, g, axes).astype(y.dtype), None
 
 
-def _around_mean(y, g, axes, load=1):
+def _around_mean(y, g, axes):
     p, g = upcast(y), upcast(g)
     g = g - jnp.sum(g * p, axes, keepdims=True)
     return p * (g - jnp.sum(g * p, axes, keepdims=True))
@@ -158,7 +158,7 @@ def _around_top(y, g, axes, load):
         return _around_mean(y, g, axes)
     if y.dtype.itemsize < 4:  # else XLA keeps a float32 copy for the two passes (H200: 11 reads, not 8)
         (y,) = apart(y)
-    c, mean = (jnp.expand_dims(of_row, axes) for of_row in _mean_around_top(y, g, axes[0]))
+    c, mean = (jnp.expand_dims(of_row, axes) for of_row in _mean_around_top(y, g, axes[0], load))
     return upcast(y) * ((upcast(g) - c) - mean)
 
 
@@ -173,7 +173,7 @@ def _pulled_back_jvp(axes, primals, tangents):
     return _pulled_back(*primals, axes), jax.jvp(partial(_around_mean, axes=axes), primals, tangents)[1]
 
 
-def _mean_around_top(y: Array, g: Array, axis: int) -> tuple[Array, Array]:
+def _mean_around_top(y: Array, g: Array, axis: int, load: int) -> tuple[Array, Array]:
     """(c, Σ y (g - c)) with c = g at the largest y, in one pass: the differences lose there no more than above."""
 
     def join(a, b):
@@ -184,7 +184,7 @@ def _mean_around_top(y: Array, g: Array, axis: int) -> tuple[Array, Array]:
     p, g = upcast(y), upcast(g)
     zero = jnp.zeros((), p.dtype)
     start = zero - 1, zero, zero, zero
-    _, c, _, mean = reduced(join, (p, g, p, jnp.zeros_like(p)), start, axis)
+    _, c, _, mean = reduced(join, (p, g, p, jnp.zeros_like(p)), start, axis, load)
     return c, mean
 
 

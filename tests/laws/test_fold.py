@@ -37,26 +37,27 @@ def folded(monkeypatch):
     jax.clear_caches()
 
 
-def each(sums):
-    """The sums of every class by itself, as `combine` takes them: [parts, rows]."""
-    return [jax.tree.map(lambda a, v=v: a[:, v], sums) for v in range(sums.m.shape[1])]
-
-
 def classes(rng, label=None):
     z, t, c = (np.float32(f(size=(5, 6))) for f in (rng.normal, rng.random, rng.random))
     z[0, 1:3] = z[0].max() + 1  # two tops
     z[1, [0, 4]] = -np.inf
     t[2, 3] = 0
-    ids = np.broadcast_to(np.int32(np.arange(6)), z.shape)
-    of_class = partial(_fold._of_class, c=jnp.asarray(c), than=(2, jnp.asarray(z[:, 2:3])), moment=label is None)
-    t = None if label is not None else jnp.asarray(t)
-    return each(of_class(jnp.asarray(z), jnp.asarray(ids), jnp.asarray(z), label, t))
+    t = None if label is not None else t
+    return [jax.tree.map(lambda a, v=v: jnp.asarray(a[:, v]), _fold.Class(z, z, t, c)) for v in range(6)]
+
+
+def summed(some, first, label, than):
+    first = jnp.full(some[0].z.shape, first, jnp.int32)
+    label = None if label is None else jnp.int32(label)
+    return _fold._of_neighbours(some, first, label, (2, than), moment=label is None)
 
 
 @pytest.mark.parametrize("label", [None, 4], ids=["top", "label"])
 def test_combine_joins_in_any_order_and_grouping(rng, label):
-    """Sums of six classes, one after the other, in another order, and as two halves; nothing joined is nothing."""
-    some = classes(rng, label)
+    """Sums of six classes, one after the other, in another order, as two halves and as neighbours of two, three and
+    six; nothing joined is nothing."""
+    six = classes(rng, label)
+    some = [summed(six[v : v + 1], v, label, six[2].z) for v in range(6)]
 
     def joined(parts):
         total = parts[0]
@@ -67,8 +68,9 @@ def test_combine_joins_in_any_order_and_grouping(rng, label):
     want = joined(some)
     orders = [[some[v] for v in rng.permutation(6)] for _ in range(4)]
     halves = _fold.combine(joined(some[3:]), joined(some[:3]))
+    neighbours = [joined([summed(six[v : v + n], v, label, six[2].z) for v in range(0, 6, n)]) for n in (2, 3, 6)]
     none = jax.tree.map(lambda a: jnp.broadcast_to(a, (5,)), _fold._of_none(some[0]))
-    for got in (*map(joined, orders), halves, _fold.combine(none, want), _fold.combine(want, none)):
+    for got in (*map(joined, orders), *neighbours, halves, _fold.combine(none, want), _fold.combine(want, none)):
         for name, a, b in zip(want._fields, got, want, strict=True):
             if b is not None:
                 np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6, err_msg=name)
@@ -77,10 +79,12 @@ def test_combine_joins_in_any_order_and_grouping(rng, label):
 @pytest.mark.optimized
 @pytest.mark.usefixtures("folded")
 @pytest.mark.parametrize("kind", ["integer", "dense", "log_softmax"])
-def test_every_margin(rng, kind):
-    """From -100 to 100: loss and gradient as exact as on the other side."""
-    z, labels = at_margins(rng, np.linspace(-100, 100, 101))
-    targets = np.eye(11, dtype=np.float32)[labels] if kind == "dense" else labels
+@pytest.mark.parametrize("row", [64, 3], ids=["row", "parts"])
+def test_every_margin(rng, monkeypatch, kind, row):
+    """From -100 to 100: loss and gradient as exact as on the other side, also in parts of a row."""
+    monkeypatch.setattr(_fold, "ROW", row)
+    z, labels = at_margins(rng, np.linspace(-100, 100, 101), classes=12)
+    targets = np.eye(12, dtype=np.float32)[labels] if kind == "dense" else labels
     cotangent = rng.normal(size=len(z)).astype(np.float32)
 
     @jax.jit
@@ -106,7 +110,7 @@ def test_every_margin(rng, kind):
 @pytest.mark.parametrize("axis", few_of([-1, 0]))
 def test_all_options(rng, dtype, dense, axis):
     names = [name for name in ALONE if not (dense and name == "ignore_index")]
-    shape = (17, 5, 3) if axis == 0 else (5, 3, 17)
+    shape = (16, 5, 3) if axis == 0 else (5, 3, 16)
     case = random_case(rng, shape, axis=axis, dtype=dtype, dense=dense, names=names)
     check_against_reference(jax.jit, rng, *case[:2], {**case[2], "reduction": "none"}, k=16)
 
@@ -128,9 +132,9 @@ SIDES = {
 def test_both_sides_agree(rng, name, monkeypatch):
     """Values, gradients and Hessian-vector products; NaN in the same places: of rows with NaN, +inf, -inf alone, and
     of labels of no class."""
-    z, t = np.float32(3 * rng.normal(size=(9, 13))), np.float32(rng.dirichlet(np.ones(13), 9))
-    y = rng.integers(0, 13, 9).astype(np.int32)
-    z[0, 3], z[1, 4], z[2, 5], z[3], y[4] = -np.inf, np.inf, np.nan, -np.inf, 13
+    z, t = np.float32(3 * rng.normal(size=(9, 14))), np.float32(rng.dirichlet(np.ones(14), 9))
+    y = rng.integers(0, 14, 9).astype(np.int32)
+    z[0, 3], z[1, 4], z[2, 5], z[3], y[4] = -np.inf, np.inf, np.nan, -np.inf, 14
     z[5, 6:8] = z[5].max() + 1
     y[:2], y[5], t[0, 3] = 3, 7, 0
     f, good = SIDES[name], jnp.array([5, 6, 7, 8])
@@ -164,7 +168,7 @@ def test_over_8_devices(rng, kind, dense):
 
 
 def test_a_row_without_any_class_is_told():
-    found = _fold.fold(jnp.full((2, 3), -jnp.inf), None, None, None, None, Adjustment(), 1, False, ())
+    found = _fold.fold(jnp.full((2, 3), -jnp.inf), None, None, None, None, Adjustment(), 1, False, (), load=8)
     np.testing.assert_array_equal(found.m, [-np.inf, -np.inf])
 
 
