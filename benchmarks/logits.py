@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from benchmarks import grid, limits
-from benchmarks.measure import Pace, compare
+from benchmarks.measure import Pace, compare, gpu
 from benchmarks.peers import DENSE, INTEGER, LOG_SOFTMAX, SOFTMAX, jax_peers, torch_peers
 from benchmarks.subjects import FORWARD, GRADIENT, of_jax, of_torch
 
@@ -39,7 +39,8 @@ class Cell(NamedTuple):
 
 def cells(quick: bool) -> list[Cell]:
     """Cells that share their data are neighbours."""
-    shapes, dtypes = (grid.QUICK_LOGITS, grid.QUICK_DTYPES) if quick else (grid.LOGITS, grid.DTYPES)
+    of_here = (grid.LOGITS_GPU, grid.DTYPES_GPU) if gpu() else (grid.LOGITS, grid.DTYPES)
+    shapes, dtypes = (grid.QUICK_LOGITS, grid.QUICK_DTYPES) if quick else of_here
     return [Cell(*kind, *shape, dtype) for shape in shapes for kind in KINDS for dtype in dtypes]
 
 

@@ -7,6 +7,7 @@ import importlib
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from benchmarks.measure import OURS, gpu
 from softmax_jax import cross_entropy, linear_cross_entropy
 
 OPTAX, NAIVE, TORCH, TOKAMAX = "Optax", "jax.nn", "PyTorch", "tokamax"
+WIDE = "Optax, float32 logits"
 INTEGER, DENSE, SOFTMAX, LOG_SOFTMAX, LINEAR = "integer labels", "dense labels", "softmax", "log_softmax", "linear"
 
 absent: dict[str, str] = {}
@@ -69,6 +71,9 @@ OVERWRITING = {(INTEGER, "Liger")}  # it leaves the gradient in the logits
 
 def jax_peers(what: str) -> dict[str, Peer]:
     peers = {name: Peer(f) for name, f in JAX[what].items()}
+    if what == LINEAR and gpu():  # of bfloat16 operands, as many code bases have them and as ours are
+        product = partial(jnp.matmul, preferred_element_type=jnp.float32)
+        peers[WIDE] = Peer(lambda x, weight, y: _optax_integer(product(x, weight), y))
     if what == LINEAR and (tokamax := found("tokamax", TOKAMAX)):
         logging.getLogger("absl").setLevel(logging.ERROR)  # it warns of every shape that nobody has tuned
         loss = tokamax.linear_softmax_cross_entropy_loss

@@ -55,7 +55,7 @@ def dealt(
     (*batch, classes), tokens = student.shape, math.prod(student.shape[:-1])
     embed = 1 if student.weight is None else student.x.shape[-1]
     fixed_sizes(tuple(batch), embed, classes, chunk_size)
-    chunks, super_chunks = chunk_counts(tuple(batch), chunk_size or default_chunk(embed, classes, dtype), student)
+    chunks, super_chunks = chunk_counts(tuple(batch), chunk_size or default_chunk(tokens, embed, classes, dtype), student)
     if weights is None and tokens % chunks:
         weights = jnp.ones(batch, accumulator(dtype))
     where, rows, row_of = _mask_rows(options.where, tuple(batch))
@@ -106,21 +106,23 @@ def _undealt(batch: tuple[int, ...], of_chunks: Array) -> Array:
 #     b·S + 4·C + (4·embed if n > S and the head's gradient is not float32 itself)
 #
 # The head's product with what is kept takes 2·S·embed operations a class; between super-chunks 8·embed bytes of its
-# float32 sum are read and written. From S = 4 · rate / bandwidth on arithmetic binds: for bfloat16 operands from 731
-# tokens (H200) or 866 (B200), for wider ones from some dozens, so there S = C, as where float32 is kept of float16. One
-# super-chunk while all that is kept, b·n, is no more than that sum and what is kept beside it.
+# float32 sum are read and written: 324/S of the three products' time on an H100 with bfloat16 operands (712 TFLOP/s,
+# 2.9 TB/s; 8192 x 2048 x 50304: 9.98 ms with S = 2048, 9.02 with all tokens). Where b = 4, of float32 and float16, what
+# is kept is as large as a chunk's logits, and S = C. One super-chunk while all that is kept, b·n, is no more than that
+# sum and what is kept beside it.
 
 CHUNK_BYTES, FEW_TOKENS, KEPT_TOKENS = 2**25, 512, 4096
 """What the default `chunk_size` aims at for the logits of one chunk in the accumulator's dtype; what a large head gets
-all the same; and the most tokens of a super-chunk of bfloat16 operands."""
+all the same, twice as many of `KEPT_TOKENS`; and the most tokens of a super-chunk of bfloat16 operands."""
 
 
-def default_chunk(embed: int, classes: int, dtype: DTypeLike) -> int:
+def default_chunk(tokens: int, embed: int, classes: int, dtype: DTypeLike) -> int:
     """C: as many tokens as have logits of `CHUNK_BYTES`, or logits as large as the head's gradient (of a wide head half
     as large), in whose place they lie: 64 tokens at a time, summing it takes as long as the products (1024 x 1024 x
     128256 on the CPU: 1.25 of Optax's time, 0.97 with 512)."""
     of_bytes = CHUNK_BYTES // (classes * accumulator(dtype).itemsize)
-    return max(1, of_bytes, min(embed, FEW_TOKENS), embed // 2)
+    few = FEW_TOKENS if tokens < KEPT_TOKENS else 2 * FEW_TOKENS
+    return max(1, of_bytes, min(embed, few), embed // 2)
 
 
 def chunk_counts(batch: tuple[int, ...], chunk_size: int, student: Source) -> tuple[int, int]:

@@ -10,6 +10,7 @@ import pytest
 from helpers import epsilon, few_of
 
 from softmax_jax import cross_entropy, linear_cross_entropy
+from softmax_jax._head import KEPT_TOKENS
 
 TOKENS, EMBED, CLASSES, CHUNK = 2048, 512, 32000, 512
 
@@ -28,7 +29,7 @@ def temporary(tokens, dtype):
 @pytest.mark.compiled
 @pytest.mark.cpu_compiler
 def test_memory_is_a_chunk_what_is_kept_and_the_heads_gradient_whatever_the_tokens(dtype):
-    chunk, head, kept = 4 * CHUNK * CLASSES, 4 * EMBED * CLASSES, 2 * 2048 * CLASSES
+    chunk, head, kept = 4 * CHUNK * CLASSES, 4 * EMBED * CLASSES, 2 * KEPT_TOKENS * CLASSES
     once, twice = temporary(2 * TOKENS, dtype), temporary(4 * TOKENS, dtype)
     assert once <= 1.1 * (2 * chunk if dtype == jnp.float32 else chunk + kept + head)
     # Doubling the tokens adds dx as the loop has it, in float32, and at most a copy of x in the loop's layout.

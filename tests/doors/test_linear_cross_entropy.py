@@ -11,7 +11,7 @@ import reference
 from helpers import ALONE, FLOATS, assert_within, epsilon, few_of, random_case
 
 from softmax_jax import cross_entropy, linear_cross_entropy
-from softmax_jax._head import chunk_counts
+from softmax_jax._head import KEPT_TOKENS, chunk_counts
 from softmax_jax._source import Source
 
 AWKWARD = (252, 507, 123)  # tokens, embed, classes
@@ -225,8 +225,8 @@ def test_a_row_of_weight_zero_may_hold_anything(rng):
 
 @pytest.mark.parametrize("reduction", few_of(["mean", "none"]))
 def test_several_super_chunks_of_16_bits(rng, reduction):
-    """5000 tokens of a head that is narrower than their number: what is kept of the logits' gradient is that of some
-    2048 tokens, in four chunks each, and the last is padded."""
+    """5000 tokens of a head that is narrower than their number: what is kept of the logits' gradient is that of at
+    most 4096 tokens, in chunks of 500, and the last is padded."""
     operands, labels, options = head_case(rng, (5000,), 8, 33, jnp.bfloat16, names=["weights", "where"])
     check(rng, operands, labels, options | {"reduction": reduction}, chunk_size=500, k=16)
 
@@ -283,8 +283,8 @@ def test_sums_over_chunks_are_in_the_accumulator_of_the_product(rng, formats):
 
 
 def test_small_chunks_are_not_padded_to_the_size_of_a_super_chunk():
-    for tokens, size in [(2100, 1), (2100, 16), (4200, 8), (9001, 100), (5000, 500)]:
+    for tokens, size in [(4200, 1), (4200, 16), (8400, 8), (18001, 100), (9000, 500)]:
         head = Source.of_head(jnp.zeros((tokens, 8), jnp.bfloat16), jnp.zeros((8, 9), jnp.bfloat16))
         chunks, super_chunks = chunk_counts((tokens,), size, head)
-        assert chunks % super_chunks == 0 and super_chunks == -(-tokens // 2048)
+        assert chunks % super_chunks == 0 and super_chunks == -(-tokens // KEPT_TOKENS)
         assert -(-tokens // chunks) <= size and -(-tokens // chunks) * chunks <= 1.01 * tokens
