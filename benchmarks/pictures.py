@@ -10,11 +10,12 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from benchmarks.measure import OURS
+from benchmarks.peers import WIDE
 from benchmarks.results import Results, records
 from benchmarks.show import heading, peers_of
 
 Record = dict[str, Any]
-NAMES = (OURS, "Optax", "jax.nn", "PyTorch", "tokamax", "tokamax chunked", "torch.compile", "Liger", "QuACK")
+NAMES = (OURS, "Optax", "jax.nn", "PyTorch", "tokamax", "tokamax chunked", "torch.compile", "Liger", "QuACK", WIDE)
 COLOURS: dict[str, Any] = {name: f"C{n}" for n, name in enumerate(NAMES)}
 
 
