@@ -55,16 +55,18 @@ def run(part: str, args: argparse.Namespace, pace: Pace, folder: Path) -> dict:
 
 def publish(folder: Path, docs: Path) -> dict[str, str]:
     """Pictures and tables of all results in `folder`; what the README has of them, by the names of its places."""
-    pages, summaries, errors = [], [], []
+    pages, summaries, errors = [], {"gpu": [], "cpu": []}, []
     for path in sorted(folder.glob("*.json")):
         found = results.load(path)
         names = pictures.draw(found, docs, path.stem)
         pages.append(show.page(found, names))
-        summaries.append(show.summary(found, [f"{docs.name}/{name}" for name in names if "-logits" in name]))
+        drawn = [f"{docs.name}/{name}" for name in names if "-logits" in name]
+        summaries[found["machine"]["platform"]].append(show.summary(found, drawn))
         errors.append(show.few_margins(found))
     docs.mkdir(parents=True, exist_ok=True)
     (docs / "benchmarks.md").write_text(PAGE + "\n".join(pages))
-    return {"benchmarks": "\n\n".join(summaries).strip(), "accuracy": "\n\n".join(filter(None, errors))}
+    texts = {**summaries, "accuracy": filter(None, errors)}
+    return {name: "\n\n".join(of).strip() for name, of in texts.items()}
 
 
 DEVICES = ["H200", "H100", "B200", "A100", "TPU v5e", "TPU v6e"]

@@ -155,7 +155,7 @@ CAPTIONS = {
 def heading(results: Results) -> str:
     machine = results["machine"]
     cores = f"{machine['cores']} cores of {machine['processor']}"
-    where = cores if machine["platform"] == "cpu" else f"{machine['device']}, {cores}"
+    where = cores if machine["platform"] == "cpu" else machine["device"]
     return f"{'QUICK: sizes of a smoke test. ' if results['quick'] else ''}JAX {results['jax']}, {where}"
 
 

@@ -55,7 +55,8 @@ def dealt(
     (*batch, classes), tokens = student.shape, math.prod(student.shape[:-1])
     embed = 1 if student.weight is None else student.x.shape[-1]
     fixed_sizes(tuple(batch), embed, classes, chunk_size)
-    chunks, super_chunks = chunk_counts(tuple(batch), chunk_size or default_chunk(tokens, embed, classes, dtype), student)
+    chunk_size = chunk_size or default_chunk(tokens, embed, classes, dtype)
+    chunks, super_chunks = chunk_counts(tuple(batch), chunk_size, student)
     if weights is None and tokens % chunks:
         weights = jnp.ones(batch, accumulator(dtype))
     where, rows, row_of = _mask_rows(options.where, tuple(batch))

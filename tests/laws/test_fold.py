@@ -2,8 +2,6 @@
 the CPU. (`pytest --fold` runs any other test on that side.)
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
