@@ -9,12 +9,13 @@ from jax import Array
 
 from benchmarks import grid, limits
 from benchmarks.measure import Pace, compare, gpu
-from benchmarks.peers import DENSE, INTEGER, LOG_SOFTMAX, SOFTMAX, jax_peers, torch_peers
+from benchmarks.peers import DENSE, INTEGER, LOG_SOFTMAX, SOFTMAX, STATISTICS, jax_peers, torch_peers
 from benchmarks.subjects import FORWARD, GRADIENT, of_jax, of_torch
 
 KINDS = (
     (INTEGER, FORWARD),
     (INTEGER, GRADIENT),
+    (STATISTICS, GRADIENT),
     (DENSE, FORWARD),
     (DENSE, GRADIENT),
     (SOFTMAX, GRADIENT),
@@ -46,7 +47,7 @@ def cells(quick: bool) -> list[Cell]:
 
 def record(cell: Cell, pace: Pace) -> dict[str, Any]:
     z = logits_of(cell.tokens, cell.classes, cell.dtype)
-    loss = cell.what in (INTEGER, DENSE)
+    loss = cell.what in (INTEGER, STATISTICS, DENSE)
     labels = labels_of(cell.what, cell.tokens, cell.classes) if loss else None
     rest, cotangent = ([], -z) if labels is None else ([labels], None)
     subjects = {
@@ -64,7 +65,7 @@ def logits_of(tokens: int, classes: int, dtype: str) -> Array:
 
 @lru_cache(maxsize=1)
 def labels_of(what: str, tokens: int, classes: int) -> Array:
-    if what == INTEGER:
+    if what != DENSE:
         return jax.random.randint(jax.random.key(1), (tokens,), 0, classes, jnp.int32)
     return _jitted_softmax()(_normal(2, tokens, classes, "float32"))
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from benchmarks import linear, logits
 from benchmarks.measure import Pace, temporary_bytes
-from benchmarks.peers import DENSE, INTEGER, LINEAR, jax_peers
+from benchmarks.peers import DENSE, INTEGER, LINEAR, STATISTICS, jax_peers
 from benchmarks.subjects import GRADIENT, compiled
 
 Cell = logits.Cell | linear.Cell
@@ -27,11 +27,11 @@ def record(cell: Cell, pace: Pace) -> dict[str, Any]:
         operands, leaves = (x, jax.ShapeDtypeStruct((cell.embed, cell.classes), cell.dtype), ids), 2
     else:
         dense = jax.ShapeDtypeStruct(z.shape, jnp.float32)
-        operands, leaves = (z, {INTEGER: ids, DENSE: dense}.get(cell.what, z)), 1
+        operands, leaves = (z, {INTEGER: ids, STATISTICS: ids, DENSE: dense}.get(cell.what, z)), 1
     what = cell.key()["what"]
-    pulled = what not in (INTEGER, DENSE, LINEAR)
+    pulled = what not in (INTEGER, STATISTICS, DENSE, LINEAR)
     temporary = {
-        name: temporary_bytes(compiled(peer.f, operands, leaves, GRADIENT, pulled))
+        name: temporary_bytes(compiled(peer.f, operands, leaves, GRADIENT, pulled, peer.beside))
         for name, peer in jax_peers(what).items()
     }
     return {**cell.key(), "logits": z.size * z.dtype.itemsize, "temporary": temporary}

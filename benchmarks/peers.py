@@ -20,6 +20,7 @@ from softmax_jax import cross_entropy, linear_cross_entropy
 
 OPTAX, NAIVE, TORCH, TOKAMAX = "Optax", "jax.nn", "PyTorch", "tokamax"
 WIDE = "Optax, float32 logits"
+STATISTICS = "integer labels, accuracy, log-normalizer"
 INTEGER, DENSE, SOFTMAX, LOG_SOFTMAX, LINEAR = "integer labels", "dense labels", "softmax", "log_softmax", "linear"
 
 absent: dict[str, str] = {}
@@ -30,6 +31,7 @@ class Peer(NamedTuple):
     f: Callable[..., Any]
     of_torch: bool = False
     overwrites: bool = False  # its operands, which are then its own
+    beside: bool = False  # it gives (the mean loss, something more)
 
 
 def _optax_integer(z, y):
@@ -40,6 +42,15 @@ def _naive_integer(z, y):
     return -jnp.take_along_axis(jax.nn.log_softmax(z), y[:, None], axis=1).mean()
 
 
+def _integer_and_more(z, y):
+    loss, of_tokens = cross_entropy(z, y, statistics=True)
+    return loss, (of_tokens.correct, of_tokens.log_normalizer)
+
+
+def _optax_integer_and_more(z, y):
+    return _optax_integer(z, y), (jnp.argmax(z, -1) == y, jax.nn.logsumexp(z, -1))
+
+
 JAX: dict[str, dict[str, Callable[..., Any]]] = {
     INTEGER: {OURS: cross_entropy, OPTAX: _optax_integer, NAIVE: _naive_integer},
     DENSE: {
@@ -47,6 +58,7 @@ JAX: dict[str, dict[str, Callable[..., Any]]] = {
         OPTAX: lambda z, t: optax.softmax_cross_entropy(z, t).mean(),
         NAIVE: lambda z, t: -(t * jax.nn.log_softmax(z)).sum(-1).mean(),
     },
+    STATISTICS: {OURS: _integer_and_more, OPTAX: _optax_integer_and_more},
     SOFTMAX: {OURS: softmax_jax.softmax, NAIVE: jax.nn.softmax},
     LOG_SOFTMAX: {OURS: softmax_jax.log_softmax, NAIVE: jax.nn.log_softmax},
     LINEAR: {OURS: linear_cross_entropy, OPTAX: lambda x, weight, y: _optax_integer(x @ weight, y)},
@@ -70,7 +82,7 @@ OVERWRITING = {(INTEGER, "Liger")}  # it leaves the gradient in the logits
 
 
 def jax_peers(what: str) -> dict[str, Peer]:
-    peers = {name: Peer(f) for name, f in JAX[what].items()}
+    peers = {name: Peer(f, beside=what == STATISTICS) for name, f in JAX[what].items()}
     if what == LINEAR and gpu():  # of bfloat16 operands, as many code bases have them and as ours are
         product = partial(jnp.matmul, preferred_element_type=jnp.float32)
         peers[WIDE] = Peer(lambda x, weight, y: _optax_integer(product(x, weight), y))
@@ -85,7 +97,7 @@ def jax_peers(what: str) -> dict[str, Peer]:
 def torch_peers(what: str) -> dict[str, Peer]:
     """PyTorch on the CPU; on a GPU its compiler and hand-written kernels too."""
     torch = found_torch()
-    if torch is None:
+    if torch is None or what == STATISTICS:
         return {}
     f = _torch_functions(torch)[what]
     peers = {TORCH: Peer(f, True)}

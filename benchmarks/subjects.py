@@ -14,26 +14,29 @@ FORWARD, GRADIENT = "forward", "forward + gradient"
 SPINNING = 0.02  # seconds for which OpenMP's threads wait for work on a core that the next subject needs
 
 
-def with_gradients(f: Callable, leaves: int, pulled: bool) -> Callable:
-    """f and its gradients in its first `leaves` operands; if `pulled`, of the cotangent that comes last."""
+def with_gradients(f: Callable, leaves: int, pulled: bool, beside: bool) -> Callable:
+    """f and its gradients in its first `leaves` operands; if `pulled`, of the cotangent that comes last. Of a loss with
+    more `beside` it, that too."""
 
     def run(*operands):
         operands, cotangent = (operands[:-1], operands[-1]) if pulled else (operands, None)
-        y, pull = jax.vjp(lambda *z: f(*z, *operands[leaves:]), *operands[:leaves])
-        return y, pull(jnp.ones_like(y) if cotangent is None else cotangent)
+        y, pull, *more = jax.vjp(lambda *z: f(*z, *operands[leaves:]), *operands[:leaves], has_aux=beside)
+        return y, pull(jnp.ones_like(y) if cotangent is None else cotangent), more
 
     return run
 
 
-def compiled(f: Callable, operands: Sequence[Any], leaves: int, passes: str, pulled: bool = False):
+def compiled(
+    f: Callable, operands: Sequence[Any], leaves: int, passes: str, pulled: bool = False, beside: bool = False
+):
     """The program of f for these operands, arrays or shapes."""
-    g = f if passes == FORWARD else with_gradients(f, leaves, pulled)
+    g = f if passes == FORWARD else with_gradients(f, leaves, pulled, beside)
     return jax.jit(g).lower(*operands).compile()
 
 
 def of_jax(peer: Peer, leaves: Sequence[Array], rest: Sequence[Array], passes: str, cotangent: Array | None) -> Subject:
     operands = (*leaves, *rest, *([] if cotangent is None else [cotangent]))
-    program = compiled(peer.f, operands, len(leaves), passes, cotangent is not None)
+    program = compiled(peer.f, operands, len(leaves), passes, cotangent is not None, peer.beside)
     return Subject(lambda: program(*operands))
 
 

@@ -151,7 +151,7 @@ def _by_passes(logits, labels, class_weights, adjustment, unused, axis, asked, c
     return sums, pivot
 
 
-def _by_fold(logits, labels, class_weights, adjustment, unused, axis, asked, class_axes, load):
+def _by_fold(logits, labels, class_weights, adjustment, unused, axis, asked, class_axes):
     """The same in one pass."""
     size, dtype, where = logits.shape[axis], accumulator(logits.dtype), adjustment.where
     t = target(labels, class_weights, where, dtype) if are_dense(labels) else None
@@ -160,7 +160,7 @@ def _by_fold(logits, labels, class_weights, adjustment, unused, axis, asked, cla
     if asked.place:
         ids = jnp.squeeze(labels.ids, axis)
         than = ids, pick_of_all(logits, ids, adjustment, axis, class_axes)
-    found = fold(logits, label, t, c, than, adjustment, axis, asked.moment, class_axes, load)
+    found = fold(logits, label, t, c, than, adjustment, axis, asked.moment, class_axes)
     if label is not None:
         found = found._replace(own=_adjusted(found.own, label, adjustment, size, axis, class_axes))
     found = over_devices(found, class_axes)
@@ -213,8 +213,8 @@ def top_sums(logits: Array, adjustment: Adjustment, axis: int, class_axes: Names
         top = top_class(logits, m, adjustment, axis, class_axes)
         return Top(m, top, rest_of_top(logits, m, top, adjustment, axis, class_axes))
 
-    def by_fold(logits, adjustment, load):
-        found = fold(logits, None, None, None, None, adjustment, axis, False, class_axes, load)
+    def by_fold(logits, adjustment):
+        found = fold(logits, None, None, None, None, adjustment, axis, False, class_axes)
         found = over_devices(found, class_axes)
         return _settled(found, count(logits.shape[axis], class_axes))
 

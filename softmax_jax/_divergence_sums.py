@@ -205,22 +205,21 @@ def _term(at: At, shares: Shares | None, n: Numbers):
     return at.t * (near * near * series + far) + (beyond if shares is None else shares.gamma * beyond)
 
 
-def _first_moment(at: At, shares: Shares | None, _: Numbers):
+def _first_moment(at: At, shares: Shares | None, _: Any = None):
     return at.t * log_mixture(at.r, shares)
 
 
-def _sum(
-    f, n: Numbers, b: Logits, a: Logits, where, scale, shared: Shared, shares: Shares | None, pivot, axis, class_axes
-):
-    """Σ_{v≠pivot} f(At(t, p, r), shares, n). r is 0 where t is: 0 · inf is NaN, in a derivative too."""
-    here = pivot - offset(b.raw.shape[axis], class_axes)
-    operands = b, a, where, vary(scale, varying(b.raw)), shared, shares, here
-    ways = (partial(way, f, n, axis) for way in (_sum_by_passes, _sum_by_selects))
-    return psum(by_platform(*ways, *operands), class_axes)
+def _sums(n: Numbers, b: Logits, a: Logits, where, scale, shared: Shared, shares, pivot, top, axis, class_axes):
+    """(Σ_{v≠pivot} t_v ψ(log(m_v/t_v)), Σ_{v≠top} t_v log(m_v/t_v)). r is 0 where t is: 0 · inf is NaN, in a derivative
+    too."""
+    first = offset(b.raw.shape[axis], class_axes)
+    operands = b, a, where, vary(scale, varying(b.raw)), shared, shares, pivot - first, top - first
+    sums = by_platform(partial(_by_passes, n, axis), partial(_by_selects, n, axis), *operands)
+    return psum(sums, class_axes)
 
 
-def _sum_by_passes(f, n: Numbers, axis, b, a, where, scale, shared, shares, pivot):
-    def others(arrays, shared, pivot, axis):
+def _by_passes(n: Numbers, axis, b, a, where, scale, shared, shares, pivot, top):
+    def others(f, arrays, shared, pivot, axis):
         b_raw, a_raw, where, scale, shares, n = arrays
         shared = jax.tree.map(lambda row: jnp.expand_dims(row, axis), shared)
         z_b, z_a = z_of(b._replace(raw=b_raw), where), z_of(a._replace(raw=a_raw), where)
@@ -234,21 +233,28 @@ def _sum_by_passes(f, n: Numbers, axis, b, a, where, scale, shared, shares, pivo
         lowest = n.lowest * jnp.minimum(bound, n.highest) if shares is None else -highest  # -inf, or exp(-r) is finite
         return f(At(t, p, log_ratio(z_b, z_a, scale, shared, lowest, highest, n)), shares, n)
 
-    arrays = b.raw, a.raw, where, scale, shares, as_operands(shared.b_m.dtype, n)
-    return sum_over_classes(others, arrays, shared, pivot, axis)
+    def sum_of(f, n, place):
+        arrays = b.raw, a.raw, where, scale, shares, as_operands(shared.b_m.dtype, n)
+        return sum_over_classes(partial(others, f), arrays, shared, place, axis)
+
+    return sum_of(_term, n, pivot), sum_of(_first_moment, of_ratio(n), top)
 
 
-def _sum_by_selects(f, n: Numbers, axis, b, a, where, scale, shared, shares, pivot, load):
+def _by_selects(n: Numbers, axis, b, a, where, scale, shared, shares, pivot, top):
     """With a third of the arithmetic, and one exponential each: of KL(t ‖ p), t ψ(r) is p - t - t r from |r| = 1 on."""
-    here = is_at(pivot, b.raw, axis)
     shared = jax.tree.map(lambda row: jnp.expand_dims(row, axis), shared)
     z_b, z_a = (rounded(z_of(x, where), shared.b_m) for x in (b, a))
     t, p = probabilities(z_b, z_a, scale, shared, shared.b_top, shared.a_top)
     lowest = -jnp.inf if shares is None else lowest_ratio(n, True)
     r = log_ratio(z_b, z_a, scale, shared, lowest, n.log_highest, n)
-    t, p, r = (jnp.where(unused, 0, x) for unused, x in ((here, t), (here, p), (here | (t == 0), r)))
-    at = At(t, p, r)
-    return jnp.sum(_term_by_selects(at) if f is _term and shares is None else f(at, shares, n), axis)
+
+    def without(place):
+        here = is_at(place, z_b, axis)
+        return At(jnp.where(here, 0, t), jnp.where(here, 0, p), jnp.where(here | (t == 0), 0, r))
+
+    at = without(pivot)
+    terms = _term_by_selects(at) if shares is None else _term(at, shares, n)
+    return jnp.sum(terms, axis), jnp.sum(_first_moment(without(top), shares), axis)
 
 
 def _term_by_selects(at: At):
@@ -286,11 +292,9 @@ def rows_of(b: Logits, a: Logits, where, scale, beta, unused, axis, class_axes) 
     finite = pivot._replace(r=jnp.maximum(pivot.r, lowest_ratio(n, shares is not None)))
 
     def half(b, a, shared, shares, top, at_pivot):
-        sums = [
-            _sum(f, of_f, b, a, where, scale, shared, shares, place, axis, class_axes)
-            for f, of_f, place in ((_term, n, top_b.place), (_first_moment, of_ratio(n), top.place))
-        ]
-        return Half(top.place, -jnp.expm1(-top.nll), sums[0] + _term(at_pivot, shares, n), sums[1])
+        places = top_b.place, top.place
+        others, moment = _sums(n, b, a, where, scale, shared, shares, *places, axis, class_axes)
+        return Half(top.place, -jnp.expm1(-top.nll), others + _term(at_pivot, shares, n), moment)
 
     if shares is None:  # of the pivot's own r: the divergence is inf where that is -inf
         return Rows(shared, finite, half(b, a, shared, None, top_b, pivot), None)

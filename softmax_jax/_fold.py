@@ -23,7 +23,7 @@ without a copy.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial, reduce
 from typing import Any, NamedTuple
 
@@ -108,42 +108,48 @@ def _of_neighbours(some: Sequence[Class], first: Array, label: Array | None, tha
     m = reduce(jnp.maximum, (v.z for v in some))
     down = [v.z - _finite(m) for v in some] if len(some) > 1 else [jnp.zeros_like(m)]
     scale = [jnp.exp(z) for z in down]
-    weighed = lambda masses: sum(jnp.where(n == 0, 0, n * z) for n, z in zip(masses, down, strict=True))  # noqa: E731
-    sums = Folded(m, _all_but_largest(scale))
+    weighed = lambda masses: _sum(jnp.where(n == 0, 0, n * z) for n, z in zip(masses, down, strict=True))  # noqa: E731
+    sums = Folded(m, m)
     if than is not None:
         larger = [(v.z > than[1]) & (first != than[0] - i) for i, v in enumerate(some)]
-        sums = sums._replace(above=sum(more.astype(m.dtype) for more in larger))
+        sums = sums._replace(above=_sum(more.astype(m.dtype) for more in larger))
     if some[0].c is not None:
         masses = [v.c for v in some]
-        sums = sums._replace(each_mass=sum(masses), prior=weighed(masses))
+        sums = sums._replace(each_mass=_sum(masses), prior=weighed(masses))
     if moment:
-        sums = sums._replace(moment=sum(e * -beyond_exp(z) for e, z in zip(scale, down, strict=True)))
+        sums = sums._replace(moment=_sum(e * -beyond_exp(z) for e, z in zip(scale, down, strict=True)))
     if label is not None:
-        rest, own = _apart(label - first, scale), _apart(label - first, [v.raw for v in some])
-        return sums._replace(rest=rest[1], own=own[0])
-    top = len(some) - 1
+        here = [label - first == i for i in range(len(some))]
+        return sums._replace(rest=_without(here, scale), own=_at(here, [v.raw for v in some]))
+    top = jnp.full_like(first, len(some) - 1)
     for i, v in list(enumerate(some))[-2::-1]:
         top = jnp.where(v.z == m, i, top)
     if some[0].t is not None:
-        masses = [v.t for v in some]
-        mass, rest_mass = _apart(top, masses)
-        sums = sums._replace(mass=mass, rest_mass=rest_mass, label_sum=weighed(masses))
-    return sums._replace(top=first + top)
+        masses, here = [v.t for v in some], [top == i for i in range(len(some))]
+        more = {"mass": _at(here, masses), "rest_mass": _without(here, masses), "label_sum": weighed(masses)}
+        sums = sums._replace(**more)
+    return sums._replace(rest=_without_largest(scale), top=first + top)
 
 
-def _all_but_largest(terms: Sequence[Array]) -> Array:
+def _sum(terms: Iterable[Array]) -> Array:
+    return reduce(jnp.add, terms)
+
+
+def _at(here: Sequence[Array], terms: Sequence[Array]) -> Array:
+    return reduce(
+        lambda at, one: jnp.where(one[0], one[1], at), zip(here, terms, strict=True), jnp.zeros_like(terms[0])
+    )
+
+
+def _without(here: Sequence[Array], terms: Sequence[Array]) -> Array:
+    return _sum(jnp.where(at, 0, term) for at, term in zip(here, terms, strict=True))
+
+
+def _without_largest(terms: Sequence[Array]) -> Array:
     largest, others = terms[0], jnp.zeros_like(terms[0])
     for term in terms[1:]:
         others, largest = others + jnp.minimum(largest, term), jnp.maximum(largest, term)
     return others
-
-
-def _apart(place: Any, terms: Sequence[Array]) -> tuple[Array, Array]:
-    """(the term at a place, the sum of the others)."""
-    at, others = jnp.zeros_like(terms[0]), jnp.zeros_like(terms[0])
-    for i, term in enumerate(terms):
-        at, others = jnp.where(place == i, term, at), others + jnp.where(place == i, 0, term)
-    return at, others
 
 
 def _of_none(like: Folded) -> Folded:
@@ -159,14 +165,23 @@ PLATFORMS = ("cpu",)
 """Those on which sums are passes of their own."""
 
 LOAD, ROW = 8, 2**14
-"""Bytes of neighbours that a thread of a GPU reads at once, and the longest row that XLA does not cut into pieces of a
+"""Of a GPU: bytes of neighbours that a thread reads at once, and the longest row that XLA does not cut into pieces of a
 few hundred, for each of which a warp joins the sets of its threads."""
 
 
 def by_platform(by_passes: Callable, by_fold: Callable, *operands: Any) -> Any:
-    """The one place at which the ways part; a fold is told the bytes of neighbours, 0 where there may be none."""
-    folds = {"default": partial(by_fold, load=LOAD), "tpu": partial(by_fold, load=0)}
-    return lax.platform_dependent(*operands, **folds, **dict.fromkeys(PLATFORMS, by_passes))
+    """The one place at which the ways part."""
+    return lax.platform_dependent(*operands, default=by_fold, **dict.fromkeys(PLATFORMS, by_passes))
+
+
+class Folding(NamedTuple):
+    """Static."""
+
+    axis: int
+    class_axes: Names
+    moment: bool
+    neighbours: int  # how many of a token's classes are summed before the reduction
+    parts: int  # of how many equal parts a row then is
 
 
 def fold(
@@ -179,12 +194,24 @@ def fold(
     axis: int,
     moment: bool,
     class_axes: Names,
-    load: int,
 ) -> Folded:
     """The sums of every token over `axis`, of this device's classes, whose ids are those among the classes of all
     devices along `class_axes`. t and c broadcast to the logits. A row of -inf alone has m = -inf."""
-    axis, size = axis % logits.ndim, logits.shape[axis]
-    step = _neighbours(size, logits.dtype, load // _halves(t, c, than, adjustment, moment))
+    # Where neighbours cost much more than their read, XLA makes their maxima in a kernel of its own, and reads them
+    # twice: always with a tanh or dense labels, from 8 bytes on with more sums (in bfloat16 or in float32).
+    size, few = logits.shape[axis], adjustment.logit_scale is None and c is None and than is None and not moment
+    load = 1 if t is not None or adjustment.softcap is not None else LOAD if few else LOAD // 2
+    neighbours = math.gcd(size, max(1, load // logits.dtype.itemsize)) if isinstance(size, int) else 1
+    how = Folding(axis % logits.ndim, class_axes, moment, neighbours, parts_of(size, neighbours))
+    operands = logits, label, t, c, than, adjustment
+    alone = partial(_fold, how._replace(neighbours=1, parts=1))
+    if how.neighbours == how.parts == 1:
+        return alone(*operands)
+    return lax.platform_dependent(*operands, tpu=alone, default=partial(_fold, how))
+
+
+def _fold(how: Folding, logits, label, t, c, than, adjustment):
+    axis, size, step = how.axis, logits.shape[how.axis], how.neighbours
     label, than = jax.tree.map(lambda row: jnp.expand_dims(row, axis), (label, than))
 
     def every(place: int) -> Class:
@@ -194,47 +221,36 @@ def fold(
         return Class(z, upcast(raw), *jax.tree.map(lambda a: jnp.broadcast_to(a, z.shape).astype(z.dtype), masses))
 
     some = [every(place) for place in range(step)]
-    first = lax.broadcasted_iota(jnp.int32, some[0].z.shape, axis) * step + offset(size, class_axes)
-    each = _of_neighbours(some, first, label, than, moment)
-    return reduced(combine, each, _of_none(each), axis, load)
-
-
-def _halves(t: Any, c: Any, than: Any, adjustment: Adjustment, moment: bool) -> int:
-    """What `LOAD` is divided by. Where a number of neighbours costs much more than a read, XLA makes their maxima in a
-    kernel of its own, and reads the logits twice: of a tanh always, of more sums from 8 bytes on. So it is, if not in
-    every format, of dense labels."""
-    if t is not None or adjustment.softcap is not None:
-        return LOAD
-    return 1 if c is None and than is None and adjustment.logit_scale is None and not moment else 2
-
-
-def _neighbours(size: Any, dtype: Any, load: int) -> int:
-    """How many of a token's classes are summed before the reduction."""
-    return math.gcd(size, max(1, load // dtype.itemsize)) if isinstance(size, int) else 1
+    first = lax.broadcasted_iota(jnp.int32, some[0].z.shape, axis) * step + offset(size, how.class_axes)
+    each = _of_neighbours(some, first, label, than, how.moment)
+    return reduced(combine, each, _of_none(each), axis, how.parts)
 
 
 def _every(a: Array, first: int, step: int, axis: int) -> Array:
     """Every `step`-th entry. (By a reshape, which leaves classes on the devices where they lie.)"""
+    if step == 1:
+        return a
     split = a.reshape(*a.shape[:axis], a.shape[axis] // step, step, *a.shape[axis + 1 :])
     return lax.index_in_dim(split, first, axis + 1, keepdims=False)
 
 
-def reduced(join: Callable, sums: Any, nothing: Any, axis: int, load: int) -> Any:
+def reduced(join: Callable, sums: Any, nothing: Any, axis: int, parts: int) -> Any:
     """The sums of all entries on `axis`, in one pass."""
     leaves, tree = jax.tree.flatten(sums)
     leaves, init = vary_alike(leaves, jax.tree.leaves(nothing))
     of_leaves = lambda a, b: tuple(jax.tree.leaves(join(tree.unflatten(a), tree.unflatten(b))))  # noqa: E731
-    size = leaves[0].shape[axis]
-    if load and isinstance(size, int) and (parts := _parts(size)) > 1:
-        leaves = [a.reshape(*a.shape[:axis], parts, size // parts, *a.shape[axis + 1 :]) for a in leaves]
-        leaves = lax.reduce(tuple(leaves), tuple(init), of_leaves, (axis + 1,))
+    if parts > 1:
+        in_parts = lambda a: a.reshape(*a.shape[:axis], parts, a.shape[axis] // parts, *a.shape[axis + 1 :])  # noqa: E731
+        leaves = lax.reduce(tuple(map(in_parts, leaves)), tuple(init), of_leaves, (axis + 1,))
     return tree.unflatten(lax.reduce(tuple(leaves), tuple(init), of_leaves, (axis,)))
 
 
-def _parts(size: int) -> int:
+def parts_of(size: Any, neighbours: int = 1) -> int:
     """The fewest equal parts of a row that are at most `ROW` long; 1 where there are none but short ones."""
-    fewest = max(1, -(-size // ROW))
-    return next((n for n in range(fewest, 4 * fewest) if size % n == 0), 1)
+    if not isinstance(size, int) or size <= ROW * neighbours:
+        return 1
+    fewest = -(-size // (ROW * neighbours))
+    return next((n for n in range(fewest, 4 * fewest) if size % (n * neighbours) == 0), 1)
 
 
 def over_devices(here: Folded, axes: Names) -> Folded:

@@ -116,7 +116,7 @@ def _softmax_value(x, where, axes):
         e = jnp.exp(_shifted(x, where, axes))
         return e, jnp.sum(e, axes, keepdims=True)
 
-    def by_fold(x, where, load):
+    def by_fold(x, where):
         masked = Adjustment(where=where)
         if not _is_wide(x, axes):
             e = jnp.exp(shifted(x, masked, row_shift(adjust(x, masked), axes), axes))
@@ -153,12 +153,12 @@ def _around_mean(y, g, axes):
     return p * (g - jnp.sum(g * p, axes, keepdims=True))
 
 
-def _around_top(y, g, axes, load):
+def _around_top(y, g, axes):
     if not _is_wide(y, axes):
         return _around_mean(y, g, axes)
     if y.dtype.itemsize < 4:  # else XLA keeps a float32 copy for the two passes (H200: 11 reads, not 8)
         (y,) = apart(y)
-    c, mean = (jnp.expand_dims(of_row, axes) for of_row in _mean_around_top(y, g, axes[0], load))
+    c, mean = (jnp.expand_dims(of_row, axes) for of_row in _mean_around_top(y, g, axes[0]))
     return upcast(y) * ((upcast(g) - c) - mean)
 
 
@@ -173,7 +173,7 @@ def _pulled_back_jvp(axes, primals, tangents):
     return _pulled_back(*primals, axes), jax.jvp(partial(_around_mean, axes=axes), primals, tangents)[1]
 
 
-def _mean_around_top(y: Array, g: Array, axis: int, load: int) -> tuple[Array, Array]:
+def _mean_around_top(y: Array, g: Array, axis: int) -> tuple[Array, Array]:
     """(c, Σ y (g - c)) with c = g at the largest y, in one pass: the differences lose there no more than above."""
 
     def join(a, b):
@@ -183,8 +183,7 @@ def _mean_around_top(y: Array, g: Array, axis: int, load: int) -> tuple[Array, A
 
     p, g = upcast(y), upcast(g)
     zero = jnp.zeros((), p.dtype)
-    start = zero - 1, zero, zero, zero
-    _, c, _, mean = reduced(join, (p, g, p, jnp.zeros_like(p)), start, axis, load)
+    _, c, _, mean = reduced(join, (p, g, p, jnp.zeros_like(p)), (zero - 1, zero, zero, zero), axis, 1)
     return c, mean
 
 

@@ -166,7 +166,7 @@ def test_over_8_devices(rng, kind, dense):
 
 
 def test_a_row_without_any_class_is_told():
-    found = _fold.fold(jnp.full((2, 3), -jnp.inf), None, None, None, None, Adjustment(), 1, False, (), load=8)
+    found = _fold.fold(jnp.full((2, 3), -jnp.inf), None, None, None, None, Adjustment(), 1, False, ())
     np.testing.assert_array_equal(found.m, [-np.inf, -np.inf])
 
 
