@@ -241,7 +241,7 @@ def _by_passes(n: Numbers, axis, b, a, where, scale, shared, shares, pivot, top)
 
 
 def _by_selects(n: Numbers, axis, b, a, where, scale, shared, shares, pivot, top):
-    """With a third of the arithmetic, and one exponential each: of KL(t ‖ p), t ψ(r) is p - t - t r from |r| = 1 on."""
+    """Of KL(t ‖ p) with a third of the arithmetic, one exponential a side: t ψ(r) is p - t - t r from |r| = 1 on."""
     shared = jax.tree.map(lambda row: jnp.expand_dims(row, axis), shared)
     z_b, z_a = (rounded(z_of(x, where), shared.b_m) for x in (b, a))
     t, p = probabilities(z_b, z_a, scale, shared, shared.b_top, shared.a_top)

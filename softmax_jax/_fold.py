@@ -13,8 +13,8 @@ Integer labels are the pivot themselves: a set's `rest` is without the label whe
 `own` is the label's logit. Otherwise the pivot is the top, the class of the largest logit, of equals the first, and
 one = 1. Nothing here cancels: every term is of one sign.
 
-On a GPU or TPU one `lax.reduce` is one kernel and one read of the logits, whatever the axis. XLA for the CPU runs it
-one number at a time (34x slower): there the sums are those of `_class_passes`, one row reduction each.
+On a GPU or TPU one `lax.reduce` reads the logits once, whatever the axis. XLA for the CPU runs it one number at a time
+(34x slower): there the sums are those of `_class_passes`, one row reduction each.
 
 A GPU reads a bfloat16 logit in the time of about twenty of its instructions; to join it to a set takes as many again,
 and joining the sets of a warp's threads more. So neighbours, as many as one load has, are summed around their largest
@@ -22,7 +22,6 @@ first, which takes one exponential each and little else (`_of_neighbours`). On a
 without a copy.
 """
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial, reduce
 from typing import Any, NamedTuple
@@ -34,7 +33,7 @@ from jax import Array, lax
 from softmax_jax._adjustment import Adjustment, adjust
 from softmax_jax._class_passes import beyond_exp
 from softmax_jax._dtypes import upcast
-from softmax_jax._sharding import Names, offset, pmax, pmin, psum, vary_alike
+from softmax_jax._sharding import Names, entries_of, offset, pmax, pmin, psum, vary_alike
 
 NO_CLASS = jnp.iinfo(jnp.int32).max
 
@@ -65,7 +64,7 @@ def combine(a: Folded, b: Folded) -> Folded:
 
 
 def _finite(m: Array) -> Array:
-    """For what is subtracted from -inf too."""
+    """m, so bounded that -inf - m is -inf and not NaN."""
     return jnp.maximum(m, float(jnp.finfo(m.dtype).min))
 
 
@@ -116,14 +115,14 @@ def _of_neighbours(some: Sequence[Class], first: Array, label: Array | None, tha
     if some[0].c is not None:
         masses = [v.c for v in some]
         sums = sums._replace(each_mass=_sum(masses), prior=weighed(masses))
-    if moment:
-        sums = sums._replace(moment=_sum(e * -beyond_exp(z) for e, z in zip(scale, down, strict=True)))
     if label is not None:
         here = [label - first == i for i in range(len(some))]
         return sums._replace(rest=_without(here, scale), own=_at(here, [v.raw for v in some]))
-    top = jnp.full_like(first, len(some) - 1)
+    top = jnp.full_like(m, len(some) - 1, jnp.int32)
     for i, v in list(enumerate(some))[-2::-1]:
         top = jnp.where(v.z == m, i, top)
+    if moment:
+        sums = sums._replace(moment=_sum(e * -beyond_exp(z) for e, z in zip(scale, down, strict=True)))
     if some[0].t is not None:
         masses, here = [v.t for v in some], [top == i for i in range(len(some))]
         more = {"mass": _at(here, masses), "rest_mass": _without(here, masses), "label_sum": weighed(masses)}
@@ -180,8 +179,8 @@ class Folding(NamedTuple):
     axis: int
     class_axes: Names
     moment: bool
-    neighbours: int  # how many of a token's classes are summed before the reduction
-    parts: int  # of how many equal parts a row then is
+    neighbours: int = 1  # how many of a token's classes are summed before the reduction
+    parts: int = 1  # of how many equal parts a row then is
 
 
 def fold(
@@ -197,17 +196,18 @@ def fold(
 ) -> Folded:
     """The sums of every token over `axis`, of this device's classes, whose ids are those among the classes of all
     devices along `class_axes`. t and c broadcast to the logits. A row of -inf alone has m = -inf."""
-    # Where neighbours cost much more than their read, XLA makes their maxima in a kernel of its own, and reads them
-    # twice: always with a tanh or dense labels, from 8 bytes on with more sums (in bfloat16 or in float32).
-    size, few = logits.shape[axis], adjustment.logit_scale is None and c is None and than is None and not moment
-    load = 1 if t is not None or adjustment.softcap is not None else LOAD if few else LOAD // 2
-    neighbours = math.gcd(size, max(1, load // logits.dtype.itemsize)) if isinstance(size, int) else 1
-    how = Folding(axis % logits.ndim, class_axes, moment, neighbours, parts_of(size, neighbours))
-    operands = logits, label, t, c, than, adjustment
-    alone = partial(_fold, how._replace(neighbours=1, parts=1))
-    if how.neighbours == how.parts == 1:
-        return alone(*operands)
-    return lax.platform_dependent(*operands, tpu=alone, default=partial(_fold, how))
+    # Where neighbours cost much more than their read, XLA makes their maxima, or what else is used twice, in a kernel by
+    # itself, and reads them again: always of a tanh, of dense labels and of a moment, of more sums from 8 bytes on.
+    size, plain = logits.shape[axis], adjustment.logit_scale is None and c is None and than is None
+    load = 1 if t is not None or adjustment.softcap is not None or moment else LOAD if plain else LOAD // 2
+    operands, alone = (logits, label, t, c, than, adjustment), Folding(axis % logits.ndim, class_axes, moment)
+    if not isinstance(size, int) or entries_of(logits)[axis]:
+        return _fold(alone, *operands)
+    neighbours = _neighbours(size, load // logits.dtype.itemsize)
+    how = alone._replace(neighbours=neighbours, parts=_parts(size // neighbours))
+    if how == alone:
+        return _fold(alone, *operands)
+    return lax.platform_dependent(*operands, tpu=partial(_fold, alone), default=partial(_fold, how))
 
 
 def _fold(how: Folding, logits, label, t, c, than, adjustment):
@@ -227,11 +227,29 @@ def _fold(how: Folding, logits, label, t, c, than, adjustment):
 
 
 def _every(a: Array, first: int, step: int, axis: int) -> Array:
-    """Every `step`-th entry. (By a reshape, which leaves classes on the devices where they lie.)"""
+    """Every `step`-th entry."""
     if step == 1:
         return a
     split = a.reshape(*a.shape[:axis], a.shape[axis] // step, step, *a.shape[axis + 1 :])
     return lax.index_in_dim(split, first, axis + 1, keepdims=False)
+
+
+# Classes that are sharded automatically, over how many devices nobody tells, stay where they lie if each device has a
+# whole number of neighbourhoods, and of parts, or of each part an equal share.
+
+SHARDED, DEVICES = 2**13, 32
+"""So many classes may be, over so many devices."""
+
+
+def _neighbours(size: int, most: int) -> int:
+    fit = [n for n in (8, 4, 2) if n <= most and size % n == 0 and (size < SHARDED or size // n % DEVICES == 0)]
+    return fit[0] if fit else 1
+
+
+def _parts(size: int) -> int:
+    """The fewest equal parts of a row that are at most `ROW` long, a power of two; 1 where there are none."""
+    parts = 1 << max(0, (-(-size // ROW) - 1).bit_length())
+    return parts if size % (parts * DEVICES) == 0 else 1
 
 
 def reduced(join: Callable, sums: Any, nothing: Any, axis: int, parts: int) -> Any:
@@ -243,14 +261,6 @@ def reduced(join: Callable, sums: Any, nothing: Any, axis: int, parts: int) -> A
         in_parts = lambda a: a.reshape(*a.shape[:axis], parts, a.shape[axis] // parts, *a.shape[axis + 1 :])  # noqa: E731
         leaves = lax.reduce(tuple(map(in_parts, leaves)), tuple(init), of_leaves, (axis + 1,))
     return tree.unflatten(lax.reduce(tuple(leaves), tuple(init), of_leaves, (axis,)))
-
-
-def parts_of(size: Any, neighbours: int = 1) -> int:
-    """The fewest equal parts of a row that are at most `ROW` long; 1 where there are none but short ones."""
-    if not isinstance(size, int) or size <= ROW * neighbours:
-        return 1
-    fewest = -(-size // (ROW * neighbours))
-    return next((n for n in range(fewest, 4 * fewest) if size % (n * neighbours) == 0), 1)
 
 
 def over_devices(here: Folded, axes: Names) -> Folded:

@@ -107,7 +107,7 @@ def _undealt(batch: tuple[int, ...], of_chunks: Array) -> Array:
 #     b·S + 4·C + (4·embed if n > S and the head's gradient is not float32 itself)
 #
 # The head's product with what is kept takes 2·S·embed operations a class; between super-chunks 8·embed bytes of its
-# float32 sum are read and written: 324/S of the three products' time on an H100 with bfloat16 operands (712 TFLOP/s,
+# float32 sum are read and written: 327/S of the three products' time on an H100 with bfloat16 operands (712 TFLOP/s,
 # 2.9 TB/s; 8192 x 2048 x 50304: 9.98 ms with S = 2048, 9.02 with all tokens). Where b = 4, of float32 and float16, what
 # is kept is as large as a chunk's logits, and S = C. One super-chunk while all that is kept, b·n, is no more than that
 # sum and what is kept beside it.

@@ -86,10 +86,10 @@ def over_classes(combine: Any, f: Callable, arrays: PyTree, rows: PyTree, pivot:
     sized = [array for array in jax.tree.leaves(arrays) if array.ndim]
     classes, tokens = max(array.shape[axis] for array in sized), pivot.size
     few = isinstance(classes, int) and isinstance(tokens, int) and classes <= FEW and tokens >= MANY
-    if few and not any(entries_of(array)[axis] for array in sized):
+    sharded, blocks = any(entries_of(array)[axis] for array in sized), _blocks(classes)
+    if few and not sharded:
         return alone(partial(_class_by_class, combine, f, classes, axis=axis), arrays, rows, pivot)
-    blocks = _blocks(classes)
-    if blocks == 1:
+    if blocks == 1 or sharded:
         return _alone(combine, f, arrays, rows, pivot, axis)
     # The blocks are made before the fence: behind it, XLA on the CPU turns 16-bit logits into float32 first, and the
     # pass takes 4x as long (1024 x 128256 bfloat16, 0.12).

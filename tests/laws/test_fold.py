@@ -17,10 +17,11 @@ from helpers import (
     random_case,
     relative_error,
 )
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from meshes import assert_equal, mesh_of, problem, truth, under_jit
+from meshes import assert_equal, collectives, mesh_of, problem, truth, under_jit
 
-from softmax_jax import _fold, _softmax, cross_entropy, kl_divergence, label_statistics, log_softmax, softmax
+from softmax_jax import _fold, _passes, _softmax, cross_entropy, kl_divergence, label_statistics, log_softmax, softmax
 from softmax_jax._adjustment import Adjustment
 
 pytestmark = pytest.mark.compiled
@@ -163,6 +164,40 @@ def test_over_8_devices(rng, kind, dense):
     specs = asked.specs(P("data"), "model")
     got, _ = under_jit(asked, mesh_of(kind), specs, 1.7)
     assert_equal(got, truth(asked, 1.7))
+
+
+@pytest.mark.usefixtures("folded")
+@pytest.mark.parametrize("kind", ["integer", "softmax"])
+def test_automatically_sharded_classes_stay_where_they_lie(monkeypatch, kind):
+    """What moves are sets of a token's classes, a few numbers a device, also where rows are taken in parts."""
+    for name, value in {"SHARDED": 0, "ROW": 64}.items():
+        monkeypatch.setattr(_fold, name, value)
+    monkeypatch.setattr(_softmax, "KERNEL", 64)
+    mesh = mesh_of("automatic")
+    z = jax.ShapeDtypeStruct((16, 1024), jnp.float32, sharding=NamedSharding(mesh, P(None, ("data", "model"))))
+    y = jax.ShapeDtypeStruct((16,), jnp.int32, sharding=NamedSharding(mesh, P()))
+    f = cross_entropy if kind == "integer" else lambda z, y: jax.vjp(softmax, z)[1](z)[0]
+    moved = collectives(jax.jit(f).lower(z, y).compile())
+    assert moved and max(c.largest for c in moved) <= 16 * 8
+
+
+@pytest.mark.parametrize("side", ["passes", "folded"])
+@pytest.mark.parametrize("classes", [24, 1024])
+def test_softmax_of_explicitly_sharded_classes(rng, monkeypatch, side, classes):
+    jax.clear_caches()
+    monkeypatch.setattr(_fold, "PLATFORMS", () if side == "folded" else ("cpu",))
+    for module, name in ((_passes, "BLOCK"), (_fold, "ROW"), (_softmax, "KERNEL")):
+        monkeypatch.setattr(module, name, 64)
+    x, g = np.float32(3 * rng.normal(size=(2, 16, classes)))
+    sharding = NamedSharding(mesh_of("explicit"), P("data", "model"))
+
+    def all_of(x, g):
+        return [(y, pull(g)[0]) for y, pull in (jax.vjp(f, x) for f in (softmax, log_softmax))]
+
+    want, got = jax.jit(all_of)(x, g), jax.jit(all_of)(*jax.device_put((x, g), sharding))
+    jax.clear_caches()
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=64 * epsilon(jnp.float32) * np.max(np.abs(b)))  # 8 sums of 128
 
 
 def test_a_row_without_any_class_is_told():
