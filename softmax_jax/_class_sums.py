@@ -48,8 +48,9 @@ from softmax_jax._class_passes import (
     with_at_ids,
     z_of,
 )
+from softmax_jax._combine import Folded, over_devices
 from softmax_jax._dtypes import accumulator, nan_unless, upcast
-from softmax_jax._fold import Folded, by_platform, fold, over_devices
+from softmax_jax._fold import by_platform, fold
 from softmax_jax._passes import apart, sum_over_classes
 from softmax_jax._sharding import Names, check_gradient, count, offset, pmax, psum, vary, vary_alike, varying
 from softmax_jax._targets import (

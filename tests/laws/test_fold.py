@@ -21,7 +21,17 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import assert_equal, collectives, mesh_of, problem, truth, under_jit
 
-from softmax_jax import _fold, _passes, _softmax, cross_entropy, kl_divergence, label_statistics, log_softmax, softmax
+from softmax_jax import (
+    _combine,
+    _fold,
+    _passes,
+    _softmax,
+    cross_entropy,
+    kl_divergence,
+    label_statistics,
+    log_softmax,
+    softmax,
+)
 from softmax_jax._adjustment import Adjustment
 
 pytestmark = pytest.mark.compiled
@@ -42,13 +52,13 @@ def classes(rng, label=None):
     z[1, [0, 4]] = -np.inf
     t[2, 3] = 0
     t = None if label is not None else t
-    return [jax.tree.map(lambda a, v=v: jnp.asarray(a[:, v]), _fold.Class(z, z, t, c)) for v in range(6)]
+    return [jax.tree.map(lambda a, v=v: jnp.asarray(a[:, v]), _combine.Class(z, z, t, c)) for v in range(6)]
 
 
 def summed(some, first, label, than):
     first = jnp.full(some[0].z.shape, first, jnp.int32)
     label = None if label is None else jnp.int32(label)
-    return _fold._of_neighbours(some, first, label, (2, than), moment=label is None)
+    return _combine.of_neighbours(some, first, label, (2, than), moment=label is None)
 
 
 @pytest.mark.parametrize("label", [None, 4], ids=["top", "label"])
@@ -61,15 +71,15 @@ def test_combine_joins_in_any_order_and_grouping(rng, label):
     def joined(parts):
         total = parts[0]
         for part in parts[1:]:
-            total = _fold.combine(total, part)
+            total = _combine.combine(total, part)
         return total
 
     want = joined(some)
     orders = [[some[v] for v in rng.permutation(6)] for _ in range(4)]
-    halves = _fold.combine(joined(some[3:]), joined(some[:3]))
+    halves = _combine.combine(joined(some[3:]), joined(some[:3]))
     neighbours = [joined([summed(six[v : v + n], v, label, six[2].z) for v in range(0, 6, n)]) for n in (2, 3, 6)]
-    none = jax.tree.map(lambda a: jnp.broadcast_to(a, (5,)), _fold._of_none(some[0]))
-    for got in (*map(joined, orders), *neighbours, halves, _fold.combine(none, want), _fold.combine(want, none)):
+    none = jax.tree.map(lambda a: jnp.broadcast_to(a, (5,)), _combine.of_none(some[0]))
+    for got in (*map(joined, orders), *neighbours, halves, _combine.combine(none, want), _combine.combine(want, none)):
         for name, a, b in zip(want._fields, got, want, strict=True):
             if b is not None:
                 np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6, err_msg=name)
@@ -188,7 +198,7 @@ def test_softmax_of_explicitly_sharded_classes(rng, monkeypatch, side, classes):
     monkeypatch.setattr(_fold, "PLATFORMS", () if side == "folded" else ("cpu",))
     for module, name in ((_passes, "BLOCK"), (_fold, "ROW"), (_softmax, "KERNEL")):
         monkeypatch.setattr(module, name, 64)
-    x, g = np.float32(3 * rng.normal(size=(2, 16, classes)))
+    x, g = (np.float32(3 * rng.normal(size=(16, classes))) for _ in range(2))
     sharding = NamedSharding(mesh_of("explicit"), P("data", "model"))
 
     def all_of(x, g):
