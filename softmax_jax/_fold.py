@@ -25,9 +25,9 @@ from softmax_jax._sharding import Names, entries_of, offset, vary_alike
 PLATFORMS = ("cpu",)
 """Those on which sums are passes of their own."""
 
-LOAD, ROW = 8, 2**14
-"""Of a GPU: bytes of neighbours that a thread reads at once, and the longest row that XLA does not cut into pieces of a
-few hundred, for each of which a warp joins the sets of its threads."""
+LOAD, SHORT, ROW = 8, 128, 2**14
+"""Of a GPU: bytes of neighbours that a thread reads at once; the shortest row that is worth it; and the longest row that
+XLA does not cut into pieces of a few hundred, for each of which a warp joins the sets of its threads."""
 
 
 def by_platform(by_passes: Callable, by_fold: Callable, *operands: Any) -> Any:
@@ -63,7 +63,7 @@ def fold(
     size, plain = logits.shape[axis], adjustment.logit_scale is None and c is None and than is None
     load = 1 if t is not None or adjustment.softcap is not None or moment else LOAD if plain else LOAD // 2
     operands, alone = (logits, label, t, c, than, adjustment), Folding(axis % logits.ndim, class_axes, moment)
-    if not isinstance(size, int) or entries_of(logits)[axis]:
+    if not isinstance(size, int) or size < SHORT or entries_of(logits)[axis]:
         return _fold(alone, *operands)
     neighbours = _neighbours(size, load // logits.dtype.itemsize)
     how = alone._replace(neighbours=neighbours, parts=_parts(size // neighbours))

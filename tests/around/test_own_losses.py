@@ -175,6 +175,7 @@ def tail_of(margins):
     return [margins, np.full_like(margins, 20)]
 
 
+@pytest.mark.thorough
 def test_linear(rng):
     every = [PER_TOKEN[0], *PER_TOKEN[2:]]
     program = all_of("linear_", every)
@@ -216,6 +217,7 @@ def test_clipped_ratio(rng):
     assert 5 < clipped.sum() < mask.sum() - 5
 
 
+@pytest.mark.thorough
 def test_dpo(rng):
     """Margins of all sizes, and pairs with h from -30 to 60."""
     pairs, length = 31, 6

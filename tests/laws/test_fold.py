@@ -42,6 +42,7 @@ def folded(monkeypatch):
     """JAX keeps programs by the function alone, which does not tell the side: it forgets them before and after."""
     jax.clear_caches()
     monkeypatch.setattr(_fold, "PLATFORMS", ())
+    monkeypatch.setattr(_fold, "SHORT", 0)
     yield
     jax.clear_caches()
 
@@ -156,6 +157,7 @@ def test_both_sides_agree(rng, name, monkeypatch):
     passes = jax.jit(all_of)(z)
     jax.clear_caches()
     monkeypatch.setattr(_fold, "PLATFORMS", ())
+    monkeypatch.setattr(_fold, "SHORT", 0)
     one_pass = jax.jit(all_of)(z)
     jax.clear_caches()
     for got, want in zip(one_pass, passes, strict=True):
@@ -196,6 +198,7 @@ def test_automatically_sharded_classes_stay_where_they_lie(monkeypatch, kind):
 def test_softmax_of_explicitly_sharded_classes(rng, monkeypatch, side, classes):
     jax.clear_caches()
     monkeypatch.setattr(_fold, "PLATFORMS", () if side == "folded" else ("cpu",))
+    monkeypatch.setattr(_fold, "SHORT", 0)
     for module, name in ((_passes, "BLOCK"), (_fold, "ROW"), (_softmax, "KERNEL")):
         monkeypatch.setattr(module, name, 64)
     x, g = (np.float32(3 * rng.normal(size=(16, classes))) for _ in range(2))
