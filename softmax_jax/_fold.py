@@ -26,8 +26,8 @@ PLATFORMS = ("cpu",)
 """Those on which sums are passes of their own."""
 
 LOAD, SHORT, ROW = 8, 128, 2**14
-"""Of a GPU: bytes of neighbours that a thread reads at once; the shortest row that is worth it; and the longest row that
-XLA does not cut into pieces of a few hundred, for each of which a warp joins the sets of its threads."""
+"""Of a GPU: bytes of neighbours that a thread reads at once; the shortest row that is worth it; the longest that XLA
+does not cut into pieces of a few hundred, for each of which a warp joins the sets of its threads."""
 
 
 def by_platform(by_passes: Callable, by_fold: Callable, *operands: Any) -> Any:
