@@ -78,6 +78,18 @@ def _divergence(printed: str) -> None:
     assert below["softmax_jax"] == "0" and int(below["Optax"]) > 50
 
 
+def _contrastive(printed: str) -> None:
+    """log 512 = 6.24 for encoders that know nothing; 200 steps find 29 % of 450."""
+    before, after = (float(number) for number in re.findall(r"^loss: (\S+) -> (\S+) nats", printed)[0])
+    assert 6 < before < 7 and after < 4
+    chance, found = _percentages(printed)
+    assert chance < 2 and found > 8
+    needs = re.findall(r"^batch \d+: (\S+) MiB with the matrix, (\S+) MiB without$", printed, re.MULTILINE)
+    assert all(float(linear) < float(matrix) for matrix, linear in needs)
+    assert 20 * float(needs[-1][1]) < float(needs[-1][0])
+    assert float(re.findall(r"differ by (\S+) of the", printed)[0]) < 1e-5
+
+
 def _policy_gradient(printed: str) -> None:
     before, after = (float(number) for number in re.findall(r"reward: (\S+)% -> (\S+)%", printed)[0])
     assert 40 < before < 60 and after > before + 5
@@ -116,6 +128,7 @@ longer = partial(pytest.param, marks=pytest.mark.thorough)
             marks=[pytest.mark.thorough, pytest.mark.full],  # below it runs in two processes
         ),
         longer("distill", "--students 2", _distill, id="distill"),
+        longer("contrastive", "--steps 60", _contrastive, id="contrastive"),
         longer("divergence", "--rows 32 --classes 4096", _divergence, id="divergence"),
         longer("tail", "--steps 1000", _tail, id="tail"),
         longer("policy_gradient", "--updates 20", _policy_gradient, id="policy_gradient"),

@@ -1,0 +1,176 @@
+"""CLIP's loss without its matrix of similarities: two encoders learn which halves belong to one handwritten digit.
+
+    python examples/contrastive.py --out out/contrastive.png
+
+Upper halves are matched to lower ones. With x and y the two encodings of a batch, of length 1, the logits are all
+their products, times a learned temperature, and the label of each row is its own number: `linear_cross_entropy(x, y,
+arange, transpose_weight=True, logit_scale=...)`, and the same with x and y exchanged. Neither the matrix, batch x
+batch, nor its gradient is ever made. The second part holds the loss over eight simulated devices, each with an eighth of the
+batch, to that of one. Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021.
+"""
+
+import argparse
+import os
+from functools import partial
+from pathlib import Path
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+
+import equinox as eqx  # noqa: E402
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+import optax  # noqa: E402
+from jax import Array  # noqa: E402
+from jax.sharding import NamedSharding  # noqa: E402
+from jax.sharding import PartitionSpec as P  # noqa: E402
+from sklearn.datasets import load_digits  # noqa: E402
+from sklearn.model_selection import train_test_split  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from softmax_jax import linear_cross_entropy  # noqa: E402
+
+plt.switch_backend("Agg")
+EMBED, BATCH, CHUNK = 32, 512, 128  # rows of similarities at a time
+
+
+class Encoders(eqx.Module):
+    """One for upper halves and one for lower ones, and the temperature, as the logarithm of its inverse."""
+
+    upper: eqx.nn.MLP
+    lower: eqx.nn.MLP
+    log_scale: Array
+
+    def __init__(self, key: Array):
+        keys = jax.random.split(key)
+        self.upper, self.lower = (eqx.nn.MLP(32, EMBED, 256, 2, key=k) for k in keys)
+        self.log_scale = jnp.log(jnp.float32(10))
+
+    def __call__(self, images: Array) -> tuple[Array, Array]:
+        """Of images, [n, 64], both halves' encodings, [n, embed], of length 1."""
+        halves = jax.vmap(self.upper)(images[:, :32]), jax.vmap(self.lower)(images[:, 32:])
+        x, y = (z / jnp.linalg.norm(z, axis=-1, keepdims=True) for z in halves)
+        return x, y
+
+
+def loss(x: Array, y: Array, scale: Array) -> Array:
+    """The mean of both directions."""
+    options = {"transpose_weight": True, "logit_scale": scale, "chunk_size": CHUNK}
+    pairs = partial(linear_cross_entropy, labels=jnp.arange(len(x)), **options)
+    return (pairs(x, y) + pairs(y, x)) / 2
+
+
+def plain(x: Array, y: Array, scale: Array) -> Array:
+    """The same by the matrix."""
+    logits, ids = scale * (x @ y.T), jnp.arange(len(x))
+    ce = optax.softmax_cross_entropy_with_integer_labels
+    return (ce(logits, ids).mean() + ce(logits.T, ids).mean()) / 2
+
+
+def retrieved(encoders: Encoders, images: np.ndarray) -> np.ndarray:
+    """The lower half that is closest to each upper one."""
+    x, y = encoders(jnp.asarray(images))
+    return np.argmax(np.asarray(x) @ np.asarray(y).T, -1)
+
+
+def train(images: np.ndarray, held_out: np.ndarray, steps: int) -> tuple[Encoders, list[float], list[float]]:
+    """The encoders, and the loss and the share of held-out halves that find their own, along the way."""
+    encoders = Encoders(jax.random.key(0))
+    optimizer = optax.adamw(optax.cosine_decay_schedule(2e-3, steps), weight_decay=1e-2)
+    state, rng, losses, shares = optimizer.init(eqx.filter(encoders, eqx.is_array)), np.random.default_rng(0), [], []
+
+    @eqx.filter_jit
+    def step(encoders, state, batch):
+        of_batch = lambda encoders: loss(*encoders(batch), jnp.exp(encoders.log_scale))  # noqa: E731
+        value, gradient = eqx.filter_value_and_grad(of_batch)(encoders)
+        updates, state = optimizer.update(gradient, state, eqx.filter(encoders, eqx.is_array))
+        return eqx.apply_updates(encoders, updates), state, value
+
+    for i in tqdm(range(steps), disable=None):
+        moved = images[rng.choice(len(images), BATCH, replace=False)] + rng.normal(0, 0.05, (BATCH, 64))
+        encoders, state, value = step(encoders, state, jnp.asarray(moved, jnp.float32))
+        losses.append(float(value))
+        if i % 20 == 19 or i == 0:
+            shares.append(float(np.mean(retrieved(encoders, held_out) == np.arange(len(held_out)))))
+    return encoders, losses, shares
+
+
+def memory(of: str, batch: int) -> float:
+    """Temporary MiB of the loss with its gradients."""
+    shapes = [jax.ShapeDtypeStruct((batch, EMBED), jnp.float32)] * 2 + [jax.ShapeDtypeStruct((), jnp.float32)]
+    f = {"linear": loss, "matrix": plain}[of]
+    program = jax.jit(jax.value_and_grad(f, (0, 1, 2))).lower(*shapes).compile()
+    return program.memory_analysis().temp_size_in_bytes / 2**20
+
+
+def on_eight_devices(x: Array, y: Array, scale: Array) -> tuple[float, float, float]:
+    """The loss, the largest difference of a gradient from one device's, and the MiB that each device needs."""
+    rows = NamedSharding(jax.make_mesh((8,), ("data",)), P("data"))
+    both = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    _, want = both(x, y, scale)
+    spread = jax.device_put((x, y), rows)
+    program = both.lower(*spread, scale).compile()
+    value, got = program(*spread, scale)
+    off = max(float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b))) for a, b in zip(got, want, strict=True))
+    return float(value), off, program.memory_analysis().temp_size_in_bytes / 2**20
+
+
+def draw(held_out, found, losses, shares, sizes, needs, path: Path) -> None:
+    figure = plt.figure(figsize=(11, 6.5), layout="constrained")
+    grid = figure.add_gridspec(2, 1, height_ratios=(1.7, 1))
+    above, below = grid[0].subgridspec(1, 2), grid[1].subgridspec(1, 12)
+    ax = figure.add_subplot(above[0])
+    ax.plot(losses, color="#999999", label="loss, nats")
+    ax.set_xlabel("step")
+    ax.set_ylabel("loss, nats")
+    right = ax.twinx()
+    right.plot(np.maximum(0, 20 * np.arange(len(shares)) - 1), 100 * np.array(shares), color="#1f6fb4")
+    right.set_ylabel("held-out halves that find their own (%)", color="#1f6fb4")
+    ax = figure.add_subplot(above[1])
+    for name, colour in (("matrix", "#d98c21"), ("linear", "#1f6fb4")):
+        label = {"matrix": "all similarities at once, Optax", "linear": "linear_cross_entropy"}[name]
+        ax.loglog(sizes, needs[name], "o-", color=colour, label=label)
+    ax.set_xlabel("batch")
+    ax.set_ylabel("temporary memory of loss and gradient (MiB)")
+    ax.legend()
+    ax.grid(linewidth=0.3)
+    for column in range(12):
+        ax = figure.add_subplot(below[column])
+        ax.imshow(np.concatenate([held_out[column, :32], held_out[found[column], 32:]]).reshape(8, 8), cmap="gray_r")
+        ax.axhline(3.5, color="#1f6fb4", linewidth=0.8)
+        ax.set_axis_off()
+        ax.set_title("its own" if found[column] == column else "another", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--out", type=Path, default=Path("out/contrastive.png"))
+    args = parser.parse_args()
+    images = np.float32(load_digits().data / 16)
+    images, held_out = train_test_split(images, test_size=450, random_state=0)
+    encoders, losses, shares = train(images, held_out, args.steps)
+    scale = jnp.exp(encoders.log_scale)
+    print(f"loss: {losses[0]:.2f} -> {losses[-1]:.2f} nats; inverse temperature 10 -> {float(scale):.1f}")
+    print(
+        f"held-out halves that find their own among {len(held_out)}: {100 * shares[0]:.1f}% -> {100 * shares[-1]:.1f}%"
+    )
+    sizes = [512, 1024, 2048, 4096, 8192, 16384]
+    needs = {name: [memory(name, size) for size in sizes] for name in ("matrix", "linear")}
+    for size, matrix, linear in zip(sizes, needs["matrix"], needs["linear"], strict=True):
+        print(f"batch {size}: {matrix:.1f} MiB with the matrix, {linear:.1f} MiB without")
+    x, y = encoders(jnp.asarray(images[:1024]))
+    value, off, need = on_eight_devices(x, y, scale)
+    print(
+        f"eight devices: loss {value:.5f}, {float(loss(x, y, scale)):.5f} on one; gradients differ by {off:.0e} of the"
+    )
+    print(f"largest; each device needs {need:.2f} MiB")
+    draw(held_out, retrieved(encoders, held_out), losses, shares, sizes, needs, args.out)
+    print(f"picture: {args.out}")
+
+
+if __name__ == "__main__":
+    main()
