@@ -5,8 +5,8 @@
 Upper halves are matched to lower ones. With x and y the two encodings of a batch, of length 1, the logits are all
 their products, times a learned temperature, and the label of each row is its own number: `linear_cross_entropy(x, y,
 arange, transpose_weight=True, logit_scale=...)`, and the same with x and y exchanged. Neither the matrix, batch x
-batch, nor its gradient is ever made. The second part holds the loss over eight simulated devices, each with an eighth of the
-batch, to that of one. Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021.
+batch, nor its gradient is ever made. The second part holds the loss over eight simulated devices, each with an eighth
+of the batch, to one's. Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021.
 """
 
 import argparse
@@ -82,7 +82,10 @@ def train(images: np.ndarray, held_out: np.ndarray, steps: int) -> tuple[Encoder
 
     @eqx.filter_jit
     def step(encoders, state, batch):
-        of_batch = lambda encoders: loss(*encoders(batch), jnp.exp(encoders.log_scale))  # noqa: E731
+        def of_batch(encoders: Encoders) -> Array:
+            x, y = encoders(batch)
+            return loss(x, y, jnp.exp(encoders.log_scale))
+
         value, gradient = eqx.filter_value_and_grad(of_batch)(encoders)
         updates, state = optimizer.update(gradient, state, eqx.filter(encoders, eqx.is_array))
         return eqx.apply_updates(encoders, updates), state, value
@@ -100,8 +103,13 @@ def memory(of: str, batch: int) -> float:
     """Temporary MiB of the loss with its gradients."""
     shapes = [jax.ShapeDtypeStruct((batch, EMBED), jnp.float32)] * 2 + [jax.ShapeDtypeStruct((), jnp.float32)]
     f = {"linear": loss, "matrix": plain}[of]
-    program = jax.jit(jax.value_and_grad(f, (0, 1, 2))).lower(*shapes).compile()
-    return program.memory_analysis().temp_size_in_bytes / 2**20
+    return temporary(jax.jit(jax.value_and_grad(f, (0, 1, 2))).lower(*shapes).compile())
+
+
+def temporary(program: jax.stages.Compiled) -> float:
+    found = program.memory_analysis()
+    assert found is not None
+    return found.temp_size_in_bytes / 2**20
 
 
 def on_eight_devices(x: Array, y: Array, scale: Array) -> tuple[float, float, float]:
@@ -113,7 +121,7 @@ def on_eight_devices(x: Array, y: Array, scale: Array) -> tuple[float, float, fl
     program = both.lower(*spread, scale).compile()
     value, got = program(*spread, scale)
     off = max(float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b))) for a, b in zip(got, want, strict=True))
-    return float(value), off, program.memory_analysis().temp_size_in_bytes / 2**20
+    return float(value), off, temporary(program)
 
 
 def draw(held_out, found, losses, shares, sizes, needs, path: Path) -> None:
@@ -150,8 +158,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--out", type=Path, default=Path("out/contrastive.png"))
     args = parser.parse_args()
-    images = np.float32(load_digits().data / 16)
-    images, held_out = train_test_split(images, test_size=450, random_state=0)
+    images, _ = load_digits(return_X_y=True)
+    halves = train_test_split(np.asarray(images / 16, np.float32), test_size=450, random_state=0)
+    images, held_out = (np.asarray(half) for half in halves)
     encoders, losses, shares = train(images, held_out, args.steps)
     scale = jnp.exp(encoders.log_scale)
     print(f"loss: {losses[0]:.2f} -> {losses[-1]:.2f} nats; inverse temperature 10 -> {float(scale):.1f}")

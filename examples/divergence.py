@@ -57,7 +57,8 @@ COLOURS = dict(zip(FORMS, ("#1f6fb4", "#999999", "#d98c21", "#2d8a4e"), strict=T
 
 def truth(student: np.ndarray, teacher: np.ndarray) -> np.ndarray:
     """In float64, by the sum whose terms are all positive."""
-    log_p, log_t = (z - np.logaddexp.reduce(z, -1, keepdims=True) for z in np.float64([student, teacher]))
+    both = np.asarray([student, teacher], np.float64)
+    log_p, log_t = both - np.logaddexp.reduce(both, -1, keepdims=True)
     r = log_p - log_t
     near = np.where(np.abs(r) < 1e-2, r, 0)
     of_near = near**2 * (1 / 2 + near * (1 / 6 + near * (1 / 24 + near * (1 / 120 + near / 720))))
@@ -67,10 +68,10 @@ def truth(student: np.ndarray, teacher: np.ndarray) -> np.ndarray:
 def errors(rows: int, classes: int) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """By form: the median relative error at each distance, and how many divergences are below 0."""
     rng, found, below = np.random.default_rng(0), {name: [] for name in FORMS}, dict.fromkeys(FORMS, 0)
-    teacher, noise = np.float32(3 * rng.normal(size=(rows, classes))), rng.normal(size=(rows, classes))
+    teacher, noise = (s * rng.normal(size=(rows, classes)).astype(np.float32) for s in (np.float32(3), np.float32(1)))
     jitted = {name: jax.jit(form) for name, form in FORMS.items()}
     for distance in DISTANCES:
-        student = np.float32(teacher + distance * noise)
+        student = teacher + np.float32(distance) * noise
         want = truth(student, teacher)
         for name, form in jitted.items():
             got = np.float64(form(student, teacher))
