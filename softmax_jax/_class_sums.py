@@ -90,6 +90,7 @@ class Asked(NamedTuple):
     prior: bool = False
     moment: bool = False
     place: bool = False  # above, ties and first, of SparseLabels of one class
+    beside: bool = False  # statistics of the same logits, whose pass is this one if both take each class by itself
 
 
 def _prior(logits, class_weights, m, adjustment, axis):
@@ -161,7 +162,8 @@ def _by_fold(logits, labels, class_weights, adjustment, unused, axis, asked, cla
     if asked.place:
         ids = jnp.squeeze(labels.ids, axis)
         than = ids, pick_of_all(logits, ids, adjustment, axis, class_axes)
-    found = fold(logits, label, t, c, than, adjustment, axis, asked.moment, class_axes)
+    how = axis, class_axes, asked.moment, asked.beside
+    found = fold(logits, label, t, c, than, adjustment, *how)
     if label is not None:
         found = found._replace(own=_adjusted(found.own, label, adjustment, size, axis, class_axes))
     found = over_devices(found, class_axes)
@@ -215,7 +217,7 @@ def top_sums(logits: Array, adjustment: Adjustment, axis: int, class_axes: Names
         return Top(m, top, rest_of_top(logits, m, top, adjustment, axis, class_axes))
 
     def by_fold(logits, adjustment):
-        found = fold(logits, None, None, None, None, adjustment, axis, False, class_axes)
+        found = fold(logits, None, None, None, None, adjustment, axis, class_axes)
         found = over_devices(found, class_axes)
         return _settled(found, count(logits.shape[axis], class_axes))
 

@@ -53,15 +53,17 @@ def fold(
     than: tuple[Array, Array] | None,
     adjustment: Adjustment,
     axis: int,
-    moment: bool,
     class_axes: Names,
+    moment: bool = False,
+    one_by_one: bool = False,
 ) -> Folded:
     """The sums of every token over `axis`, of this device's classes, whose ids are those among the classes of all
     devices along `class_axes`. t and c broadcast to the logits. A row of -inf alone has m = -inf."""
     # Where neighbours cost much more than their read, XLA makes their maxima, or what else is used twice, in another
     # kernel, and reads them again: always of a tanh, of dense labels and of a moment, of more sums from 8 bytes on.
     size, plain = logits.shape[axis], adjustment.logit_scale is None and c is None and than is None
-    load = 1 if t is not None or adjustment.softcap is not None or moment else LOAD if plain else LOAD // 2
+    one_by_one = one_by_one or moment or t is not None or adjustment.softcap is not None
+    load = 1 if one_by_one else LOAD if plain else LOAD // 2
     operands, alone = (logits, label, t, c, than, adjustment), Folding(axis % logits.ndim, class_axes, moment)
     if not isinstance(size, int) or size < SHORT or entries_of(logits)[axis]:
         return _fold(alone, *operands)

@@ -126,14 +126,16 @@ def weighted_losses(
     axis: int,
     class_axes: Names,
     forward_mode: bool = False,
+    beside: bool = False,
 ) -> tuple[Array, None]:
-    """weights · ℓ of every token."""
+    """weights · ℓ of every token; with statistics of the same logits `beside`."""
     unused = unused_by(weights)
     if isinstance(labels, SparseLabels) and labels.others is not None and unused is not None:
         labels = labels._replace(others=jnp.where(unused, 0, labels.others))
     labels, evenly = _evenly(labels, options, logits.shape[axis], axis, class_axes, accumulator(logits.dtype))
     adjustment = Adjustment(options.where, options.logit_scale, options.softcap)
-    operands, asked = (logits, labels, options.class_weights, adjustment, unused), Asked(prior=evenly is not None)
+    operands = logits, labels, options.class_weights, adjustment, unused
+    asked = Asked(prior=evenly is not None, beside=beside)
     sums = class_sums(*operands, axis=axis, asked=asked, class_axes=class_axes, forward_mode=forward_mode)
     if weights is None or unused is None:
         return loss_of(sums, evenly, options), None

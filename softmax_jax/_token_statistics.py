@@ -77,6 +77,6 @@ def losses_and_statistics(
     forward_mode: bool = False,
 ) -> tuple[Array, LabelStatistics]:
     """weights · ℓ of every token, and what there is beside it, which has no gradient."""
-    losses, _ = weighted_losses(logits, labels, weights, options, more, axis, class_axes, forward_mode)
+    losses, _ = weighted_losses(logits, labels, weights, options, more, axis, class_axes, forward_mode, beside=True)
     constant = lax.stop_gradient((logits, labels, weights, options._replace(label_smoothing=None, z_loss=None)))
     return losses, statistics(*constant, more, axis, class_axes)[0]

@@ -19,7 +19,7 @@ MOVED = {
         "dense labels, forward": 2.0,
         "dense labels, with gradient": 5.0,
         "all options, with gradient": 3.0,
-        "integer labels, with gradient, accuracy, log-normalizer": 4.0,
+        "integer labels, with gradient, accuracy, log-normalizer": 3.0,
         "log_prob, entropy, correct, rank": 1.0,
         "KL from logits, forward": 4.0,
         "KL from logits, with gradient": 7.0,
