@@ -25,6 +25,7 @@ from jax.sharding import SingleDeviceSharding  # noqa: E402
 
 import softmax_jax as sj  # noqa: E402
 from benchmarks.kernels import kernels  # noqa: E402
+from benchmarks.peers import optax_with_accuracy, with_accuracy  # noqa: E402
 
 
 class Gpu(NamedTuple):
@@ -116,15 +117,6 @@ def optax_kl(a, b):
     return optax.losses.kl_divergence_with_log_targets(jax.nn.log_softmax(a.astype(jnp.float32)), t)
 
 
-def accuracy(z, y):
-    loss, beside = sj.cross_entropy(z, y, statistics=True)
-    return loss, (beside.correct, beside.log_normalizer)
-
-
-def accuracy_by_jax(z, y):
-    return jnp.mean(IDS(z, y)), (jnp.argmax(z, 1) == y, jax.nn.logsumexp(z.astype(jnp.float32), 1))
-
-
 def all_options(z, y):
     return sj.cross_entropy(z, y, label_smoothing=0.1, z_loss=1e-4, logit_scale=0.7, softcap=30.0)
 
@@ -138,8 +130,8 @@ CASES = {  # name: (what stands beside the logits, ours, the peer's)
     "all options, with gradient": ("ids", with_gradient(all_options), None),
     "integer labels, with gradient, accuracy, log-normalizer": (
         "ids",
-        jax.value_and_grad(accuracy, has_aux=True),
-        jax.value_and_grad(accuracy_by_jax, has_aux=True),
+        jax.value_and_grad(with_accuracy, has_aux=True),
+        jax.value_and_grad(optax_with_accuracy, has_aux=True),
     ),
     "log_prob, entropy, correct, rank": ("ids", lambda z, y: told(sj.label_statistics(z, y)), told_by_jax),
     "KL from logits, forward": ("rows", lambda a, b: sj.kl_divergence(a, teacher_logits=b), optax_kl),

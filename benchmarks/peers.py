@@ -42,12 +42,12 @@ def _naive_integer(z, y):
     return -jnp.take_along_axis(jax.nn.log_softmax(z), y[:, None], axis=1).mean()
 
 
-def _integer_and_more(z, y):
+def with_accuracy(z, y):
     loss, of_tokens = cross_entropy(z, y, statistics=True)
     return loss, (of_tokens.correct, of_tokens.log_normalizer)
 
 
-def _optax_integer_and_more(z, y):
+def optax_with_accuracy(z, y):
     return _optax_integer(z, y), (jnp.argmax(z, -1) == y, jax.nn.logsumexp(z, -1))
 
 
@@ -58,7 +58,7 @@ JAX: dict[str, dict[str, Callable[..., Any]]] = {
         OPTAX: lambda z, t: optax.softmax_cross_entropy(z, t).mean(),
         NAIVE: lambda z, t: -(t * jax.nn.log_softmax(z)).sum(-1).mean(),
     },
-    STATISTICS: {OURS: _integer_and_more, OPTAX: _optax_integer_and_more},
+    STATISTICS: {OURS: with_accuracy, OPTAX: optax_with_accuracy},
     SOFTMAX: {OURS: softmax_jax.softmax, NAIVE: jax.nn.softmax},
     LOG_SOFTMAX: {OURS: softmax_jax.log_softmax, NAIVE: jax.nn.log_softmax},
     LINEAR: {OURS: linear_cross_entropy, OPTAX: lambda x, weight, y: _optax_integer(x @ weight, y)},

@@ -5,6 +5,8 @@
 
 from typing import NamedTuple
 
+from softmax_jax._head import KEPT_TOKENS
+
 
 class Step(NamedTuple):
     """One forward and backward pass of a mean loss over `data` x `model` devices, by `axis_name` or explicit layout."""
@@ -32,7 +34,7 @@ class Step(NamedTuple):
     def kept_tokens(self) -> int:
         """Those of a super-chunk: all, while what is kept of them is no more than the head's float32 gradient and what
         would be kept beside it."""
-        tokens, most = self.local_tokens, max(self.chunk, 2048) if self.itemsize == 2 else self.chunk
+        tokens, most = self.local_tokens, max(self.chunk, KEPT_TOKENS) if self.itemsize == 2 else self.chunk
         of_sum = 4 * self.embed if self.itemsize == 2 else 0
         return tokens if self.itemsize * tokens <= of_sum + self.itemsize * most else -(-tokens // -(-tokens // most))
 

@@ -162,8 +162,8 @@ def _by_fold(logits, labels, class_weights, adjustment, unused, axis, asked, cla
     if asked.place:
         ids = jnp.squeeze(labels.ids, axis)
         than = ids, pick_of_all(logits, ids, adjustment, axis, class_axes)
-    how = axis, class_axes, asked.moment, asked.beside
-    found = fold(logits, label, t, c, than, adjustment, *how)
+    operands, asks = (logits, label, t, c, than, adjustment), {"moment": asked.moment, "one_by_one": asked.beside}
+    found = fold(*operands, axis, class_axes, **asks)
     if label is not None:
         found = found._replace(own=_adjusted(found.own, label, adjustment, size, axis, class_axes))
     found = over_devices(found, class_axes)

@@ -116,7 +116,7 @@ def _parts(size: int) -> int:
     return parts if size % (parts * DEVICES) == 0 else 1
 
 
-def reduced(join: Callable, sums: Any, nothing: Any, axis: int, parts: int) -> Any:
+def reduced(join: Callable, sums: Any, nothing: Any, axis: int, parts: int = 1) -> Any:
     """The sums of all entries on `axis`, in one pass."""
     leaves, tree = jax.tree.flatten(sums)
     leaves, init = vary_alike(leaves, jax.tree.leaves(nothing))

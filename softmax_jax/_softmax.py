@@ -183,7 +183,7 @@ def _mean_around_top(y: Array, g: Array, axis: int) -> tuple[Array, Array]:
 
     p, g = upcast(y), upcast(g)
     zero = jnp.zeros((), p.dtype)
-    _, c, _, mean = reduced(join, (p, g, p, jnp.zeros_like(p)), (zero - 1, zero, zero, zero), axis, 1)
+    _, c, _, mean = reduced(join, (p, g, p, jnp.zeros_like(p)), (zero - 1, zero, zero, zero), axis)
     return c, mean
 
 
