@@ -35,7 +35,13 @@ PARTS = {
     "step": step,
     "growth": growth,
 }
-PAGE = "# Benchmarks\n\nSmaller is better. Made by `python -m benchmarks`; the numbers are in `benchmarks/results`.\n\n"
+PAGE = """# Benchmarks
+
+Ratios of our time to another library's, measured in one process in turns, as medians with their quartiles: smaller is
+better, and below 1 ours is faster. Every cell is here, the lost ones too. Made by `python -m benchmarks`; the numbers
+are in `benchmarks/results`.
+
+"""
 
 
 def run(part: str, args: argparse.Namespace, pace: Pace, folder: Path) -> dict:
@@ -58,10 +64,11 @@ def publish(folder: Path, docs: Path) -> dict[str, str]:
     pages, summaries, errors = [], {"gpu": [], "cpu": []}, []
     for path in sorted(folder.glob("*.json")):
         found = results.load(path)
-        names = pictures.draw(found, docs, path.stem)
+        of_platform = summaries[platform := found["machine"]["platform"]]
+        machine = f"{platform}-{len(of_platform) + 1}" if of_platform else platform
+        names = [f"pictures/{name}" for name in pictures.draw(found, docs / "pictures", machine)]
         pages.append(show.page(found, names))
-        drawn = [f"{docs.name}/{name}" for name in names if "-logits" in name]
-        summaries[found["machine"]["platform"]].append(show.summary(found, drawn))
+        of_platform.append(show.summary(found, [f"{docs.name}/{name}" for name in names if "logits-" in name]))
         errors.append(show.few_margins(found))
     docs.mkdir(parents=True, exist_ok=True)
     (docs / "benchmarks.md").write_text(PAGE + "\n".join(pages))
