@@ -76,8 +76,25 @@ def publish(folder: Path, docs: Path) -> dict[str, str]:
     return {name: "\n\n".join(of).strip() for name, of in texts.items()}
 
 
+PAGES = results.ROOT / "README.md", results.ROOT / "docs" / "performance_notes.md"
 DEVICES = ["H200", "H100", "B200", "A100", "TPU v5e", "TPU v6e"]
 WITH_HEADS = ["H200", "H100"]
+SHORT = ["H100", "A100", "TPU v5e", "TPU v6e"]
+SHORT_CASES = [
+    "integer labels, forward",
+    "integer labels, with gradient",
+    "dense labels, with gradient",
+    "integer labels, with gradient, accuracy, log-normalizer",
+    "KL from logits, with gradient",
+    "softmax, gradient",
+]
+
+
+def publish_tables(tables: dict[str, str]) -> None:
+    """Each in its place, on the pages that have one."""
+    for page in PAGES:
+        for name, text in tables.items():
+            show.include(page, name, text)
 
 
 def of_compiled(part: str, devices: list[str]) -> dict[str, dict]:
@@ -88,16 +105,19 @@ def of_compiled(part: str, devices: list[str]) -> dict[str, dict]:
 
 
 def compiled() -> dict[str, str]:
-    """Tables, by the names of their places in the README."""
+    """Tables, by the names of their places."""
     moved = lambda pair: " / ".join("-" if cost is None else f"{cost[1]:.1f}" for cost in pair)  # noqa: E731
     need = lambda costs: " / ".join(f"{mib:.0f}" for mib, _ in costs)  # noqa: E731
     take = lambda costs: " / ".join(f"{ms:.3g}" for _, ms in costs)  # noqa: E731
     logits, heads = of_compiled("logits", DEVICES), of_compiled("heads", WITH_HEADS)
-    rows = [[case, *(moved(of[case]) for of in logits.values())] for case in logits["H200"]]
-    tables = {"compiled": show.table(["", *logits], rows)}
+    rows = lambda cases, devices: [[case, *(moved(logits[d][case]) for d in devices)] for case in cases]  # noqa: E731
+    tables = {
+        "compiled": show.table(["", *SHORT], rows(SHORT_CASES, SHORT)),
+        "moved": show.table(["", *logits], rows(logits["H200"], logits)),
+    }
     header = ["tokens x embed x classes", *(f"{d}, {unit}" for unit in ("MiB", "ms") for d in heads)]
-    rows = [[head, *(told(of[head]) for told in (need, take) for of in heads.values())] for head in heads["H200"]]
-    return tables | {"heads": show.table(header, rows)}
+    costs = [[head, *(told(of[head]) for told in (need, take) for of in heads.values())] for head in heads["H200"]]
+    return tables | {"heads": show.table(header, costs)}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -121,10 +141,9 @@ def main(arguments: list[str] | None = None) -> None:
     if args.part == "scaling":
         return print(show.table(scaling.HEADER, scaling.table()))
     if args.part == "compiled":
-        for name, text in compiled().items():
-            print(text)
-            show.include(results.ROOT / "README.md", name, text)
-        return None
+        tables = compiled()
+        print(*tables.values(), sep="\n\n")
+        return publish_tables(tables)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU is shared with PyTorch
     pace = Pace(2, 0, 2, 0) if args.quick else Pace(args.turns, args.seconds, min(args.turns, Pace().fewest))
     out = args.out or (results.ROOT / "out" / "quick" if args.quick else None)
@@ -133,8 +152,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(show.page(run(part, args, pace, folder), []))
     summaries = publish(folder, out or results.ROOT / "docs")
     if out is None:
-        for name, text in summaries.items():
-            show.include(results.ROOT / "README.md", name, text)
+        publish_tables(summaries)
 
 
 if __name__ == "__main__":

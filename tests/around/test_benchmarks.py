@@ -200,8 +200,8 @@ def test_aims_are_met_or_missed(quick):
 def test_readme_has_a_place_for_the_table(tmp_path):
     copied = tmp_path / "README.md"
     copied.write_text((ROOT / "README.md").read_text())
-    show.include(copied, "cpu", "| a table |")
-    assert "<!-- cpu -->\n| a table |\n<!-- /cpu -->" in copied.read_text()
+    show.include(copied, "gpu", "| a table |")
+    assert "<!-- gpu -->\n| a table |\n<!-- /gpu -->" in copied.read_text()
 
 
 def test_turns_alternate():
