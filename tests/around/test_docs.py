@@ -15,7 +15,9 @@ from helpers import relative_error
 
 ROOT = Path(__file__).parents[2]
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]}
+QUICK = {"README.md", "docs/index.md"}
 FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e[+-]\d+)?")
 SHELL = {"sh", "bash", "console"}
 
 
@@ -32,13 +34,21 @@ def names_of(name: str) -> dict[str, Any]:
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         for language, text in blocks(PAGES[name].read_text()):
             if language == "text" and printed:
-                assert text == printed, f"{name} prints\n{printed}"
+                assert as_expected(printed, text), f"{name} prints\n{printed}"
             printed = ""
             if language == "python":
                 with contextlib.redirect_stdout(io.StringIO()) as out:
                     exec(compile(text, name, "exec"), found)
                 printed = out.getvalue()
     return found
+
+
+def as_expected(printed: str, told: str) -> bool:
+    """The same words, and numbers to 5 %."""
+    (words, numbers), (of_page, told_numbers) = (
+        (NUMBER.sub("#", text), [float(number) for number in NUMBER.findall(text)]) for text in (printed, told)
+    )
+    return words == of_page and np.allclose(numbers, told_numbers, rtol=0.05, atol=0)
 
 
 def has_code(name: str) -> bool:
@@ -48,7 +58,10 @@ def has_code(name: str) -> bool:
 @pytest.mark.compiled
 @pytest.mark.optimized
 @pytest.mark.nan
-@pytest.mark.parametrize("name", filter(has_code, PAGES))
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.thorough) for name in PAGES if has_code(name)],
+)
 def test_code_of_a_page_runs_as_it_stands(name):
     names_of(name)
 
