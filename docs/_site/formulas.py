@@ -112,7 +112,11 @@ class Formula:
             return '<mo movablelimits="false">∑</mo>'
         if kind == "word":
             return f"<mi>{shown}</mi>"
-        form = ' form="infix"' if token in "+·/=" else ""  # also where a line begins with it
+        form = ""
+        if token in "+·/=":
+            form = ' form="infix"'  # also where a line begins with it
+        elif token == "-" and (self.at == 1 or self.tokens[self.at - 2][1] in ("(", "[", "=", "·", "/", ",")):
+            form = ' form="prefix"'
         return f"<mo{form}>{'−' if token == '-' else shown}</mo>"
 
 
