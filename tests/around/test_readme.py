@@ -68,8 +68,8 @@ def test_the_six_differences_from_optax():
 @pytest.mark.optimized
 @pytest.mark.parametrize(("classes", "margin"), [(2, 87), (1000, 80), (128256, 75)])
 def test_where_float32_ends(classes, margin):
-    """At the margin that is named the loss is there, right to the rounding of a sum of so many equal terms, as a compiler
-    may add them one after the other; two nats beyond it is 0."""
+    """At the margin that is named the loss is there, right to the rounding of a sum of so many equal terms, which some
+    compilers add one after the other; two nats beyond it is 0."""
     for beyond in (0, 2):
         z = np.zeros((1, classes), np.float32)
         z[0, 0] = margin + beyond + np.log(classes - 1)
