@@ -21,6 +21,7 @@ def as_readers_have_it():
         yield
 
 
+@pytest.mark.thorough
 def test_before_and_after_are_the_same(rng):
     rows = re.findall(BEFORE + AFTER, README, re.MULTILINE)
     assert len(rows) == 4
@@ -34,6 +35,7 @@ def test_before_and_after_are_the_same(rng):
         np.testing.assert_allclose(eval(after, names), eval(before, names), rtol=1e-5, err_msg=before)
 
 
+@pytest.mark.thorough
 @pytest.mark.nan
 def test_the_six_differences_from_optax():
     theirs, ours = (of.softmax_cross_entropy_with_integer_labels for of in (optax, softmax_jax))
