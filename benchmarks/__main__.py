@@ -62,8 +62,8 @@ def run(part: str, args: argparse.Namespace, pace: Pace, folder: Path) -> dict:
 def publish(folder: Path, docs: Path) -> dict[str, str]:
     """Pictures and tables of all results in `folder`; what the README has of them, by the names of its places."""
     pages, summaries, errors = [], {"gpu": [], "cpu": []}, []
-    for path in sorted(folder.glob("*.json")):
-        found = results.load(path)
+    kept = [results.load(path) for path in sorted(folder.glob("*.json"))]
+    for found in sorted(kept, key=lambda found: found["machine"]["platform"] == "cpu"):
         of_platform = summaries[platform := found["machine"]["platform"]]
         machine = f"{platform}-{len(of_platform) + 1}" if of_platform else platform
         names = [f"pictures/{name}" for name in pictures.draw(found, docs / "pictures", machine)]

@@ -69,7 +69,9 @@ def test_code_of_a_page_runs_as_it_stands(name):
 def test_every_block_has_a_language_that_is_checked():
     for name, path in PAGES.items():
         for language, text in blocks(path.read_text()):
-            assert language in {"python", "text", "mermaid", *SHELL}, f"{name}: {language or 'no language'}: {text[:80]}"
+            assert language in {"python", "text", "mermaid", *SHELL}, (
+                f"{name}: {language or 'no language'}: {text[:80]}"
+            )
 
 
 def test_commands_name_what_is_there():

@@ -128,7 +128,7 @@ def mixed_up(labels: np.ndarray) -> np.ndarray:
 
 
 def conventions(rng) -> tuple[dict[str, Convention], tuple[Callable, ...]]:
-    """(losses, their and our numbers to log): the calls of ours stand in docs/guides/migration.md as they stand here."""
+    """(losses, their and our numbers to log): the calls of ours are those of docs/guides/migration.md."""
     labels = tokens = rng.integers(0, K, (BATCH, LENGTH)).astype(np.int32)
     mask = valid = np.float32([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 1, 0], [0, 0, 0, 0, 0, 0]])  # one sequence is empty
     weights = mask * rng.uniform(0.5, 2, mask.shape).astype(np.float32)
