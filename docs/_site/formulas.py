@@ -2,15 +2,11 @@
 
     ℓ = Σ_v t_v · (log_normalizer - z_v)          three or more spaces begin another column
 
-A browser sets MathML by itself: no script, and no network. Code is fenced, and examples of docstrings begin with `>>>`.
+A browser sets MathML by itself: no script, and no network.
 """
 
 import html
 import re
-
-from markdown import Extension
-from markdown.preprocessors import Preprocessor
-from markdown.treeprocessors import Treeprocessor
 
 WHOLE = {"z_loss", "teacher_x"}  # names that are no letter with an index
 FUNCTIONS = {"log", "exp", "log1p", "expm1", "tanh", "max", "min", "clip", "KL", "cross_entropy", "kl_divergence"}
@@ -26,13 +22,15 @@ TOKEN = re.compile(
 
 def block(text: str) -> str:
     """Groups of rows, between which a line is empty."""
-    groups = ([re.split(r" {3,}", line.strip()) for line in group.splitlines()] for group in re.split(r"\n\s*\n", text))
+    groups = re.split(r"\n\s*\n", text.strip("\n"))
+    groups = ([re.split(r" {3,}", line.strip()) for line in group.splitlines()] for group in groups)
     return f'<div class="formula">{"".join(map(aligned, groups))}</div>'
 
 
 def aligned(rows: list[list[str]]) -> str:
     """A table, if all rows have as many columns, more than one; else lines that may be broken between their parts."""
-    if {len(row) for row in rows} not in ({1}, {0}) and len({len(row) for row in rows}) == 1 and len(rows) > 1:
+    columns = {len(row) for row in rows}
+    if len(rows) > 1 and len(columns) == 1 and columns != {1}:
         cells = ("".join(f"<td>{parts(cell)}</td>" for cell in row) for row in rows)
         return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
     return "".join(f"<p>{'<span></span>'.join(map(parts, row))}</p>" for row in rows)
@@ -49,7 +47,7 @@ class Formula:
 
     def __init__(self, cell: str):
         matches = [match for match in TOKEN.finditer(cell) if match[0].strip()]
-        self.tokens = [(match.lastgroup, match[match.lastgroup]) for match in matches]
+        self.tokens = [(kind, match[kind]) for match in matches if (kind := match.lastgroup)]
         self.at = 0
 
     def next_is(self, *signs: str) -> bool:
@@ -118,41 +116,3 @@ class Formula:
         elif token == "-" and (self.at == 1 or self.tokens[self.at - 2][1] in ("(", "[", "=", "·", "/", ",")):
             form = ' form="prefix"'
         return f"<mo{form}>{'−' if token == '-' else shown}</mo>"
-
-
-class Formulas(Treeprocessor):
-    """Indented blocks, before they are taken for code."""
-
-    def run(self, root):
-        for element in root.iter("pre"):
-            if len(element) == 1 and element[0].tag == "code":
-                text = html.unescape(element[0].text)
-                element.clear()
-                element.tag, element.text = "p", self.md.htmlStash.store(block(text))
-
-
-class Doctests(Preprocessor):
-    """Paragraphs that begin with `>>>`, which Markdown takes for quotations."""
-
-    def run(self, lines):
-        found, inside = [], False
-        for line in lines:
-            if not inside and line.startswith(">>> "):
-                inside = True
-                found.append("```pycon")
-            elif inside and not line.strip():
-                inside = False
-                found.append("```")
-            found.append(line)
-        return [*found, "```"] if inside else found
-
-
-class FormulaExtension(Extension):
-    def extendMarkdown(self, md):
-        md.treeprocessors.register(Formulas(md), "formulas", 31)  # pymdownx.highlight has 30
-        md.preprocessors.register(Doctests(md), "doctests", 29)  # fences have 25
-
-
-def on_config(config):
-    config.markdown_extensions.append(FormulaExtension())
-    return config
