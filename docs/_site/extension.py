@@ -2,9 +2,11 @@
 code is fenced. A hook of MkDocs, so that pages and docstrings have both."""
 
 import html
+import xml.etree.ElementTree as etree
 
 from formulas import block
 from markdown import Extension
+from markdown.inlinepatterns import InlineProcessor
 from markdown.preprocessors import Preprocessor
 from markdown.treeprocessors import Treeprocessor
 
@@ -36,9 +38,24 @@ class Doctests(Preprocessor):
         return [*found, "```"] if inside else found
 
 
+class Indices(InlineProcessor):
+    """z_v, Σ_{v≠y}, softmax(x)_v in a sentence."""
+
+    PATTERN = r"(?<![\w.])([A-Za-zΣℓ]|d[a-z])_(\{[^}]+\}|[a-z])(?!\w)"
+    AFTER_BRACKET = r"(\))_(\{[^}]+\}|[a-z])(?!\w)"
+
+    def handleMatch(self, m, data):
+        whole, below = etree.Element("span"), etree.Element("sub")
+        whole.text, below.text = m[1], m[2].strip("{}")
+        whole.append(below)
+        return whole, m.start(0), m.end(0)
+
+
 class FormulaExtension(Extension):
     def extendMarkdown(self, md):
         md.treeprocessors.register(Formulas(md), "formulas", 31)  # pymdownx.highlight has 30
+        md.inlinePatterns.register(Indices(Indices.PATTERN, md), "indices", 75)  # emphasis has 60, code 190
+        md.inlinePatterns.register(Indices(Indices.AFTER_BRACKET, md), "indices after a bracket", 74)
         md.preprocessors.register(Doctests(md), "doctests", 29)  # fences have 25
 
 
