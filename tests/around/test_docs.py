@@ -56,7 +56,6 @@ def has_code(name: str) -> bool:
 
 
 @pytest.mark.compiled
-@pytest.mark.optimized
 @pytest.mark.nan
 @pytest.mark.parametrize(
     "name",
