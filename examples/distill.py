@@ -29,7 +29,7 @@ BATCH, STEPS, SEEN, TEMPERATURE = 128, 600, 100, 4.0
 COLOURS = {
     "the labels": "#777777",
     "the teacher's 3 largest probabilities": "#d98c21",
-    "these, and the rest spread over the other digits": "#1f6fb4",
+    "these and the rest, spread over the other digits": "#1f6fb4",
     "all 10 of the teacher's probabilities": "#2d8a4e",
 }
 OPTIMIZER = optax.adamw(optax.cosine_decay_schedule(5e-3, STEPS), weight_decay=1e-2)
@@ -103,8 +103,8 @@ def top_of(teacher, images, k: int) -> SparseLabels:
 
 def draw(curves: dict[str, np.ndarray], best: float, top: SparseLabels, images: np.ndarray, path: Path) -> None:
     """Accuracy by step, mean and range of the students; what the teacher says of the digits it is least sure of."""
-    figure = plt.figure(figsize=(11, 7.4), layout="constrained")
-    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[1.6, 1])[:, 0]
+    figure = plt.figure(figsize=(11, 7.6), layout="constrained")
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[2.2, 1])[:, 0]
     (axes, ends), steps = above.subplots(1, 2, width_ratios=[2.2, 1], sharey=True), 20 * np.arange(STEPS // 20 + 1)
     for ax in (axes, ends):
         ax.axhline(100 * best, color="#111111", ls="--", label=f"the teacher: {100 * best:.1f} %")
@@ -112,14 +112,14 @@ def draw(curves: dict[str, np.ndarray], best: float, top: SparseLabels, images: 
         ax.spines[["top", "right"]].set_visible(False)
     for place, (name, accuracy) in enumerate(curves.items()):
         mean, colour = 100 * accuracy.mean(0), COLOURS[name]
-        axes.plot(steps, mean, color=colour, lw=2, label=f"students of {name}: {mean[-1]:.1f} %")
+        axes.plot(steps, mean, color=colour, lw=2, label=f"learnt from {name}: {mean[-1]:.1f} %")
         axes.fill_between(steps, *(100 * f(accuracy, 0) for f in (np.min, np.max)), color=colour, alpha=0.12)
         ends.plot(place + np.linspace(-0.2, 0.2, len(accuracy)), 100 * accuracy[:, -1], "o", color=colour, alpha=0.7)
         ends.plot([place - 0.32, place + 0.32], [mean[-1]] * 2, color=colour, lw=2)
     axes.set(title=f"Mean and range of {len(accuracy)} students, of {SEEN} digits each", xlabel="step")
     axes.set(ylabel="accuracy on held-out digits (%)", ylim=(70, 100))
     axes.legend(frameon=False, loc="lower right", fontsize=9)
-    ends.set(title="Each student at the end, and the mean", xticks=range(4))
+    ends.set(title="Each student at the end; line: mean", xticks=range(4))
     ends.set_xticklabels(["labels", "3 largest", "3 and\nthe rest", "all 10"])
     below.suptitle(f"Three probabilities of the teacher, at temperature {TEMPERATURE:g}, where it is least sure")
     for place, row in enumerate(np.argsort(top.probs[:, 0])[:8], start=1):
@@ -140,34 +140,23 @@ def main() -> None:
     pixels, digits = load_digits(return_X_y=True)
     images, digits = np.reshape(pixels, (-1, 8, 8)).astype(np.float32) / 16, np.asarray(digits, np.int32)
     training, held_out = train_test_split(np.arange(len(digits)), test_size=0.25, stratify=digits, random_state=0)
-    test, draws = (
-        (images[held_out], digits[held_out]),
-        [np.random.default_rng(seed) for seed in range(options.students)],
-    )
-    seen = [draw.choice(training, SEEN, replace=False) for draw in draws]
+    test, seeds = (images[held_out], digits[held_out]), range(options.students)
+    seen = [np.random.default_rng(seed).choice(training, SEEN, replace=False) for seed in seeds]
+    students = [(seed, Student(jax.random.key(seed)), rows) for seed, rows in zip(seeds, seen, strict=True)]
 
     with tqdm(total=(1 + 4 * options.students) * (STEPS + 1), unit="step", disable=None) as bar:
         teacher, curve = trained(Teacher(jax.random.key(0)), images[training], digits[training], test, 0, bar)
         three, everything = (top_of(teacher, images, k) for k in (3, 10))
-        targets = (
-            (digits, 1.0),
-            (three._replace(others=None), 1 / TEMPERATURE),
-            (three, 1 / TEMPERATURE),
-            (everything._replace(others=None), 1 / TEMPERATURE),
-        )
-        curves = {}
-        for name, (what, scale) in zip(COLOURS, targets, strict=True):
-            curves[name] = np.array(
-                [
-                    trained(Student(jax.random.key(seed)), images[rows], of(what, rows), test, seed, bar, scale)[1]
-                    for seed, rows in enumerate(seen)
-                ]
-            )
+        targets, curves = (digits, three._replace(others=None), three, everything._replace(others=None)), {}
+        for name, what in zip(COLOURS, targets, strict=True):
+            scale = 1.0 if what is digits else 1 / TEMPERATURE
+            runs = [trained(net, images[rows], of(what, rows), test, seed, bar, scale) for seed, net, rows in students]
+            curves[name] = np.array([accuracy for _, accuracy in runs])
     draw(curves, curve[-1], of(three, training), images[training], options.out)
     print(f"teacher: {curve[-1]:.2%} of {len(test[1])} held-out digits")
     for name, accuracy in curves.items():
         ends = accuracy[:, -1]
-        print(f"students of {name}: {ends.mean():.2%}, from {ends.min():.2%} to {ends.max():.2%}")
+        print(f"learnt from {name}: {ends.mean():.2%}, from {ends.min():.2%} to {ends.max():.2%}")
     print(f"picture: {options.out}")
 
 

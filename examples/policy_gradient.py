@@ -131,12 +131,8 @@ def draw(runs: dict[float, tuple[np.ndarray, np.ndarray]], memory: dict[str, flo
         for ax, values, scale in zip(axes[0], history.T, scales, strict=True):
             ax.plot(scale * values, color=colour, lw=2, label=f"{name}: {scale * values[-1]:.3g} at the end")
         below.plot(tokens[:12].T, color=colour, alpha=0.6)
-        below.set(
-            title=f"Twelve sequences at the end, {name}",
-            xlabel="place in the sequence",
-            ylabel="token",
-            xticks=range(0, LENGTH + 1, 4),
-        )
+        below.set(title=f"Twelve sequences at the end, {name}", xticks=range(0, LENGTH + 1, 4))
+        below.set(xlabel="place in the sequence", ylabel="token")
     for ax, title, unit in zip(axes[0], titles, units, strict=True):
         ax.set(title=title, xlabel="update", ylabel=unit, ylim=(0, None))
         ax.legend(frameon=False, loc="lower left")
