@@ -30,6 +30,7 @@ from softmax_jax import cross_entropy
 
 plt.switch_backend("Agg")
 BATCH = 128
+Digits = tuple[np.ndarray, np.ndarray]  # images, labels
 
 
 class Net(eqx.Module):
@@ -83,7 +84,7 @@ def evaluate(net: Net, images: ArrayLike, labels: ArrayLike) -> tuple[Array, Arr
     return logits, cross_entropy(logits, labels), jnp.mean(logits.argmax(-1) == labels)
 
 
-def train(name: str, loss: Callable, training: tuple, held_out: tuple, options) -> tuple[Net, np.ndarray]:
+def train(name: str, loss: Callable, training: Digits, held_out: Digits, options) -> tuple[Net, np.ndarray]:
     """The network, and loss and accuracy, [epochs + 1, 2 parts, 2], before the first epoch and after each."""
     net, rng = Net(jax.random.key(options.seed)), np.random.default_rng(options.seed)
     steps = options.epochs * math.ceil(len(training[1]) / BATCH)
@@ -147,12 +148,12 @@ def main() -> None:
     pixels, labels = load_digits(return_X_y=True)
     images, labels = np.reshape(pixels, (-1, 8, 8)).astype(np.float32) / 16, np.asarray(labels, np.int32)
     rows = train_test_split(np.arange(len(labels)), test_size=0.25, stratify=labels, random_state=0)
-    halves = [(images[part], labels[part]) for part in rows]
+    training, held_out = [(images[part], labels[part]) for part in rows]
 
-    net, table = train("softmax_jax", ours, *halves, options)
-    _, optax_table = train("Optax", of_optax, *halves, options)
+    net, table = train("softmax_jax", ours, training, held_out, options)
+    _, optax_table = train("Optax", of_optax, training, held_out, options)
     off = np.abs(optax_table[..., 0] / table[..., 0] - 1).max()
-    images, labels = halves[1]
+    images, labels = held_out
     draw(table, optax_table, np.asarray(evaluate(net, images, labels)[0]), images, labels, options.out)
     print(f"training loss: {table[0, 0, 0]:.4f} -> {table[-1, 0, 0]:.4f} nats")
     print(f"held-out accuracy: {table[-1, 1, 1]:.2%} of {len(labels)} digits")

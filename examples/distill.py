@@ -152,7 +152,7 @@ def main() -> None:
             scale = 1.0 if what is digits else 1 / TEMPERATURE
             runs = [trained(net, images[rows], of(what, rows), test, seed, bar, scale) for seed, net, rows in students]
             curves[name] = np.array([accuracy for _, accuracy in runs])
-    draw(curves, curve[-1], of(three, training), images[training], options.out)
+    draw(curves, curve[-1], of(three, np.asarray(training)), images[training], options.out)
     print(f"teacher: {curve[-1]:.2%} of {len(test[1])} held-out digits")
     for name, accuracy in curves.items():
         ends = accuracy[:, -1]

@@ -127,15 +127,15 @@ def draw(runs: dict[float, tuple[np.ndarray, np.ndarray]], memory: dict[str, flo
     titles = "Tokens larger than the one before", "Entropy of a prediction", f"Distinct sequences among {SEQUENCES}"
     units, scales = ("rewarded tokens (%)", "entropy (nats)", "sequences"), (100, 1, 1)
     for (bonus, (history, tokens)), colour, below in zip(runs.items(), COLOURS, axes[1], strict=False):
-        name = f"entropy bonus {bonus:g}" if bonus else "no bonus"
+        name = f"bonus {bonus:g}" if bonus else "no bonus"
         for ax, values, scale in zip(axes[0], history.T, scales, strict=True):
-            ax.plot(scale * values, color=colour, lw=2, label=f"{name}: {scale * values[-1]:.3g} at the end")
+            ax.plot(scale * values, color=colour, lw=2, label=f"{name}: {scale * values[-1]:.3g}")
         below.plot(tokens[:12].T, color=colour, alpha=0.6)
         below.set(title=f"Twelve sequences at the end, {name}", xticks=range(0, LENGTH + 1, 4))
         below.set(xlabel="place in the sequence", ylabel="token")
     for ax, title, unit in zip(axes[0], titles, units, strict=True):
         ax.set(title=title, xlabel="update", ylabel=unit, ylim=(0, None))
-        ax.legend(frameon=False, loc="lower left")
+        ax.legend(frameon=False, loc="lower left", title="at the end", alignment="left")
     bars = axes[1, 2].bar(list(memory), list(memory.values()), color=["#999999", COLOURS[1]], width=0.5)
     axes[1, 2].bar_label(bars, fmt="%.1f MiB", padding=3)
     axes[1, 2].margins(x=0.15, y=0.1)

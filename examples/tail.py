@@ -1,12 +1,15 @@
-"""Trains far past 100 % accuracy: where Optax's float32 loss rounds to 0, this one goes on falling as in float64.
+"""Trains far past 100 % accuracy: the loss that each run reports, and the true loss of its network.
 
     python examples/tail.py --out out/tail.png
 
-The task is addition modulo 31, learnt from half of all pairs by a network of one hidden layer, in three runs that
-differ in nothing but the loss and the number format. Once every prediction is sure, its loss is smaller than a float32
-beside 1 can show. Prieto et al., "Grokking at the Edge of Numerical Stability", ICLR 2025, call what follows softmax
-collapse: labels' gradients of exactly 0, of which nothing more is learnt, while the other classes still push. (Below
-1e-17 it is Adam whose squares leave float32.)
+Addition modulo 31 is learnt from half of all pairs by a network of one hidden layer, in three runs that differ in
+nothing but the loss and the number format. Every network is judged again in float64. Once every prediction is sure,
+its loss is smaller than a float32 beside 1 can show: Optax's rounds to 0, and so do labels' gradients, while the other
+classes still push ("softmax collapse": Prieto et al., "Grokking at the Edge of Numerical Stability", ICLR 2025).
+
+How soon that matters is up to the optimizer. Adam with b2=0.95 and eps=1e-20 makes steps of one size however small the
+gradient, and the loss falls below 1e-6 within 700 steps. With Optax's defaults (`--b2 0.999 --eps 1e-8`) all three
+networks have the same true loss, 7.9e-4 after 1600 steps and 1.7e-5 after 6400: above 1e-6 nothing is gained.
 """
 
 import argparse
