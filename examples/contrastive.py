@@ -96,15 +96,10 @@ def train(images: np.ndarray, held_out: np.ndarray, steps: int) -> tuple[Encoder
     return encoders, losses, shares
 
 
-def temporary(program: jax.stages.Compiled) -> float:
-    """MiB that a program needs beside its operands and results."""
+def memory(loss: Callable, x, y, scale) -> float:
+    """MiB that the loss with its gradients needs on a device, beside its operands and results."""
+    program = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(x, y, scale).compile()
     return program.memory_analysis().temp_size_in_bytes / 2**20  # pyright: ignore
-
-
-def memory(loss: Callable, batch: int) -> float:
-    """Temporary MiB of the loss with its gradients."""
-    shapes = [jax.ShapeDtypeStruct((batch, EMBED), jnp.float32)] * 2 + [jax.ShapeDtypeStruct((), jnp.float32)]
-    return temporary(jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(*shapes).compile())
 
 
 def on_eight_devices(x: Array, y: Array, scale: Array) -> tuple[float, float, float]:
@@ -113,10 +108,9 @@ def on_eight_devices(x: Array, y: Array, scale: Array) -> tuple[float, float, fl
     both = jax.jit(jax.value_and_grad(loss, (0, 1)))
     _, want = both(x, y, scale)
     spread = jax.device_put((x, y), rows)
-    program = both.lower(*spread, scale).compile()
-    value, got = program(*spread, scale)
+    value, got = both(*spread, scale)
     off = max(float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b))) for a, b in zip(got, want, strict=True))
-    return float(value), off, temporary(program)
+    return float(value), off, memory(loss, *spread, scale)
 
 
 def draw(held_out, found, losses, shares, sizes, needs, path: Path) -> None:
@@ -161,7 +155,8 @@ def main() -> None:
     print(f"held-out halves that find their own among {len(held_out)}: {shares[0]:.1%} -> {shares[-1]:.1%}")
     sizes = [512, 1024, 2048, 4096, 8192, 16384]
     losses_of = {"Optax, all similarities at once": plain, "linear_cross_entropy": loss}
-    needs = {name: [memory(f, size) for size in sizes] for name, f in losses_of.items()}
+    shapes = [jax.ShapeDtypeStruct((size, EMBED), jnp.float32) for size in sizes]
+    needs = {name: [memory(f, pairs, pairs, scale) for pairs in shapes] for name, f in losses_of.items()}
     for size, matrix, linear in zip(sizes, *needs.values(), strict=True):
         print(f"batch {size}: {matrix:.1f} MiB with the matrix, {linear:.1f} MiB without")
     x, y = encoders(jnp.asarray(images[:1024]))

@@ -83,7 +83,7 @@ def errors(rows: int, classes: int) -> tuple[dict[str, np.ndarray], dict[str, in
 def draw(found: dict[str, np.ndarray], below: dict[str, int], total: int, path: Path) -> None:
     figure, ax = plt.subplots(figsize=(8, 5.2), layout="constrained")
     for name, of_form in found.items():
-        label = f"{name}: {below[name] / total:.0%} of the results are negative"
+        label = f"{name}: {below[name]} of {total} results are negative"
         ax.loglog(DISTANCES, np.maximum(of_form, 1e-8), "o-", markersize=3, color=COLOURS[name], label=label)
     ax.axhline(1, color="black", linewidth=0.8)
     ax.text(DISTANCES[-1], 1.3, "error as large as the divergence", ha="right", fontsize=9)

@@ -22,9 +22,9 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 def _digits(printed: str) -> None:
     before, after = (float(number) for number in re.findall(r"training loss: (\S+) -> (\S+) nats", printed)[0])
     assert 2.2 < before < 2.6  # log 10 = 2.30 for a network that knows nothing yet
-    assert after < 0.3
-    assert _percentages(printed)[-1] > 93  # 6 epochs reach 96, the whole 50 reach 99
-    assert _differ(printed) < 1e-4  # rounding, which training amplifies: 6e-3 after 50 epochs
+    assert after < 0.35
+    assert _percentages(printed)[-1] > 92  # 6 epochs reach 94.7, the whole 50 reach 99
+    assert _differ(printed) < 1e-5  # rounding, which training amplifies: 6e-3 after 50 epochs
 
 
 def _vmap_batches(printed: str) -> None:
