@@ -107,10 +107,10 @@ def on_eight_devices(x: Array, y: Array, scale: Array) -> tuple[float, float, fl
     rows = NamedSharding(jax.make_mesh((8,), ("data",)), P("data"))
     both = jax.jit(jax.value_and_grad(loss, (0, 1)))
     _, want = both(x, y, scale)
-    spread = jax.device_put((x, y), rows)
-    value, got = both(*spread, scale)
+    x, y = jax.device_put(x, rows), jax.device_put(y, rows)
+    value, got = both(x, y, scale)
     off = max(float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b))) for a, b in zip(got, want, strict=True))
-    return float(value), off, memory(loss, *spread, scale)
+    return float(value), off, memory(loss, x, y, scale)
 
 
 def draw(held_out, found, losses, shares, sizes, needs, path: Path) -> None:
