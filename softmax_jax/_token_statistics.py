@@ -9,11 +9,12 @@ from jaxtyping import Bool, Float, Int
 
 from softmax_jax._adjustment import Adjustment
 from softmax_jax._checks import Options
-from softmax_jax._class_sums import Asked, class_sums
 from softmax_jax._dtypes import accumulator
+from softmax_jax._labels import SparseLabels, in_one_form, unused_by
 from softmax_jax._sharding import Names, count
-from softmax_jax._targets import SparseLabels, in_one_form, unused_by
+from softmax_jax._sums import Asked
 from softmax_jax._token_loss import log_spread, loss_of, negative_log_likelihood, weighted_losses, without
+from softmax_jax._waist import class_sums
 
 
 class LabelStatistics(NamedTuple):
