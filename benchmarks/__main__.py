@@ -35,7 +35,13 @@ PARTS = {
     "step": step,
     "growth": growth,
 }
-PAGE = "# Benchmarks\n\nSmaller is better. Made by `python -m benchmarks`; the numbers are in `benchmarks/results`.\n\n"
+PAGE = """# Benchmarks
+
+Ratios of our time to another library's, measured in one process in turns, as medians with their quartiles: smaller is
+better, and below 1 ours is faster. Every cell is here, the lost ones too. Made by `python -m benchmarks`; the numbers
+are in `benchmarks/results`.
+
+"""
 
 
 def run(part: str, args: argparse.Namespace, pace: Pace, folder: Path) -> dict:
@@ -56,12 +62,13 @@ def run(part: str, args: argparse.Namespace, pace: Pace, folder: Path) -> dict:
 def publish(folder: Path, docs: Path) -> dict[str, str]:
     """Pictures and tables of all results in `folder`; what the README has of them, by the names of its places."""
     pages, summaries, errors = [], {"gpu": [], "cpu": []}, []
-    for path in sorted(folder.glob("*.json")):
-        found = results.load(path)
-        names = pictures.draw(found, docs, path.stem)
+    kept = [results.load(path) for path in sorted(folder.glob("*.json"))]
+    for found in sorted(kept, key=lambda found: found["machine"]["platform"] == "cpu"):
+        of_platform = summaries[platform := found["machine"]["platform"]]
+        machine = f"{platform}-{len(of_platform) + 1}" if of_platform else platform
+        names = [f"pictures/{name}" for name in pictures.draw(found, docs / "pictures", machine)]
         pages.append(show.page(found, names))
-        drawn = [f"{docs.name}/{name}" for name in names if "-logits" in name]
-        summaries[found["machine"]["platform"]].append(show.summary(found, drawn))
+        of_platform.append(show.summary(found, [f"{docs.name}/{name}" for name in names if "logits-" in name]))
         errors.append(show.few_margins(found))
     docs.mkdir(parents=True, exist_ok=True)
     (docs / "benchmarks.md").write_text(PAGE + "\n".join(pages))
@@ -69,8 +76,25 @@ def publish(folder: Path, docs: Path) -> dict[str, str]:
     return {name: "\n\n".join(of).strip() for name, of in texts.items()}
 
 
+PAGES = results.ROOT / "README.md", results.ROOT / "docs" / "performance_notes.md"
 DEVICES = ["H200", "H100", "B200", "A100", "TPU v5e", "TPU v6e"]
 WITH_HEADS = ["H200", "H100"]
+SHORT = ["H100", "A100", "TPU v5e", "TPU v6e"]
+SHORT_CASES = [
+    "integer labels, forward",
+    "integer labels, with gradient",
+    "dense labels, with gradient",
+    "integer labels, with gradient, accuracy, log-normalizer",
+    "KL from logits, with gradient",
+    "softmax, gradient",
+]
+
+
+def publish_tables(tables: dict[str, str]) -> None:
+    """Each in its place, on the pages that have one."""
+    for page in PAGES:
+        for name, text in tables.items():
+            show.include(page, name, text)
 
 
 def of_compiled(part: str, devices: list[str]) -> dict[str, dict]:
@@ -81,16 +105,19 @@ def of_compiled(part: str, devices: list[str]) -> dict[str, dict]:
 
 
 def compiled() -> dict[str, str]:
-    """Tables, by the names of their places in the README."""
+    """Tables, by the names of their places."""
     moved = lambda pair: " / ".join("-" if cost is None else f"{cost[1]:.1f}" for cost in pair)  # noqa: E731
     need = lambda costs: " / ".join(f"{mib:.0f}" for mib, _ in costs)  # noqa: E731
     take = lambda costs: " / ".join(f"{ms:.3g}" for _, ms in costs)  # noqa: E731
     logits, heads = of_compiled("logits", DEVICES), of_compiled("heads", WITH_HEADS)
-    rows = [[case, *(moved(of[case]) for of in logits.values())] for case in logits["H200"]]
-    tables = {"compiled": show.table(["", *logits], rows)}
+    rows = lambda cases, devices: [[case, *(moved(logits[d][case]) for d in devices)] for case in cases]  # noqa: E731
+    tables = {
+        "compiled": show.table(["", *SHORT], rows(SHORT_CASES, SHORT)),
+        "moved": show.table(["", *logits], rows(logits["H200"], logits)),
+    }
     header = ["tokens x embed x classes", *(f"{d}, {unit}" for unit in ("MiB", "ms") for d in heads)]
-    rows = [[head, *(told(of[head]) for told in (need, take) for of in heads.values())] for head in heads["H200"]]
-    return tables | {"heads": show.table(header, rows)}
+    costs = [[head, *(told(of[head]) for told in (need, take) for of in heads.values())] for head in heads["H200"]]
+    return tables | {"heads": show.table(header, costs)}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -114,10 +141,9 @@ def main(arguments: list[str] | None = None) -> None:
     if args.part == "scaling":
         return print(show.table(scaling.HEADER, scaling.table()))
     if args.part == "compiled":
-        for name, text in compiled().items():
-            print(text)
-            show.include(results.ROOT / "README.md", name, text)
-        return None
+        tables = compiled()
+        print(*tables.values(), sep="\n\n")
+        return publish_tables(tables)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU is shared with PyTorch
     pace = Pace(2, 0, 2, 0) if args.quick else Pace(args.turns, args.seconds, min(args.turns, Pace().fewest))
     out = args.out or (results.ROOT / "out" / "quick" if args.quick else None)
@@ -126,8 +152,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(show.page(run(part, args, pace, folder), []))
     summaries = publish(folder, out or results.ROOT / "docs")
     if out is None:
-        for name, text in summaries.items():
-            show.include(results.ROOT / "README.md", name, text)
+        publish_tables(summaries)
 
 
 if __name__ == "__main__":

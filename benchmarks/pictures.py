@@ -19,8 +19,8 @@ NAMES = (OURS, "Optax", "jax.nn", "PyTorch", "tokamax", "tokamax chunked", "torc
 COLOURS: dict[str, Any] = {name: f"C{n}" for n, name in enumerate(NAMES)}
 
 
-def draw(results: Results, folder: Path, stem: str) -> list[str]:
-    """The pictures that the results have records for; their names."""
+def draw(results: Results, folder: Path, machine: str) -> list[str]:
+    """The pictures that the results have records for; their names, which are the same for every version: logits-cpu."""
     drawings = {
         "logits": (ratios, records(results, "logits")),
         "linear": (ratios, records(results, "linear") + records(results, "step")),
@@ -32,7 +32,7 @@ def draw(results: Results, folder: Path, stem: str) -> list[str]:
         if chosen:
             figure = drawing(chosen)
             figure.suptitle(heading(results), fontsize=10)
-            names.append(f"{stem}-{name}.png")
+            names.append(f"{name}-{machine}.png")
             folder.mkdir(parents=True, exist_ok=True)
             figure.savefig(folder / names[-1], dpi=110)
     return names

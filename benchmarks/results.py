@@ -85,8 +85,19 @@ def merge(fresh: Results, path: Path, whole: bool = True) -> Results:
     parts = {name: part if whole else _beside(part, kept["parts"].get(name)) for name, part in fresh["parts"].items()}
     merged = {**fresh, "parts": {**kept["parts"], **parts}}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(merged, indent=1) + "\n")
+    path.write_text(lines(merged, 4) + "\n")
     return merged
+
+
+def lines(value: Any, depth: int) -> str:
+    """JSON whose outermost `depth` levels have an entry a line: of results, 4 for one record a line."""
+    if not depth or not value or not isinstance(value, dict | list):
+        return json.dumps(value)
+    if isinstance(value, list):
+        inner, ends = [lines(entry, depth - 1) for entry in value], "[]"
+    else:
+        inner, ends = [f"{json.dumps(name)}: {lines(entry, depth - 1)}" for name, entry in value.items()], "{}"
+    return "\n".join([ends[0], ",\n".join(inner), ends[1]])
 
 
 def _beside(fresh: dict[str, Any], kept: dict[str, Any] | None) -> dict[str, Any]:

@@ -29,12 +29,15 @@ def mean_and_worst(numbers: list[float]) -> str:
 
 def summary(results: Results, drawn: list[str]) -> str:
     """For the README."""
-    lines = [f"{heading(results)}; geometric mean over the grid (worst cell):", means(results), *pictures(drawn)]
+    shown = pictures(drawn, results)
+    lines = [f"{heading(results)}; geometric mean over the grid (worst cell):", means(results), *shown]
     return "\n\n".join(line for line in lines if line)
 
 
-def pictures(names: list[str]) -> list[str]:
-    return [f"![{Path(name).stem}]({name})" for name in names]
+def pictures(names: list[str], results: Results) -> list[str]:
+    """Each with its caption, which says where it was measured."""
+    captions = [PICTURES[Path(name).stem.split("-")[0]] for name in names]
+    return [f"![{text}]({name})\n\n*{text} {heading(results)}.*" for name, text in zip(names, captions, strict=True)]
 
 
 def means(results: Results) -> str:
@@ -151,6 +154,13 @@ CAPTIONS = {
     "accuracy": "Relative errors of the loss / of the label's gradient, the worst of 512 rows; 1e+00 is a result of 0.",
 }
 
+PICTURES = {
+    "logits": "Our time over each peer's, of logits: a dot a cell, with its quartiles.",
+    "linear": "Our time over each peer's, of hidden states and a head, and of a training step.",
+    "growth": "Time and temporary bytes against the number of tokens, and of classes.",
+    "accuracy": "Relative error of the loss and of the label's gradient, by margin.",
+}
+
 
 def heading(results: Results) -> str:
     machine = results["machine"]
@@ -161,7 +171,7 @@ def heading(results: Results) -> str:
 
 def page(results: Results, drawn: list[str]) -> str:
     """Everything that a file of results holds."""
-    lines = [f"## {heading(results)}", means(results), of_aims(results), *pictures(drawn)]
+    lines = [f"## {heading(results)}", means(results), of_aims(results), *pictures(drawn, results)]
     for part, section in SECTIONS.items():
         if chosen := records(results, part):
             lines += [f"### {part}", CAPTIONS[part], section(chosen), source(results, part)]

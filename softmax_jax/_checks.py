@@ -2,6 +2,7 @@
 
 import math
 import operator
+from collections.abc import Mapping
 from numbers import Real
 from typing import Any, Literal, NamedTuple
 
@@ -33,6 +34,23 @@ class Options(NamedTuple):
     z_loss: Any = None
     logit_scale: Any = None
     softcap: Any = None
+
+
+def array(name: str, value: Any) -> Array:
+    """`value` as an array: it may be NumPy's, a number, or a nested list of numbers."""
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError):
+        got, way_out = f"a {type(value).__name__}", "a JAX or NumPy array of numbers"
+        if value is None or hasattr(value, "dtype"):
+            got = "None" if value is None else f"dtype {value.dtype}"
+        elif isinstance(value, Mapping) and value:
+            got, first = f"{got} with keys {list(value)[:5]}", next(iter(value))
+            way_out = f"one of its arrays, such as `{name}[{first!r}]`"
+        elif isinstance(value, list | tuple):
+            got = f"{got} of {', '.join(dict.fromkeys(type(part).__name__ for part in value))}"
+            way_out = "one array, or lists of numbers of equal lengths"
+        raise TypeError(f"`{name}` must be an array; got {got}. Pass {way_out}.") from None
 
 
 def class_axis(name: str, shape: tuple[int, ...], axis: Any) -> int:
@@ -74,7 +92,7 @@ RESHAPE = "Reshape it, or add axes of size 1."
 
 def mask(name: str, where: ArrayLike, shape: tuple[int, ...], way_out: str = RESHAPE) -> Array:
     """`where` as a bool array of the rank of `shape`."""
-    where = jnp.asarray(where)
+    where = array(name, where)
     if where.dtype != bool:
         raise TypeError(f"`{name}` must be bool; got dtype {where.dtype}. Pass `{name} != 0`.")
     broadcastable(name, where.shape, shape, "the shape", way_out)
@@ -83,7 +101,8 @@ def mask(name: str, where: ArrayLike, shape: tuple[int, ...], way_out: str = RES
 
 def class_mask(name: str, where: ArrayLike, shape: tuple[int, ...], axis: int) -> Array:
     """`where` of logits of `shape`: which classes exist."""
-    of_tokens = np.shape(where) == shape[:axis] + shape[axis + 1 :]
+    where = array(name, where)
+    of_tokens = where.shape == shape[:axis] + shape[axis + 1 :]
     return mask(
         name,
         where,
@@ -92,9 +111,11 @@ def class_mask(name: str, where: ArrayLike, shape: tuple[int, ...], axis: int) -
     )
 
 
-def floating(name: str, x: Array) -> None:
+def floating(name: str, x: Any) -> Array:
+    x = array(name, x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"`{name}` must be floating; got dtype {x.dtype}. Pass `{name}.astype(jnp.float32)`.")
+    return x
 
 
 def labels_of(labels: Any, logits_shape: tuple[int, ...], axis: int) -> Labels:
@@ -103,7 +124,12 @@ def labels_of(labels: Any, logits_shape: tuple[int, ...], axis: int) -> Labels:
     batch = logits_shape[:axis] + logits_shape[axis + 1 :]
     if isinstance(labels, SparseLabels):
         return _sparse_labels(labels, batch)
-    labels = jnp.asarray(labels)
+    if labels is None:
+        raise TypeError(
+            f"`labels` must be integers (class ids) or floats (probabilities); got None. Pass ids of shape {batch}, or "
+            f"probabilities of shape {logits_shape}."
+        )
+    labels = array("labels", labels)
     integer = jnp.issubdtype(labels.dtype, jnp.integer)
     if not integer and not jnp.issubdtype(labels.dtype, jnp.floating):
         raise TypeError(
@@ -112,17 +138,19 @@ def labels_of(labels: Any, logits_shape: tuple[int, ...], axis: int) -> Labels:
         )
     kind, expected = ("integer", batch) if integer else ("floating", logits_shape)
     if labels.shape != expected:
+        fits = [a for a in range(len(logits_shape)) if labels.shape == logits_shape[:a] + logits_shape[a + 1 :]]
         raise ValueError(
             f"{kind} `labels` must have shape {expected}; got labels.shape={labels.shape} for logits of shape "
             f"{logits_shape} with the classes on axis {axis}. Class ids are integers of shape {batch}; probabilities "
             f"are floats of shape {logits_shape}: cast `labels` to the kind that you mean, or reshape it."
+            + (f" They fit classes on axis {fits[0]}." if integer and fits else "")
         )
     return labels
 
 
 def _sparse_labels(labels: SparseLabels, batch: tuple[int, ...]) -> SparseLabels:
-    ids, probs = jnp.asarray(labels.ids), jnp.asarray(labels.probs)
-    others = None if labels.others is None else jnp.asarray(labels.others)
+    ids, probs = array("ids", labels.ids), array("probs", labels.probs)
+    others = None if labels.others is None else array("others", labels.others)
     floats = (probs,) if others is None else (probs, others)
     if not jnp.issubdtype(ids.dtype, jnp.integer) or not all(jnp.issubdtype(a.dtype, jnp.floating) for a in floats):
         raise TypeError(
@@ -170,14 +198,13 @@ def one_teacher(
         return "probabilities", Source(labels_of(teacher_probs, shape, axis))
     if isinstance(teacher_logits, SparseLabels):
         raise TypeError("`teacher_logits` must be an array; got SparseLabels. Pass those as `teacher_probs`.")
-    array = jnp.asarray(teacher_probs if teacher_logits is None else teacher_logits)
-    floating(given[0], array)
-    if array.shape != shape:
+    teacher = floating(given[0], teacher_probs if teacher_logits is None else teacher_logits)
+    if teacher.shape != shape:
         raise ValueError(
-            f"`{given[0]}` must have the shape of the student's logits, {shape}; got {given[0]}.shape={array.shape}. "
+            f"`{given[0]}` must have the shape of the student's logits, {shape}; got {given[0]}.shape={teacher.shape}. "
             "Reshape it, or pass `SparseLabels` for a few classes a token."
         )
-    return "probabilities" if teacher_logits is None else "logits", Source(array)
+    return "probabilities" if teacher_logits is None else "logits", Source(teacher)
 
 
 def mixture(name: str, value: Any, dtype: Any) -> tuple[bool, Array | np.ndarray | None]:
@@ -211,7 +238,7 @@ def scalar(name: str, value: Any, dtype: Any, low: float, high: float, open_low:
                 f"`{name}` must be a finite number in {left}{interval}]; got {value!r}. Pass one, or leave it out."
             )
         return np.asarray(number, dtype)
-    value = jnp.asarray(value)
+    value = array(name, value)
     if value.shape != () or jnp.issubdtype(value.dtype, jnp.complexfloating) or value.dtype == bool:
         raise ValueError(
             f"`{name}` must be a scalar; got shape {value.shape}, dtype {value.dtype}. Pass a number or a 0-d array."
@@ -253,14 +280,14 @@ def options_for(shape: tuple[int, ...], dtype: Any, axis: int, labels: Labels, o
     if where is not None:
         where = class_mask("where", where, shape, axis)
     if weights is not None:
-        weights = jnp.asarray(weights)
+        weights = array("weights", weights)
         if jnp.issubdtype(weights.dtype, jnp.complexfloating):
             raise TypeError(f"`weights` must be bool, integer or floating; got {weights.dtype}. Pass its `.real`.")
         of_classes = weights.shape == (shape[axis],)
         way_out = "One number a class is `class_weights`, of the cross-entropies." if of_classes else RESHAPE
         broadcastable("weights", weights.shape, batch, "the batch shape", way_out)
     if class_weights is not None:
-        class_weights = jnp.asarray(class_weights)
+        class_weights = array("class_weights", class_weights)
         if class_weights.shape != (shape[axis],) or jnp.issubdtype(class_weights.dtype, jnp.complexfloating):
             raise ValueError(
                 f"`class_weights` must hold one real number a class, shape {(shape[axis],)}; got class_weights.shape="
@@ -327,7 +354,7 @@ def head(
     x: ArrayLike, weight: ArrayLike, bias: Any, transpose_weight: bool, dtype: Any = None, prefix: str = ""
 ) -> Source:
     """Where the logits of a head come from. The names of its operands begin with `prefix`."""
-    x, weight = jnp.asarray(x), jnp.asarray(weight)
+    x, weight = floating(f"{prefix}x", x), floating(f"{prefix}weight", weight)
     head_size(x, weight, bias, transpose_weight, prefix)
     return Source.of_head(x, weight, bias, transpose_weight, multiplied_in(dtype))
 
@@ -335,8 +362,6 @@ def head(
 def head_size(x: Array, weight: Array, bias: ArrayLike | None, transpose_weight: bool, prefix: str) -> None:
     """That `x`, `weight` and `bias` agree."""
     x_name, weight_name, bias_name = (f"{prefix}{name}" for name in ("x", "weight", "bias"))
-    floating(x_name, x)
-    floating(weight_name, weight)
     layout, other = (
         ("(classes, embed)", "(embed, classes)") if transpose_weight else ("(embed, classes)", "(classes, embed)")
     )
@@ -356,8 +381,7 @@ def head_size(x: Array, weight: Array, bias: ArrayLike | None, transpose_weight:
             f"there are no classes: {weight_name}.shape={weight.shape}, {layout}. Pass at least one class."
         )
     if bias is not None:
-        bias = jnp.asarray(bias)
-        floating(bias_name, bias)
+        bias = floating(bias_name, bias)
         if bias.shape != (classes,):
             raise ValueError(
                 f"`{bias_name}` must hold one number a class, {(classes,)}; got {bias_name}.shape={bias.shape}, "

@@ -3,11 +3,11 @@
 from functools import partial
 from typing import Any
 
-import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Bool, Float, Num
 
 from softmax_jax import _checks
+from softmax_jax._arguments import hinted
 from softmax_jax._checks import Options, Reduction
 from softmax_jax._core import How, Operands, compute
 from softmax_jax._labels import SparseLabels
@@ -19,6 +19,7 @@ Scalar = Float[ArrayLike, ""] | float | int
 Loss = Any  # Float[Array, "..."], and with statistics=True the pair of that and LabelStatistics
 
 
+@hinted
 def cross_entropy(
     logits: Float[ArrayLike, "..."],
     labels: Num[ArrayLike, "..."] | SparseLabels,
@@ -109,8 +110,7 @@ def cross_entropy(
     Prieto et al., "Grokking at the Edge of Numerical Stability", ICLR 2025, on why the tail matters; Szegedy et al.,
     CVPR 2016 (label smoothing); Chowdhery et al., "PaLM", 2022 (z-loss); Gemma Team, "Gemma 2", 2024 (softcap).
     """
-    logits = jnp.asarray(logits)
-    _checks.floating("logits", logits)
+    logits = _checks.floating("logits", logits)
     axis = _checks.class_axis("logits", logits.shape, axis)
     options = Options(where, weights, ignore_index, class_weights, label_smoothing, z_loss, logit_scale, softcap)
     return _loss(
@@ -126,6 +126,7 @@ def cross_entropy(
     )
 
 
+@hinted
 def linear_cross_entropy(
     x: Float[ArrayLike, "*batch embed"],
     weight: Float[ArrayLike, "_ _"],

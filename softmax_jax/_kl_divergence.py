@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 
 from softmax_jax import _checks
 from softmax_jax._adjustment import Adjustment
+from softmax_jax._arguments import hinted
 from softmax_jax._checks import Kind, Options, Reduction
 from softmax_jax._core import How, Operands, compute
 from softmax_jax._cross_entropy import Scalar
@@ -26,6 +27,7 @@ from softmax_jax._sharding import Names
 from softmax_jax._source import Source
 
 
+@hinted
 def kl_divergence(
     logits: Float[ArrayLike, "..."],
     *,
@@ -91,8 +93,7 @@ def kl_divergence(
     Hinton et al., "Distilling the Knowledge in a Neural Network", 2015; Agarwal et al., "On-Policy Distillation of
     Language Models" (generalized Jensen-Shannon), ICLR 2024.
     """
-    logits = jnp.asarray(logits)
-    _checks.floating("logits", logits)
+    logits = _checks.floating("logits", logits)
     axis = _checks.class_axis("logits", logits.shape, axis)
     kind, teacher = _checks.one_teacher(logits.shape, axis, teacher_probs=teacher_probs, teacher_logits=teacher_logits)
     where = None if where is None else _checks.class_mask("where", where, logits.shape, axis)
@@ -107,6 +108,7 @@ def kl_divergence(
     )
 
 
+@hinted
 def linear_kl_divergence(
     x: Float[ArrayLike, "*batch embed"],
     weight: Float[ArrayLike, "_ _"],

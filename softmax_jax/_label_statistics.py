@@ -2,11 +2,11 @@
 
 from typing import Any
 
-import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Bool, Float, Integer
 
 from softmax_jax import _checks
+from softmax_jax._arguments import hinted
 from softmax_jax._checks import Options
 from softmax_jax._core import How, Operands, compute
 from softmax_jax._cross_entropy import Scalar
@@ -14,6 +14,7 @@ from softmax_jax._source import Source
 from softmax_jax._token_statistics import LabelStatistics, statistics
 
 
+@hinted
 def label_statistics(
     logits: Float[ArrayLike, "..."],
     labels: Integer[ArrayLike, "..."],
@@ -64,13 +65,13 @@ def label_statistics(
 
     Schulman et al., "Proximal Policy Optimization Algorithms", 2017 (the uses of log_prob and entropy).
     """
-    logits = jnp.asarray(logits)
-    _checks.floating("logits", logits)
+    logits = _checks.floating("logits", logits)
     axis = _checks.class_axis("logits", logits.shape, axis)
     options = Options(where, logit_scale=logit_scale, softcap=softcap)
     return _of_source(Source(logits, dtype=logits.dtype), labels, axis, options, ignore_index, axis_name)
 
 
+@hinted
 def linear_label_statistics(
     x: Float[ArrayLike, "*batch embed"],
     weight: Float[ArrayLike, "_ _"],
@@ -112,7 +113,8 @@ def _of_source(
     chunk_size: Any = None,
 ) -> LabelStatistics:
     """What both have in common. A row to ignore has weight 0."""
-    labels, shape, dtype = jnp.asarray(labels), student.shape, student.dtype
+    shape, dtype = student.shape, student.dtype
+    labels = _checks.array("labels", labels)
     _checks.ids(labels)
     _checks.labels_of(labels, shape, axis)
     ignored = _checks.ignored_id(ignore_index, labels)

@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Integer, Num
 
 from softmax_jax import _checks
+from softmax_jax._arguments import hinted
 from softmax_jax._cross_entropy import cross_entropy
 from softmax_jax._dtypes import upcast
 from softmax_jax._indexing import classes_last
@@ -17,6 +18,7 @@ from softmax_jax._softmax import log_softmax
 Axes = tuple[int, ...]
 
 
+@hinted
 def softmax_cross_entropy(
     logits: Float[ArrayLike, "..."],
     labels: Num[ArrayLike, "..."],
@@ -44,8 +46,7 @@ def softmax_cross_entropy(
 
     Forward mode (`jax.jvp`, `jax.jacfwd`): use `optax.softmax_cross_entropy`.
     """
-    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
-    _checks.floating("logits", logits)
+    logits, labels = _checks.floating("logits", logits), _checks.array("labels", labels)
     if jnp.issubdtype(labels.dtype, jnp.integer):
         labels = labels.astype(jnp.float32)
     axes = _checks.axes_of("logits", logits.shape, axis)
@@ -54,6 +55,7 @@ def softmax_cross_entropy(
     return cross_entropy(merged, classes_last(labels, axes), where=where, axis=_axis(axes), reduction="none")
 
 
+@hinted
 def softmax_cross_entropy_with_integer_labels(
     logits: Float[ArrayLike, "..."],
     labels: Integer[ArrayLike, "..."],
@@ -81,8 +83,7 @@ def softmax_cross_entropy_with_integer_labels(
 
     Forward mode: use `optax.softmax_cross_entropy_with_integer_labels`.
     """
-    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
-    _checks.floating("logits", logits)
+    logits, labels = _checks.floating("logits", logits), _checks.array("labels", labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(
             f"`labels` must be integers; got dtype {labels.dtype}. Pass class ids, or use `softmax_cross_entropy` for "
@@ -95,6 +96,7 @@ def softmax_cross_entropy_with_integer_labels(
     return cross_entropy(merged, labels, where=where, axis=_axis(axes), reduction="none")
 
 
+@hinted
 def safe_softmax_cross_entropy(logits: Float[ArrayLike, "..."], labels: Num[ArrayLike, "..."]) -> Float[Array, "..."]:
     """`softmax_cross_entropy` whose labels broadcast to the logits' shape: `optax.safe_softmax_cross_entropy`.
 
@@ -107,10 +109,11 @@ def safe_softmax_cross_entropy(logits: Float[ArrayLike, "..."], labels: Num[Arra
 
     Forward mode: use `optax.safe_softmax_cross_entropy`.
     """
-    logits = jnp.asarray(logits)
+    logits = _checks.array("logits", logits)
     return softmax_cross_entropy(logits, _broadcast(labels, logits))
 
 
+@hinted
 def poly_loss_cross_entropy(
     logits: Float[ArrayLike, "..."],
     labels: Num[ArrayLike, "..."],
@@ -133,8 +136,7 @@ def poly_loss_cross_entropy(
 
     Leng et al., "PolyLoss: A Polynomial Expansion Perspective of Classification Loss Functions", ICLR 2022.
     """
-    logits = jnp.asarray(logits)
-    _checks.floating("logits", logits)
+    logits = _checks.floating("logits", logits)
     axes = _checks.axes_of("logits", logits.shape, axis)
     where = _mask(where, logits, axes)
     epsilon = _checks.scalar("epsilon", epsilon, logits.dtype, -float("inf"), float("inf"))
@@ -154,7 +156,7 @@ def _poly_loss(logits: Array, labels: Array, epsilon: Array, where: Array | None
 
 
 def _broadcast(labels: ArrayLike, logits: Array) -> Array:
-    labels = jnp.asarray(labels)
+    labels = _checks.array("labels", labels)
     _checks.broadcastable("labels", labels.shape, logits.shape, "the logits' shape")
     labels = upcast(labels) if jnp.issubdtype(labels.dtype, jnp.floating) else labels  # its gradient is cast once
     return jnp.broadcast_to(labels, logits.shape)
@@ -164,7 +166,7 @@ def _mask(where: ArrayLike | None, logits: Array, axes: Axes) -> Array | None:
     """`where` for `classes_last(logits, axes)`: of lower rank than the logits it masks rows."""
     if where is None:
         return None
-    where = jnp.asarray(where)
+    where = _checks.array("where", where)
     if where.ndim != logits.ndim:
         batch = tuple(n for a, n in enumerate(logits.shape) if a not in axes)
         where = jnp.expand_dims(_checks.mask("where", where, batch), axes)

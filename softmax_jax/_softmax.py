@@ -10,6 +10,7 @@ from jaxtyping import Bool, Num
 
 from softmax_jax import _checks
 from softmax_jax._adjustment import Adjustment, adjust, row_shift, shifted
+from softmax_jax._arguments import hinted
 from softmax_jax._barrier import apart
 from softmax_jax._dtypes import floating, upcast
 from softmax_jax._fold import alone, apart_on_cpu, by_neighbours, by_platform, reduced
@@ -20,6 +21,7 @@ from softmax_jax._waist import top_sums
 Axes = tuple[int, ...]
 
 
+@hinted
 def softmax(
     x: Num[ArrayLike, "..."], axis: int | Axes | None = -1, where: Bool[ArrayLike, "..."] | None = None
 ) -> Num[Array, "..."]:
@@ -49,6 +51,7 @@ def softmax(
     return _jitted_softmax(*_operands(x, axis, where))
 
 
+@hinted
 def log_softmax(
     x: Num[ArrayLike, "..."], axis: int | Axes | None = -1, where: Bool[ArrayLike, "..."] | None = None
 ) -> Num[Array, "..."]:
@@ -78,7 +81,7 @@ def log_softmax(
 
 
 def _operands(x: ArrayLike, axis: int | Axes | None, where: ArrayLike | None) -> tuple[Array, Array | None, Axes]:
-    x = jnp.asarray(x)
+    x = _checks.array("x", x)
     if x.dtype == bool or jnp.issubdtype(x.dtype, jnp.complexfloating):
         raise TypeError(f"`x` must be real; got dtype {x.dtype}. Pass `x.astype(jnp.float32)`, or the part you mean.")
     axes = _checks.axes_of("x", x.shape, axis)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -106,8 +107,8 @@ def test_tables_and_pictures_are_made(folder, quick):
         assert f"### {part}" in page
     assert "QUICK" in page
     for name in ("logits", "linear", "growth", "accuracy"):
-        (path,) = folder.glob(f"*-{name}.png")
-        assert f"]({path.name})" in page
+        path = folder / "pictures" / f"{name}-cpu.png"
+        assert f"](pictures/{path.name})" in page
         assert np.ptp(matplotlib.image.imread(path)) > 0
     assert OPTAX in show.means(quick)
 
@@ -121,6 +122,14 @@ def test_a_part_replaces_its_own_records_only(folder, quick, tmp_path):
     assert merged == json.loads(path.read_text())
     assert merged["parts"]["linear"]["records"] == []
     assert merged["parts"]["logits"] == quick["parts"]["logits"]
+
+
+def test_kept_results_have_a_record_a_line():
+    for path in results.KEPT.glob("*.json"):
+        kept, written = results.load(path), path.read_text()
+        assert written == results.lines(kept, 4) + "\n"
+        for run in kept["parts"].values():
+            assert {json.dumps(record) for record in run["records"]} <= set(re.split(",?\n", written))
 
 
 @pytest.mark.thorough
@@ -191,8 +200,8 @@ def test_aims_are_met_or_missed(quick):
 def test_readme_has_a_place_for_the_table(tmp_path):
     copied = tmp_path / "README.md"
     copied.write_text((ROOT / "README.md").read_text())
-    show.include(copied, "cpu", "| a table |")
-    assert "<!-- cpu -->\n| a table |\n<!-- /cpu -->" in copied.read_text()
+    show.include(copied, "gpu", "| a table |")
+    assert "<!-- gpu -->\n| a table |\n<!-- /gpu -->" in copied.read_text()
 
 
 def test_turns_alternate():

@@ -1,6 +1,6 @@
 """JAX's global settings change nothing: x64, strict promotion, NaN checks, switched off compilation, precision.
 
-docs/trust.md says how the suite runs under each of them; here is what only a comparison shows.
+docs/tested.md says under which of them the whole suite runs; here is what only a comparison shows.
 """
 
 import jax

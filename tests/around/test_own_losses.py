@@ -1,4 +1,4 @@
-"""docs/own_losses.md: its code as it stands there, each loss and gradient against NumPy in float64."""
+"""docs/guides/own_losses.md: its code as it stands there, each loss and gradient against NumPy in float64."""
 
 import re
 from functools import cache, partial
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from helpers import at_margins, epsilon, relative_error
 
-PAGE = (Path(__file__).parents[2] / "docs/own_losses.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs/guides/own_losses.md").read_text()
 OWN: dict[str, Any] = {}
 for block in re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL):
     exec(block, OWN)

@@ -1,6 +1,8 @@
 """Bad input: an error while tracing that names the values and the way out, or NaN where only the values can show it."""
 
+import inspect
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +11,28 @@ import pytest
 import reference
 from helpers import assert_within, few_of, loss_and_grad, random_case
 
-from softmax_jax import cross_entropy
+import softmax_jax
+from softmax_jax import (
+    SparseLabels,
+    cross_entropy,
+    kl_divergence,
+    label_statistics,
+    linear_cross_entropy,
+    linear_kl_divergence,
+    linear_label_statistics,
+    log_softmax,
+    poly_loss_cross_entropy,
+    safe_softmax_cross_entropy,
+    softmax,
+    softmax_cross_entropy,
+    softmax_cross_entropy_with_integer_labels,
+)
+from softmax_jax._arguments import ELSEWHERE
 
 LOGITS, IDS = np.zeros((4, 7), np.float32), np.zeros(4, np.int32)
 DENSE = np.full((4, 7), 1 / 7, np.float32)
 SQUARE = np.zeros((4, 4), np.float32)
+PIXELS = np.zeros((2, 5, 3, 3), np.float32)  # classes on axis 1
 
 
 @pytest.mark.parametrize(
@@ -25,7 +44,8 @@ SQUARE = np.zeros((4, 4), np.float32)
         (ValueError, ["(4, 7)", "(7, 4)"], (LOGITS, DENSE.T, {})),
         (ValueError, ["(4, 4)", "(4,)", "floats"], (SQUARE, np.zeros(4, np.float32), {})),
         (ValueError, ["(4, 4)", "(4,)", "integers"], (SQUARE, np.zeros((4, 4), np.int32), {})),
-        (ValueError, ["(4, 7)", "(4,)", "axis 0"], (LOGITS, IDS, {"axis": 0})),
+        (ValueError, ["(4, 7)", "(4,)", "axis 0", "fit classes on axis 1"], (LOGITS, IDS, {"axis": 0})),
+        (ValueError, ["(2, 5, 3)", "(2, 3, 3)", "fit classes on axis 1"], (PIXELS, np.zeros((2, 3, 3), np.int32), {})),
         (TypeError, ["bool", "astype(jnp.int32)"], (LOGITS, np.zeros(4, bool), {})),
         (TypeError, ["complex64", "astype"], (LOGITS, np.zeros(4, np.complex64), {})),
         (TypeError, ["`logits`", "int32", "astype(jnp.float32)"], (LOGITS.astype(np.int32), IDS, {})),
@@ -88,6 +108,157 @@ def test_refused_while_tracing_with_the_values_and_the_way_out(untyped, error, f
         message = str(caught.value)
         assert all(fragment in message for fragment in fragments), message
         assert message.rstrip().endswith("."), "a sentence"
+
+
+ARRAY = np.zeros((4, 7), np.float32)
+NO_ARRAYS = {
+    "None": (None, ["None"]),
+    "dict": ({"logits": ARRAY, "aux": 1}, ["dict", "['logits', 'aux']", "['logits']`"]),
+    "empty dict": ({}, ["dict"]),
+    "tuple": ((ARRAY, {"aux": 1}), ["tuple of ndarray, dict", "one array"]),
+    "ragged": ([[1.0, 2.0], [3.0]], ["list of list", "equal lengths"]),
+    "strings": (["cat", "dog"], ["list of str", "equal lengths"]),
+    "string": ("logits", ["str"]),
+    "dtype": (np.array(["a", "b"]), ["dtype <U1"]),
+    "objects": (np.array([None, 1]), ["dtype object"]),
+    "function": (softmax, ["function"]),
+    "SparseLabels": (SparseLabels(IDS[:, None], ARRAY[:, :1]), ["SparseLabels"]),
+}
+TAKES_ARRAYS = {
+    "x": [softmax, log_softmax, lambda x: linear_cross_entropy(x, ARRAY.T, IDS)],
+    "logits": [
+        lambda logits: cross_entropy(logits, IDS),
+        lambda logits: label_statistics(logits, IDS),
+        lambda logits: kl_divergence(logits, teacher_logits=ARRAY),
+        lambda logits: softmax_cross_entropy(logits, ARRAY),
+        lambda logits: softmax_cross_entropy_with_integer_labels(logits, IDS),
+        lambda logits: safe_softmax_cross_entropy(logits, ARRAY),
+        lambda logits: poly_loss_cross_entropy(logits, ARRAY),
+    ],
+    "weight": [
+        lambda weight: linear_cross_entropy(ARRAY, weight, IDS),
+        lambda weight: linear_label_statistics(ARRAY, weight, IDS),
+        lambda weight: linear_kl_divergence(ARRAY, weight, teacher_logits=ARRAY),
+    ],
+    "labels": [
+        lambda labels: cross_entropy(LOGITS, labels),
+        lambda labels: linear_cross_entropy(LOGITS, ARRAY.T, labels),
+        lambda labels: label_statistics(LOGITS, labels),
+        lambda labels: softmax_cross_entropy(LOGITS, labels),
+        lambda labels: softmax_cross_entropy_with_integer_labels(LOGITS, labels),
+        lambda labels: safe_softmax_cross_entropy(LOGITS, labels),
+        lambda labels: poly_loss_cross_entropy(LOGITS, labels),
+    ],
+    "where": [lambda where: cross_entropy(LOGITS, IDS, where=where), lambda where: softmax(LOGITS, where=where)],
+    "weights": [lambda weights: cross_entropy(LOGITS, IDS, weights=weights)],
+    "class_weights": [lambda class_weights: cross_entropy(LOGITS, IDS, class_weights=class_weights)],
+    "label_smoothing": [lambda value: cross_entropy(LOGITS, IDS, label_smoothing=value)],
+    "bias": [lambda bias: linear_cross_entropy(LOGITS, ARRAY.T, IDS, bias=bias)],
+    "teacher_logits": [lambda value: kl_divergence(LOGITS, teacher_logits=value)],
+    "teacher_probs": [lambda value: kl_divergence(LOGITS, teacher_probs=value)],
+    "ids": [lambda ids: cross_entropy(LOGITS, SparseLabels(ids, ARRAY[:, :1]))],
+}
+OPTIONAL = ("where", "weights", "class_weights", "label_smoothing", "bias", "teacher_logits", "teacher_probs")
+TAKES_SPARSE = ("labels", "teacher_logits", "teacher_probs")
+
+
+@pytest.mark.parametrize("kind", NO_ARRAYS)
+@pytest.mark.parametrize("name", TAKES_ARRAYS)
+def test_what_is_no_array_is_named_with_the_way_out(untyped, name, kind):
+    value, fragments = NO_ARRAYS[kind]
+    if (kind == "None" and name in OPTIONAL) or (kind == "SparseLabels" and name in TAKES_SPARSE):
+        return  # is one of its values, or has an error of its own
+    for f in TAKES_ARRAYS[name]:
+        with pytest.raises(TypeError) as caught:
+            f(value)
+        message = str(caught.value)
+        assert all(fragment in message for fragment in [f"`{name}`", *fragments]), message
+        assert message.endswith("."), "a sentence"
+
+
+def test_lists_of_numbers_are_arrays(untyped):
+    want = cross_entropy(np.float32([[1, 2], [3, 4]]), np.array([0, 1]), weights=np.float32([1, 2]))
+    for logits in ([[1.0, 2.0], [3.0, 4.0]], [jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0])]):
+        np.testing.assert_array_equal(cross_entropy(logits, [0, 1], weights=[1.0, 2.0]), want)
+
+
+HINTED = [
+    f
+    for name, f in vars(softmax_jax).items()
+    if inspect.isfunction(f) and not name.startswith("_") and name != "sum_over_chunks"
+]
+
+
+@pytest.mark.parametrize(
+    ("f", "name", "hint"),
+    [
+        (cross_entropy, "weight", "`class_weights` (one number a class; `weights` are one a token)"),
+        (kl_divergence, "weight", "`weights` (one number a token)"),
+        (cross_entropy, "dim", "`axis`"),
+        (softmax, "dim", "`axis`"),
+        (cross_entropy, "temperature", "`logit_scale` (1 / temperature)"),
+        (linear_label_statistics, "temperature", "`logit_scale` (1 / temperature)"),
+        (softmax, "temperature", "`x` (x / temperature)"),
+        (softmax_cross_entropy, "temperature", "`logits` (logits / temperature)"),
+        (cross_entropy, "input", "`logits`"),
+        (linear_cross_entropy, "input", "`x`"),
+        (cross_entropy, "target", "`labels` (class ids or probabilities)"),
+        (kl_divergence, "target", "`teacher_probs`"),
+        (kl_divergence, "log_targets", "`teacher_logits` (log-probabilities are logits too)"),
+        (cross_entropy, "size_average", "`reduction` ('mean', 'sum' or 'none')"),
+        (cross_entropy, "reduce", "`reduction` ('mean', 'sum' or 'none')"),
+        (cross_entropy, "mask", "`weights` (which tokens count; `where` says which classes exist)"),
+        (log_softmax, "mask", "`where`"),
+        (linear_cross_entropy, "linear_weight", "`weight` (with transpose_weight=True for [classes, embed])"),
+        (linear_cross_entropy, "lse_square_scale", "`z_loss`"),
+        (linear_cross_entropy, "logit_soft_cap", "`softcap`"),
+        (cross_entropy, "label_smooting", "`label_smoothing`"),
+        (cross_entropy, "class_weight", "`class_weights`"),
+        (cross_entropy, "label", "`labels`"),
+        (softmax, "axes", "`axis`"),
+    ],
+    ids=lambda v: v.__name__ if callable(v) else None,
+)
+def test_a_name_from_elsewhere_or_misspelt_is_told_what_is_meant(f, name, hint):
+    for call in (f, partial(f), jax.jit(f)):
+        with pytest.raises(TypeError) as caught:
+            call(**{name: ARRAY})
+        assert str(caught.value) == f"{f.__name__}() got an unexpected keyword argument '{name}'. Did you mean {hint}?"
+
+
+def test_each_of_several_unknown_names_has_its_line():
+    with pytest.raises(TypeError) as caught:
+        cross_entropy(input=LOGITS, target=IDS)
+    first, second = str(caught.value).split("\n")
+    assert "'input'. Did you mean `logits`?" in first and "'target'. Did you mean `labels`" in second
+
+
+@pytest.mark.parametrize("f", HINTED, ids=lambda f: f.__name__)
+def test_the_names_that_exist_are_told_of_every_function(f):
+    """And each name that is told is one of its own."""
+    names = list(inspect.signature(f).parameters)
+    with pytest.raises(TypeError) as caught:
+        f(LOGITS, unheard_of=1)
+    assert f"{f.__name__}() got an unexpected keyword argument 'unheard_of'" in str(caught.value)
+    assert re.findall("`(.*?)`", str(caught.value)) == names
+    for name in ELSEWHERE.keys() - set(names):
+        with pytest.raises(TypeError) as caught:
+            f(LOGITS, **{name: 1})
+        assert set(re.findall("`(.*?)`", str(caught.value))) <= set(names), str(caught.value)
+
+
+def test_every_name_from_elsewhere_has_a_function_that_is_told_of_it():
+    every = set().union(*(inspect.signature(f).parameters for f in HINTED))
+    assert len(HINTED) == 12
+    for name, meant in ELSEWHERE.items():
+        assert meant.keys() <= every, name
+        assert all(re.fullmatch("[^.?]*", note) for note in meant.values()), "a part of a sentence"
+        assert not any(here == name for here in meant)
+
+
+def test_an_argument_that_is_missing_is_pythons_error(untyped):
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'labels'"):
+        cross_entropy(LOGITS)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Losses as six code bases define them, and the call that replaces each: the source of `docs/migration.md`.
+"""Losses as six code bases define them, and the call that replaces each: the source of `docs/guides/migration.md`.
 
 Written from what their functions compute: Flax's examples (lm1b and gemma), MaxText, T5X, EasyLM, Levanter (with
 Haliax), big_vision. A head is trained on given hidden states by either; every step's loss and gradients are compared.
@@ -128,7 +128,7 @@ def mixed_up(labels: np.ndarray) -> np.ndarray:
 
 
 def conventions(rng) -> tuple[dict[str, Convention], tuple[Callable, ...]]:
-    """(losses, their and our numbers to log): the calls of ours stand in docs/migration.md as they stand here."""
+    """(losses, their and our numbers to log): the calls of ours are those of docs/guides/migration.md."""
     labels = tokens = rng.integers(0, K, (BATCH, LENGTH)).astype(np.int32)
     mask = valid = np.float32([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 1, 0], [0, 0, 0, 0, 0, 0]])  # one sequence is empty
     weights = mask * rng.uniform(0.5, 2, mask.shape).astype(np.float32)
