@@ -102,7 +102,7 @@ class Bounds(NamedTuple):
 
 def bounds_of(dtype: DTypeLike) -> Bounds:
     highest = float(jnp.finfo(dtype).max)
-    return Bounds(-highest, math.floor(math.log(highest)))
+    return Bounds(-highest, float(math.floor(math.log(highest))))
 
 
 def lowest_ratio(bounds: Bounds, mixture: bool) -> float:

@@ -21,7 +21,7 @@ from softmax_jax._adjustment import Adjustment, adjust, scaled, shifted
 from softmax_jax._barrier import apart
 from softmax_jax._combine import Class, Folded, combine, of_neighbours, of_none, over_devices
 from softmax_jax._dtypes import accumulator, upcast
-from softmax_jax._indexing import is_at, pick, pick_of_all
+from softmax_jax._indexing import is_at, pick
 from softmax_jax._labels import are_dense, are_ids, masses_of_few, target, uniform
 from softmax_jax._sharding import Names, count, entries_of, offset, pmax, psum, vary, vary_alike, varying
 from softmax_jax._sums import Asked, ClassSums, Top
@@ -40,7 +40,8 @@ def by_platform(by_passes: Callable, by_fold: Callable, *operands: Any) -> Any:
 
 
 def class_sums(*operands: Any, axis: int, asked: Asked, class_axes: Names) -> tuple[ClassSums, Array]:
-    """(the sums of every token, its pivot) of (logits, labels, class_weights, adjustment)."""
+    """(the sums of every token, its pivot) of (logits, labels, class_weights, adjustment, z of the label where its
+    place is asked)."""
     how = {"axis": axis, "asked": asked, "class_axes": class_axes}
     return by_platform(partial(_fold_cpu.class_sums, **how), partial(_class_sums, **how), *operands)
 
@@ -74,32 +75,30 @@ def rest_of_top(logits, adjustment, scale, m, top, axis, class_axes) -> Array:
     return psum(jnp.sum(others, axis), class_axes)
 
 
-def _class_sums(logits, labels, class_weights, adjustment, axis, asked, class_axes):
+def _class_sums(logits, labels, class_weights, adjustment, own_z, axis, asked, class_axes):
     size, dtype, where = logits.shape[axis], accumulator(logits.dtype), adjustment.where
     t = target(labels, class_weights, where, dtype) if are_dense(labels) else None
     c = uniform(class_weights, where, jnp.ones_like(logits, dtype)) if asked.prior else None
-    label, than, above, ties, first = labels if are_ids(labels) else None, None, None, None, None
-    if asked.place:
-        ids = jnp.squeeze(labels.ids, axis)
-        than = ids, pick_of_all(logits, ids, adjustment, axis, class_axes)
+    label = labels if are_ids(labels) and not asked.place else None
+    than = (labels, own_z) if asked.place else None
     asks = {"moment": asked.moment, "one_by_one": asked.beside}
     found = fold(logits, label, t, c, than, adjustment, axis, class_axes, **asks)
     if label is not None:
         found = found._replace(own=_adjusted(found.own, label, adjustment, size, axis, class_axes))
     found = over_devices(found, class_axes)
-    if asked.place:
-        above, ties = found.above, pmax((found.top != ids).astype(dtype), class_axes)
-        first = found.top.astype(dtype)
     m, top, rest = _settled(found, count(size, class_axes))
     pivot = top if label is None else label
     own = m - m if label is None else found.own - m
-    if t is None:
+    of_labels: Any = found.mass, found.rest_mass, found.label_sum
+    if t is None and than is None:
         here = pivot - offset(size, class_axes)
         of_few = masses_of_few(logits, labels, class_weights, adjustment, m, here, axis, class_axes)
         of_labels = psum(of_few, class_axes)
-    else:
-        of_labels = found.mass, found.rest_mass, found.label_sum
-    return ClassSums(m, rest, own, *of_labels, found.prior, found.moment, above, ties, first), pivot
+    sums = ClassSums(m, rest, own, *of_labels, prior=found.prior, moment=found.moment)
+    if asked.place:
+        ties = pmax((found.top != labels).astype(dtype), class_axes)
+        sums = sums._replace(above=found.above, ties=ties, first=found.top.astype(dtype))
+    return sums, pivot
 
 
 def _adjusted(own, label, adjustment, size, axis, class_axes):

@@ -15,7 +15,7 @@ from jax import Array, lax
 from softmax_jax._adjustment import Adjustment, adjust, beyond_exp, rounded, row_shift, scaled, shifted
 from softmax_jax._barrier import apart
 from softmax_jax._dtypes import upcast
-from softmax_jax._indexing import pick_logit, pick_of_all
+from softmax_jax._indexing import pick_logit
 from softmax_jax._labels import are_dense, are_ids, masses_of_few, own_mass, target, uniform
 from softmax_jax._passes_cpu import as_operands, over_classes, sum_over_classes
 from softmax_jax._sharding import Names, count, offset, pmax, pmin, psum, vary, varying
@@ -27,6 +27,7 @@ def class_sums(
     labels: Any,
     class_weights: Array | None,
     adjustment: Adjustment,
+    own_z: Array | None,
     axis: int,
     asked: Asked,
     class_axes: Names,
@@ -34,22 +35,23 @@ def class_sums(
     """(the sums of every token, its pivot)."""
     size, where = logits.shape[axis], adjustment.where
     (m,) = apart(row_shift(adjust(logits, adjustment), axis, class_axes))
-    pivot = labels if are_ids(labels) else top_class(logits, m, adjustment, axis, class_axes)
+    pivot = labels if are_ids(labels) and not asked.place else top_class(logits, m, adjustment, axis, class_axes)
     here = pivot - offset(size, class_axes)
     in_range = jnp.clip(here, 0, size - 1)
     own = jnp.where(in_range == here, rounded(pick_logit(logits, in_range, adjustment, axis), m) - m, 0)
+    of_labels = None, None, None
     if are_dense(labels):
         mass = own_mass(labels, class_weights, where, here, size, axis, m.dtype)
         of_labels = mass, *dense_sums(logits, labels, class_weights, m, here, adjustment, axis)
-    else:
+    elif not asked.place:
         of_labels = masses_of_few(logits, labels, class_weights, adjustment, m, here, axis, class_axes)
     rest = sum_of_others(logits, m, here, adjustment, axis)
     prior = _prior(logits, class_weights, m, adjustment, axis) if asked.prior else None
     moment = moment_of_others(logits, m, here, adjustment, axis) if asked.moment else None
     (own,) = apart(own)
     sums = ClassSums(m, *psum((rest, own, *of_labels, prior, moment), class_axes))
-    if asked.place:
-        above, ties = _place_of(logits, jnp.squeeze(labels.ids, axis), adjustment, axis, class_axes)
+    if own_z is not None:
+        above, ties = _place_of(logits, labels, own_z, adjustment, axis, class_axes)
         sums = sums._replace(above=above, ties=ties, first=_first_of_largest(logits, adjustment, axis, class_axes))
     return sums, pivot
 
@@ -190,13 +192,12 @@ def _first_of_largest(logits: Array, adjustment: Adjustment, axis: int, class_ax
 
 
 def _place_of(
-    logits: Array, labels: Array, adjustment: Adjustment, axis: int, class_axes: Names
+    logits: Array, labels: Array, own: Array, adjustment: Adjustment, axis: int, class_axes: Names
 ) -> tuple[Array, Array]:
     """(how many z are larger than the label's, how many before it are equal): a difference times a large
     number, at most 1, is whether there is one. (The numbers are operands, and -own one, for the sake of `alone`.)"""
-    logits, adjustment = lax.stop_gradient((logits, adjustment))
+    logits, own, adjustment = lax.stop_gradient((logits, own, adjustment))
     here = labels - offset(logits.shape[axis], class_axes)
-    own = pick_of_all(logits, labels, adjustment, axis, class_axes)
     own = jnp.maximum(own, jnp.finfo(own.dtype).min)  # -inf - -inf is NaN
 
     def larger(arrays, own, here, axis):

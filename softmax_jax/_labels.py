@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from softmax_jax._adjustment import Adjustment, shifted, weighed
+from softmax_jax._adjustment import Adjustment, rounded, shifted, weighed
 from softmax_jax._dtypes import nan_unless
 from softmax_jax._indexing import at_ids, pick, with_at_ids
 from softmax_jax._sharding import Names, count, fit, offset, psum
@@ -205,6 +205,13 @@ def masses_of_few(logits, labels, class_weights, adjustment: Adjustment, m, pivo
     z = shifted(at.logits, adjustment._replace(where=at.where), m, axis)
     mass, *others = sparse_sums(z, labels.probs, at.class_weights, at, pivot, axis)
     return nan_unless(~jnp.any(jnp.isnan(labels.probs), axis), mass), *others
+
+
+def masses_of_one(ids, z, m, top, classes):
+    """(own_mass, rest_mass, label_sum) of ids around the largest class, of z at the ids."""
+    is_top = ids == top
+    mass = nan_unless((ids >= 0) & (ids < classes), is_top.astype(m.dtype))
+    return mass, 1 - is_top.astype(m.dtype), jnp.where(is_top, 0, rounded(z, m) - m)
 
 
 def sparse_sums(z, probs, class_weights, at: Few, pivot, axis):

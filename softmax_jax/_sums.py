@@ -26,7 +26,7 @@ class Asked(NamedTuple):
 
     prior: bool = False
     moment: bool = False
-    place: bool = False  # above, ties and first, of SparseLabels of one class
+    place: bool = False  # above, ties and first, of ids, whose pivot then is the largest class
     beside: bool = False  # statistics of the same logits, whose pass is this one if both take each class by itself
 
 

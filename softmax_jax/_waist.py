@@ -39,7 +39,7 @@ from softmax_jax._adjustment import Adjustment, beyond_exp, finite, shifted, wei
 from softmax_jax._barrier import apart
 from softmax_jax._dtypes import nan_unless
 from softmax_jax._fold import rest_of_top
-from softmax_jax._indexing import is_at, with_at_ids
+from softmax_jax._indexing import is_at, pick_of_all, with_at_ids
 from softmax_jax._labels import (
     Labels,
     SparseLabels,
@@ -48,6 +48,7 @@ from softmax_jax._labels import (
     few,
     few_weights,
     masses_of_few,
+    masses_of_one,
     own_mass,
     target,
     uniform,
@@ -80,13 +81,26 @@ def _written(x, adjustment: Adjustment, t, c, m, at_pivot, axis, asked: Asked, c
     return sums
 
 
+def _emptied(unused, logits, labels, m, axis):
+    """A row whose sums are not used, since its token has weight 0, holds 0 before a derivative is made: whatever it
+    holds, NaN or inf, its gradient is exactly 0."""
+    if unused is None:
+        return logits, labels, m
+    rows = jnp.expand_dims(unused, axis)
+    empty = lambda a: jnp.where(rows, 0, a) if jnp.issubdtype(a.dtype, jnp.floating) else a  # noqa: E731
+    return empty(logits), jax.tree.map(empty, labels), jnp.where(unused, 0, m)
+
+
 def _of_classes(logits, labels, class_weights, adjustment, m, pivot, axis, asked, **more) -> ClassSums:
     """Of all classes here, but for what only SparseLabels have."""
-    where, at_pivot = adjustment.where, is_at(pivot, logits, axis)
-    t = target(labels, class_weights, where, m.dtype) if labels is not None and are_dense(labels) else None
+    where, at_pivot, t = adjustment.where, is_at(pivot, logits, axis), None
+    if asked.place:
+        t = is_at(labels, logits, axis).astype(m.dtype)
+    elif labels is not None and are_dense(labels):
+        t = target(labels, class_weights, where, m.dtype)
     c = uniform(class_weights, where, jnp.ones_like(logits, m.dtype)) if asked.prior else None
     sums = _written(logits, adjustment, t, c, m, at_pivot, axis, asked, **more)
-    if labels is None or not are_ids(labels):
+    if labels is None or asked.place or not are_ids(labels):
         return sums
     mass = own_mass(labels, class_weights, where, pivot, logits.shape[axis], axis, m.dtype)
     return sums._replace(own_mass=mass)
@@ -94,8 +108,8 @@ def _of_classes(logits, labels, class_weights, adjustment, m, pivot, axis, asked
 
 def _of_all(logits, labels, class_weights, adjustment, m, pivot, axis, asked, class_axes) -> ClassSums:
     """Of all classes of all devices."""
-    here = pivot - offset(logits.shape[axis], class_axes)
-    sparse = isinstance(labels, SparseLabels)
+    first, sparse = offset(logits.shape[axis], class_axes), isinstance(labels, SparseLabels)
+    here, labels = pivot - first, labels - first if are_ids(labels) else labels
     operands = class_weights, adjustment, m, here, axis
     sums = _of_classes(logits, None if sparse else labels, *operands, asked)
     if sparse:
@@ -107,20 +121,26 @@ def _of_all(logits, labels, class_weights, adjustment, m, pivot, axis, asked, cl
 @partial(jax.custom_jvp, nondiff_argnums=(5, 6, 7))
 def _sums(logits, labels, class_weights, adjustment, unused, axis, asked, class_axes):
     """ClassSums, and the pivot. One that no class is makes its row NaN, if it is used."""
-    operands = logits, labels, class_weights, adjustment
+    own_z = pick_of_all(logits, labels, adjustment, axis, class_axes) if asked.place else None
+    operands, classes = (logits, labels, class_weights, adjustment, own_z), count(logits.shape[axis], class_axes)
     sums, pivot = _fold.class_sums(*operands, axis=axis, asked=asked, class_axes=class_axes)
-    exists = (pivot >= 0) & (pivot < count(logits.shape[axis], class_axes))
-    return sums._replace(own=nan_unless(exists, sums.own, unused)), pivot
+    exists = (pivot >= 0) & (pivot < classes)
+    if own_z is not None:
+        sums = sums._replace(**dict(zip(LABELS, masses_of_one(labels, own_z, sums.shift, pivot, classes), strict=True)))
+    lacking = psum(nan_unless(exists, jnp.zeros_like(sums.own), unused), class_axes)
+    return sums._replace(own=sums.own + lacking), pivot
 
 
 def _sums_jvp(axis, asked, class_axes, primals, tangents):
     """Nothing is kept for it but the operands, m and the pivot."""
+    check_gradient(class_axes)
     sums, pivot = _sums(*primals, axis, asked, class_axes)
     m, at = lax.stop_gradient((sums.shift, pivot))
 
     @partial(jax.checkpoint, prevent_cse=False)
-    def of_all(logits, labels, class_weights, adjustment, _):
-        return _of_all(logits, labels, class_weights, adjustment, m, at, axis, asked, class_axes)
+    def of_all(logits, labels, class_weights, adjustment, unused):
+        logits, labels, around = _emptied(unused, logits, labels, m, axis)
+        return _of_all(logits, labels, class_weights, adjustment, around, at, axis, asked, class_axes)
 
     place = {name: jax.tree.map(jnp.zeros_like, getattr(sums, name)) for name in CONSTANT[1:]}
     dsums = tangent_of(of_all, primals, tangents)._replace(**place)
@@ -148,17 +168,6 @@ def tangent_of(f, primals, tangents):
 #
 # The few classes of SparseLabels come after: what their gradient is as a whole is computed for them alone, and written
 # over what all classes have.
-#
-# A row whose sums are not used, since its token has weight 0, is emptied before its gradient is made: whatever it
-# holds, NaN or inf, its gradient is exactly 0.
-
-
-def _emptied(unused, logits, labels, axis):
-    if unused is None:
-        return logits, labels
-    rows = jnp.expand_dims(unused, axis)
-    empty = lambda a: jnp.where(rows, 0, a) if jnp.issubdtype(a.dtype, jnp.floating) else a  # noqa: E731
-    return empty(logits), jax.tree.map(empty, labels)
 
 
 def _class_sums_fwd(logits, labels, class_weights, adjustment, unused, axis, asked, class_axes):
@@ -172,8 +181,8 @@ def _class_sums_bwd(axis, asked, class_axes, residuals, cotangents):
     cotangents = vary(cotangents, varying(logits))
     first = offset(logits.shape[axis], class_axes)
     logits, m, drest = apart(logits, m, cotangents.rest)
-    logits, labels = _emptied(unused, logits, labels, axis)
-    m, cotangents = m if unused is None else jnp.where(unused, 0, m), cotangents._replace(rest=drest)
+    logits, labels, m = _emptied(unused, logits, labels, m, axis)
+    cotangents = cotangents._replace(rest=drest)
     operands = logits, labels, class_weights, adjustment, m, pivot - first, axis, asked, cotangents
     if not isinstance(labels, SparseLabels):
         dlogits, dlabels, dclass_weights, dscales = _pull_classes(*operands)
@@ -250,10 +259,10 @@ def class_sums(
     `unused` rows (None: there are none) must have cotangent 0. With `forward_mode` the same derivatives are those of a
     `custom_jvp`.
     """
-    logits, labels, *others = vary_alike(logits, labels, class_weights, adjustment, unused)
-    if not forward_mode:
-        return _class_sums(logits, labels, *others, axis, asked, class_axes)
-    return _sums(*_emptied(unused, logits, labels, axis), *others, axis, asked, class_axes)[0]
+    operands = vary_alike(logits, labels, class_weights, adjustment, unused)
+    if forward_mode:
+        return _sums(*operands, axis, asked, class_axes)[0]
+    return _class_sums(*operands, axis, asked, class_axes)
 
 
 # The same around the largest z alone, of which m and the top are constants.
