@@ -4,34 +4,33 @@
 
 Upper halves are matched to lower ones. With x and y the two encodings of a batch, of length 1, the logits are all
 their products, times a learned temperature, and the label of each row is its own number: `linear_cross_entropy(x, y,
-arange, transpose_weight=True, logit_scale=...)`, and the same with x and y exchanged. Neither the matrix, batch x
-batch, nor its gradient is ever made. The second part holds the loss over eight simulated devices, each with an eighth
-of the batch, to one's. Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021.
+arange, transpose_weight=True, logit_scale=...)`, and the same with x and y exchanged. The matrix, batch x batch, and
+its gradient are made a part at a time. At the end the loss over eight simulated devices, each with an eighth of the
+batch, is compared with one's. (CLIP: Radford et al., "Learning Transferable Visual Models From Natural Language
+Supervision", 2021.)
 """
 
 import argparse
-import os
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+from jax import Array
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from tqdm import tqdm
 
-import equinox as eqx  # noqa: E402
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
-from jax import Array  # noqa: E402
-from jax.sharding import NamedSharding  # noqa: E402
-from jax.sharding import PartitionSpec as P  # noqa: E402
-from sklearn.datasets import load_digits  # noqa: E402
-from sklearn.model_selection import train_test_split  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from softmax_jax import linear_cross_entropy  # noqa: E402
+from softmax_jax import linear_cross_entropy
 
 plt.switch_backend("Agg")
+jax.config.update("jax_num_cpu_devices", 8)
 EMBED, BATCH, CHUNK = 32, 512, 128  # rows of similarities at a time
 
 
@@ -56,15 +55,13 @@ class Encoders(eqx.Module):
 
 def loss(x: Array, y: Array, scale: Array) -> Array:
     """The mean of both directions."""
-    options = {"transpose_weight": True, "logit_scale": scale, "chunk_size": CHUNK}
-    pairs = partial(linear_cross_entropy, labels=jnp.arange(len(x)), **options)
-    return (pairs(x, y) + pairs(y, x)) / 2
+    ids, options = jnp.arange(len(x)), {"transpose_weight": True, "logit_scale": scale, "chunk_size": CHUNK}
+    return (linear_cross_entropy(x, y, ids, **options) + linear_cross_entropy(y, x, ids, **options)) / 2
 
 
 def plain(x: Array, y: Array, scale: Array) -> Array:
     """The same by the matrix."""
-    logits, ids = scale * (x @ y.T), jnp.arange(len(x))
-    ce = optax.softmax_cross_entropy_with_integer_labels
+    logits, ids, ce = scale * (x @ y.T), jnp.arange(len(x)), optax.softmax_cross_entropy_with_integer_labels
     return (ce(logits, ids).mean() + ce(logits.T, ids).mean()) / 2
 
 
@@ -99,17 +96,10 @@ def train(images: np.ndarray, held_out: np.ndarray, steps: int) -> tuple[Encoder
     return encoders, losses, shares
 
 
-def memory(of: str, batch: int) -> float:
-    """Temporary MiB of the loss with its gradients."""
-    shapes = [jax.ShapeDtypeStruct((batch, EMBED), jnp.float32)] * 2 + [jax.ShapeDtypeStruct((), jnp.float32)]
-    f = {"linear": loss, "matrix": plain}[of]
-    return temporary(jax.jit(jax.value_and_grad(f, (0, 1, 2))).lower(*shapes).compile())
-
-
-def temporary(program: jax.stages.Compiled) -> float:
-    found = program.memory_analysis()
-    assert found is not None
-    return found.temp_size_in_bytes / 2**20
+def memory(loss: Callable, x, y, scale) -> float:
+    """MiB that the loss with its gradients needs on a device, beside its operands and results."""
+    program = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(x, y, scale).compile()
+    return program.memory_analysis().temp_size_in_bytes / 2**20  # pyright: ignore
 
 
 def on_eight_devices(x: Array, y: Array, scale: Array) -> tuple[float, float, float]:
@@ -118,39 +108,37 @@ def on_eight_devices(x: Array, y: Array, scale: Array) -> tuple[float, float, fl
     both = jax.jit(jax.value_and_grad(loss, (0, 1)))
     _, want = both(x, y, scale)
     spread = jax.device_put((x, y), rows)
-    program = both.lower(*spread, scale).compile()
-    value, got = program(*spread, scale)
+    value, got = both(*spread, scale)
     off = max(float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b))) for a, b in zip(got, want, strict=True))
-    return float(value), off, temporary(program)
+    return float(value), off, memory(loss, *spread, scale)
 
 
 def draw(held_out, found, losses, shares, sizes, needs, path: Path) -> None:
-    figure = plt.figure(figsize=(11, 6.5), layout="constrained")
-    grid = figure.add_gridspec(2, 1, height_ratios=(1.7, 1))
-    above, below = grid[0].subgridspec(1, 2), grid[1].subgridspec(1, 12)
-    ax = figure.add_subplot(above[0])
-    ax.plot(losses, color="#999999", label="loss, nats")
-    ax.set_xlabel("step")
-    ax.set_ylabel("loss, nats")
-    right = ax.twinx()
-    right.plot(np.maximum(0, 20 * np.arange(len(shares)) - 1), 100 * np.array(shares), color="#1f6fb4")
-    right.set_ylabel("held-out halves that find their own (%)", color="#1f6fb4")
-    ax = figure.add_subplot(above[1])
-    for name, colour in (("matrix", "#d98c21"), ("linear", "#1f6fb4")):
-        label = {"matrix": "all similarities at once, Optax", "linear": "linear_cross_entropy"}[name]
-        ax.loglog(sizes, needs[name], "o-", color=colour, label=label)
-    ax.set_xlabel("batch")
-    ax.set_ylabel("temporary memory of loss and gradient (MiB)")
-    ax.legend()
-    ax.grid(linewidth=0.3)
+    figure = plt.figure(figsize=(11, 6.8), layout="constrained")
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[3, 1], hspace=0.05)[:, 0]
+    left, right = above.subplots(1, 2)
+    left.plot(losses, color="#999999")
+    left.set(title="Training with linear_cross_entropy", xlabel="step", ylabel="loss (nats), grey", ylim=(0, None))
+    share = left.twinx()
+    share.plot(np.maximum(0, 20 * np.arange(len(shares)) - 1), 100 * np.array(shares), color="#1f6fb4")
+    share.set_ylabel(f"upper halves that find their own among {len(held_out)} held out (%)", color="#1f6fb4")
+    share.set_ylim(0, None)
+    for (name, need), colour in zip(needs.items(), ("#d98c21", "#1f6fb4"), strict=True):
+        right.loglog(sizes, need, "o-", color=colour, label=f"{name}: {need[-1]:.0f} MiB at {sizes[-1]}")
+    right.set(title="Temporary memory of loss and gradient", xlabel="pairs in a batch", ylabel="MiB", xticks=sizes)
+    right.xaxis.set_major_formatter("{x:g}")
+    right.minorticks_off()
+    right.legend(frameon=False)
+    right.grid(linewidth=0.3)
+    below.suptitle("Held-out upper halves, and the lower half that each one finds", y=1.1)
     for column in range(12):
-        ax = figure.add_subplot(below[column])
+        ax = below.add_subplot(1, 12, column + 1)
         ax.imshow(np.concatenate([held_out[column, :32], held_out[found[column], 32:]]).reshape(8, 8), cmap="gray_r")
         ax.axhline(3.5, color="#1f6fb4", linewidth=0.8)
         ax.set_axis_off()
         ax.set_title("its own" if found[column] == column else "another", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=150)
 
 
 def main() -> None:
@@ -164,19 +152,17 @@ def main() -> None:
     encoders, losses, shares = train(images, held_out, args.steps)
     scale = jnp.exp(encoders.log_scale)
     print(f"loss: {losses[0]:.2f} -> {losses[-1]:.2f} nats; inverse temperature 10 -> {float(scale):.1f}")
-    print(
-        f"held-out halves that find their own among {len(held_out)}: {100 * shares[0]:.1f}% -> {100 * shares[-1]:.1f}%"
-    )
+    print(f"held-out halves that find their own among {len(held_out)}: {shares[0]:.1%} -> {shares[-1]:.1%}")
     sizes = [512, 1024, 2048, 4096, 8192, 16384]
-    needs = {name: [memory(name, size) for size in sizes] for name in ("matrix", "linear")}
-    for size, matrix, linear in zip(sizes, needs["matrix"], needs["linear"], strict=True):
+    losses_of = {"Optax, all similarities at once": plain, "linear_cross_entropy": loss}
+    shapes = [jax.ShapeDtypeStruct((size, EMBED), jnp.float32) for size in sizes]
+    needs = {name: [memory(f, pairs, pairs, scale) for pairs in shapes] for name, f in losses_of.items()}
+    for size, matrix, linear in zip(sizes, *needs.values(), strict=True):
         print(f"batch {size}: {matrix:.1f} MiB with the matrix, {linear:.1f} MiB without")
     x, y = encoders(jnp.asarray(images[:1024]))
     value, off, need = on_eight_devices(x, y, scale)
-    print(
-        f"eight devices: loss {value:.5f}, {float(loss(x, y, scale)):.5f} on one; gradients differ by {off:.0e} of the"
-    )
-    print(f"largest; each device needs {need:.2f} MiB")
+    print(f"eight devices: loss {value:.5f}, on one {float(loss(x, y, scale)):.5f}; each needs {need:.2f} MiB;")
+    print(f"gradients differ by {off:.0e} of the largest")
     draw(held_out, retrieved(encoders, held_out), losses, shares, sizes, needs, args.out)
     print(f"picture: {args.out}")
 

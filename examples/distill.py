@@ -2,9 +2,9 @@
 
     python examples/distill.py --students 5 --out out/distill.png
 
-The teacher, a convolutional network, has seen 1347 digits; the students, small networks, see 100 of them, with their
-labels, or with what the teacher says of them: its three largest probabilities, these and what is left spread over the
-other seven, or all ten. Of a vocabulary of 128256 the three are what one can store.
+The teacher, a convolutional network, has seen 1347 digits; the students, small networks, see 100 of them, each seed
+another hundred, with their labels, or with what the teacher says of them: its three largest probabilities, these and
+what is left spread over the other seven, or all ten. Of a vocabulary of 128256 the three are what one can store.
 """
 
 import argparse
@@ -26,7 +26,12 @@ from softmax_jax import SparseLabels, cross_entropy
 
 plt.switch_backend("Agg")
 BATCH, STEPS, SEEN, TEMPERATURE = 128, 600, 100, 4.0
-COLOURS = {"labels": "#999999", "3 probabilities": "#d98c21", "3 and what is left": "#1f6fb4", "all 10": "#2d8a4e"}
+COLOURS = {
+    "the labels": "#777777",
+    "the teacher's 3 largest probabilities": "#d98c21",
+    "these and the rest, spread over the other digits": "#1f6fb4",
+    "all 10 of the teacher's probabilities": "#2d8a4e",
+}
 OPTIMIZER = optax.adamw(optax.cosine_decay_schedule(5e-3, STEPS), weight_decay=1e-2)
 
 
@@ -74,6 +79,10 @@ def logits_of(net, images):
     return jax.vmap(net)(images)
 
 
+def of(targets: Any, rows: np.ndarray) -> Any:
+    return jax.tree.map(lambda a: a[rows], targets)
+
+
 def trained(net, images, targets, test, seed, bar, scale=1.0):
     """The network after all steps, and its accuracy on held-out digits every 20 of them."""
     state, rng, accuracy = OPTIMIZER.init(eqx.filter(net, eqx.is_array)), np.random.default_rng(seed), []
@@ -81,9 +90,7 @@ def trained(net, images, targets, test, seed, bar, scale=1.0):
         if done % 20 == 0:
             accuracy.append(np.mean(np.asarray(logits_of(net, test[0])).argmax(-1) == test[1]))
         rows = rng.choice(len(images), BATCH)
-        net, state = step(
-            net, state, images[rows], jax.tree.map(lambda a, rows=rows: a[rows], targets), np.float32(scale)
-        )
+        net, state = step(net, state, images[rows], of(targets, rows), np.float32(scale))
         bar.update()
     return net, np.array(accuracy)
 
@@ -96,19 +103,24 @@ def top_of(teacher, images, k: int) -> SparseLabels:
 
 def draw(curves: dict[str, np.ndarray], best: float, top: SparseLabels, images: np.ndarray, path: Path) -> None:
     """Accuracy by step, mean and range of the students; what the teacher says of the digits it is least sure of."""
-    figure = plt.figure(figsize=(11, 7.4), layout="constrained")
-    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[1.6, 1])[:, 0]
-    axes, steps = above.subplots(), 20 * np.arange(STEPS // 20 + 1)
-    axes.axhline(100 * best, color="#111111", ls="--", label=f"the teacher: {100 * best:.1f} %")
-    for name, accuracy in curves.items():
-        mean = 100 * accuracy.mean(0)
-        axes.plot(steps, mean, color=COLOURS[name], lw=2, label=f"{name}: {mean[-1]:.1f} %")
-        axes.fill_between(steps, *(100 * f(accuracy, 0) for f in (np.min, np.max)), color=COLOURS[name], alpha=0.12)
-    title = f"Held-out digits read right by students that saw {SEEN} (mean and range of {len(accuracy)})"
-    axes.set(title=title, xlabel="step", ylabel="%", ylim=(70, 100))
-    axes.legend(frameon=False, loc="lower right", title="learnt from")
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+    figure = plt.figure(figsize=(11, 7.6), layout="constrained")
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[2.2, 1])[:, 0]
+    (axes, ends), steps = above.subplots(1, 2, width_ratios=[2.2, 1], sharey=True), 20 * np.arange(STEPS // 20 + 1)
+    for ax in (axes, ends):
+        ax.axhline(100 * best, color="#111111", ls="--", label=f"the teacher: {100 * best:.1f} %")
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+    for place, (name, accuracy) in enumerate(curves.items()):
+        mean, colour = 100 * accuracy.mean(0), COLOURS[name]
+        axes.plot(steps, mean, color=colour, lw=2, label=f"learnt from {name}: {mean[-1]:.1f} %")
+        axes.fill_between(steps, *(100 * f(accuracy, 0) for f in (np.min, np.max)), color=colour, alpha=0.12)
+        ends.plot(place + np.linspace(-0.2, 0.2, len(accuracy)), 100 * accuracy[:, -1], "o", color=colour, alpha=0.7)
+        ends.plot([place - 0.32, place + 0.32], [mean[-1]] * 2, color=colour, lw=2)
+    axes.set(title=f"Mean and range of {len(accuracy)} students, of {SEEN} digits each", xlabel="step")
+    axes.set(ylabel="accuracy on held-out digits (%)", ylim=(70, 100))
+    axes.legend(frameon=False, loc="lower right", fontsize=9)
+    ends.set(title="Each student at the end; line: mean", xticks=range(4))
+    ends.set_xticklabels(["labels", "3 largest", "3 and\nthe rest", "all 10"])
     below.suptitle(f"Three probabilities of the teacher, at temperature {TEMPERATURE:g}, where it is least sure")
     for place, row in enumerate(np.argsort(top.probs[:, 0])[:8], start=1):
         axes = below.add_subplot(1, 8, place, xticks=[], yticks=[])
@@ -128,25 +140,23 @@ def main() -> None:
     pixels, digits = load_digits(return_X_y=True)
     images, digits = np.reshape(pixels, (-1, 8, 8)).astype(np.float32) / 16, np.asarray(digits, np.int32)
     training, held_out = train_test_split(np.arange(len(digits)), test_size=0.25, stratify=digits, random_state=0)
-    test, seen = (images[held_out], digits[held_out]), training[:SEEN]
+    test, seeds = (images[held_out], digits[held_out]), range(options.students)
+    seen = [np.random.default_rng(seed).choice(training, SEEN, replace=False) for seed in seeds]
+    students = [(seed, Student(jax.random.key(seed)), rows) for seed, rows in zip(seeds, seen, strict=True)]
 
-    with tqdm(total=(1 + 4 * options.students) * (STEPS + 1), unit="step") as bar:
+    with tqdm(total=(1 + 4 * options.students) * (STEPS + 1), unit="step", disable=None) as bar:
         teacher, curve = trained(Teacher(jax.random.key(0)), images[training], digits[training], test, 0, bar)
-        three, everything = (top_of(teacher, images[seen], k) for k in (3, 10))
-        targets = {
-            "labels": (digits[seen], 1.0),
-            "3 probabilities": (three._replace(others=None), 1 / TEMPERATURE),
-            "3 and what is left": (three, 1 / TEMPERATURE),
-            "all 10": (everything._replace(others=None), 1 / TEMPERATURE),
-        }
-        curves = {}
-        for name, (what, scale) in targets.items():
-            each = [(Student(jax.random.key(seed)), images[seen], what, test, seed) for seed in range(options.students)]
-            curves[name] = np.array([trained(*arguments, bar, scale)[1] for arguments in each])
-    draw(curves, curve[-1], three, images[seen], options.out)
+        three, everything = (top_of(teacher, images, k) for k in (3, 10))
+        targets, curves = (digits, three._replace(others=None), three, everything._replace(others=None)), {}
+        for name, what in zip(COLOURS, targets, strict=True):
+            scale = 1.0 if what is digits else 1 / TEMPERATURE
+            runs = [trained(net, images[rows], of(what, rows), test, seed, bar, scale) for seed, net, rows in students]
+            curves[name] = np.array([accuracy for _, accuracy in runs])
+    draw(curves, curve[-1], of(three, np.asarray(training)), images[training], options.out)
     print(f"teacher: {curve[-1]:.2%} of {len(test[1])} held-out digits")
     for name, accuracy in curves.items():
-        print(f"{name}: {accuracy[:, -1].mean():.2%}")
+        ends = accuracy[:, -1]
+        print(f"learnt from {name}: {ends.mean():.2%}, from {ends.min():.2%} to {ends.max():.2%}")
     print(f"picture: {options.out}")
 
 

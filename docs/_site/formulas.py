@@ -115,4 +115,6 @@ class Formula:
             form = ' form="infix"'  # also where a line begins with it
         elif token == "-" and (self.at == 1 or self.tokens[self.at - 2][1] in ("(", "[", "=", "·", "/", ",")):
             form = ' form="prefix"'
+        elif token == ":":
+            return '<mtext>:</mtext><mspace width="0.3em"/>'
         return f"<mo{form}>{'−' if token == '-' else shown}</mo>"

@@ -2,11 +2,13 @@
 
 import contextlib
 import io
+import os
 import re
 import tomllib
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -31,7 +33,8 @@ def names_of(name: str) -> dict[str, Any]:
     """What a page defines. Its blocks run in order, as one program, under JAX's own settings, as readers have them; the
     `text` right after a block is what it prints."""
     found, printed = {"__name__": name}, ""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    settings = jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow")
+    with settings[0], settings[1], mock.patch.dict(os.environ):
         for language, text in blocks(PAGES[name].read_text()):
             if language == "text" and printed:
                 assert as_expected(printed, text), f"{name} prints\n{printed}"
@@ -56,7 +59,6 @@ def has_code(name: str) -> bool:
 
 
 @pytest.mark.compiled
-@pytest.mark.optimized
 @pytest.mark.nan
 @pytest.mark.parametrize(
     "name",
@@ -92,6 +94,12 @@ def test_links_and_pictures_are_there():
         for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)", text):
             if not re.match(r"[a-z]+:", target):
                 assert (path.parent / target).exists(), f"{name}: {target} is not there"
+
+
+def test_gallery_shows_every_example():
+    page = (ROOT / "docs/gallery.md").read_text()
+    for name in [path.stem for path in ROOT.glob("examples/*.py")]:
+        assert f"python examples/{name}.py" in page and f"](pictures/{name}.png)" in page, name
 
 
 def log_softmax(z, temperature=1.0):

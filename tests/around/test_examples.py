@@ -22,8 +22,9 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 def _digits(printed: str) -> None:
     before, after = (float(number) for number in re.findall(r"training loss: (\S+) -> (\S+) nats", printed)[0])
     assert 2.2 < before < 2.6  # log 10 = 2.30 for a network that knows nothing yet
-    assert after < 0.3
-    assert _percentages(printed)[-1] > 93  # 10 epochs reach 96 to 97, the whole 50 reach 99
+    assert after < 0.35
+    assert _percentages(printed)[-1] > 92  # 6 epochs reach 94.7, the whole 50 reach 99
+    assert _differ(printed) < 1e-5  # rounding, which training amplifies: 6e-3 after 50 epochs
 
 
 def _vmap_batches(printed: str) -> None:
@@ -35,36 +36,36 @@ def _vmap_batches(printed: str) -> None:
         assert float(before) > 90 and float(after) > 90
 
 
-def _char_lm(printed: str) -> None:
-    """Before the first step it guesses: log 4096 = 8.32. In 30 steps it learns which tokens are frequent."""
-    linear, logits = (float(number) for number in re.findall(r"--loss \w+ (\S+) MiB", printed))
-    assert linear < 0.6 * logits
-    before, after = (float(number) for number in re.findall(r"training loss: (\S+) -> (\S+) nats", printed)[0])
-    assert 8.2 < before < 8.5
-    assert after < 6.8
-    assert float(re.findall(r"held-out perplexity: (\S+)", printed)[0]) < 4096 / 2
-    assert "class " in printed
+def _language_model(printed: str) -> None:
+    """Before the first step it guesses: log 4096 = 8.32. In 20 steps it learns which tokens are frequent."""
+    pattern = r"training loss: (\S+) -> (\S+) nats, held-out perplexity (\S+), temporary memory of a step (\S+) MiB"
+    linear, of_optax = (tuple(map(float, numbers)) for numbers in re.findall(pattern, printed))
+    assert linear[3] < 0.7 * of_optax[3]
+    for before, after, perplexity, _ in (linear, of_optax):
+        assert 8.2 < before < 8.5 and after < 7.2
+        assert perplexity < 4096 / 2
+    assert _differ(printed) < 1e-5
 
 
 def _vocab_parallel(printed: str, processes: int = 1, parts: int = 4) -> None:
     """log 4093 = 8.32. Sums in another order differ by 2e-7 after 15 steps; without `where`, it would be 4e-5."""
     assert f"processes: {processes}; 4093 classes, padded to {4093 + -4093 % parts}\n" in printed
-    assert f"{8 // parts} data x {parts} model: training loss" in printed
+    assert f"8 devices, batch in {8 // parts}, classes in {parts} parts: training loss" in printed
     pattern = r"training loss: (\S+) -> (\S+) nats; each device: head (\S+) MiB, temporary memory of one step (\S+) MiB"
     one, spread = (tuple(map(float, numbers)) for numbers in re.findall(pattern, printed))
     for before, after, *_ in (one, spread):
         assert 8.2 < before < 8.5
         assert after < 7
-    assert float(re.findall(r"differ by (\S+) of themselves", printed)[0]) < 1e-5
+    assert _differ(printed) < 1e-5
     assert abs(spread[2] - one[2] / parts) < 0.02
     assert spread[3] < 0.4 * one[3]
 
 
 def _distill(printed: str) -> None:
-    """Two students each; of three, the three probabilities with what is left were 3 points above the labels."""
-    read_right = dict(re.findall(r"^([\w ]+): ([\d.]+)%", printed, re.MULTILINE))
-    assert float(read_right["teacher"]) > 96
-    assert float(read_right["3 and what is left"]) > float(read_right["labels"]) + 1.5
+    """Two students each; of five, all of the teacher's probabilities were 5 points above the labels."""
+    teacher, labels, *_, everything = re.findall(r": ([\d.]+)%", printed)
+    assert float(teacher) > 96
+    assert float(everything) > float(labels) + 1.5
 
 
 def _divergence(printed: str) -> None:
@@ -91,19 +92,31 @@ def _contrastive(printed: str) -> None:
 
 
 def _policy_gradient(printed: str) -> None:
-    before, after = (float(number) for number in re.findall(r"reward: (\S+)% -> (\S+)%", printed)[0])
-    assert 40 < before < 60 and after > before + 5
+    """50 updates: without the bonus half of the sequences are copies of others, with it none is."""
+    rows = re.findall(r"reward (\S+)% -> (\S+)%, entropy (\S+) nats, (\d+) distinct", printed)
+    none, bonus = (tuple(map(float, row)) for row in rows)
+    for before, after, *_ in (none, bonus):
+        assert 40 < before < 60 and after > 85
+    assert bonus[2] > 4 * none[2]
+    assert none[3] < 90 and bonus[3] > 120
     logits, linear = (float(number) for number in re.findall(r"([\d.]+) MiB", printed))
     assert linear < 0.5 * logits
 
 
 def _tail(printed: str) -> None:
-    """1000 steps: a loss near 3e-10 in float64 and float32 alike, and a third or more of Optax's labels without a
-    gradient."""
-    rows = re.findall(r"^(.+): loss (\S+), ([\d.]+)%", printed, re.MULTILINE)
-    (truth, _), (ours, lost), (_, of_optax) = ((float(loss), float(share)) for _, loss, share in rows)
-    assert truth < 1e-8 and abs(ours / truth - 1) < 0.02
-    assert lost == 0 and of_optax > 30
+    """1000 steps: a loss near 3e-10 in float64 and float32 alike; Optax's network has a true one of 1e-7, reports 0,
+    and a third or more of its labels are without a gradient."""
+    assert "optax.adam(1e-3, b1=0.9, b2=0.95, eps=1e-20)" in printed
+    rows = re.findall(r"reported loss (\S+), true loss (\S+), ([\d.]+)%", printed)
+    exact, ours, of_optax = (tuple(map(float, row)) for row in rows)
+    assert exact[0] < 1e-8 and abs(ours[1] / exact[1] - 1) < 0.02
+    assert abs(exact[0] / exact[1] - 1) < 1e-2 and abs(ours[0] / ours[1] - 1) < 1e-2
+    assert of_optax[0] < 1e-8 and of_optax[1] > 10 * ours[1]
+    assert ours[2] == 0 and of_optax[2] > 30
+
+
+def _differ(printed: str) -> float:
+    return float(re.findall(r"differ by (\S+) of themselves", printed)[0])
 
 
 def _percentages(printed: str) -> list[float]:
@@ -117,9 +130,14 @@ longer = partial(pytest.param, marks=pytest.mark.thorough)
 @pytest.mark.parametrize(
     ("name", "arguments", "check"),
     [
-        pytest.param("digits", "--epochs 10", _digits, id="digits"),
+        pytest.param("digits", "--epochs 6", _digits, id="digits"),
         longer("vmap_batches", "--epochs 10 --members 4", _vmap_batches, id="vmap_batches"),
-        longer("char_lm", f"--steps 30 --batch 8 --length 64 {FEW} --vocabulary 4096", _char_lm, id="char_lm"),
+        longer(
+            "language_model",
+            f"--steps 20 --batch 8 --length 64 {FEW} --vocabulary 4096",
+            _language_model,
+            id="language_model",
+        ),
         pytest.param(
             "vocab_parallel",
             f"--steps 15 {FEW} --vocabulary 4093",
@@ -131,7 +149,7 @@ longer = partial(pytest.param, marks=pytest.mark.thorough)
         longer("contrastive", "--steps 60", _contrastive, id="contrastive"),
         longer("divergence", "--rows 32 --classes 4096", _divergence, id="divergence"),
         longer("tail", "--steps 1000", _tail, id="tail"),
-        longer("policy_gradient", "--updates 20", _policy_gradient, id="policy_gradient"),
+        longer("policy_gradient", "--updates 50", _policy_gradient, id="policy_gradient"),
         longer(
             "vocab_parallel",
             f"--steps 15 {FEW} --vocabulary 4093 --processes 2 --model 8 --seconds 800",
@@ -159,23 +177,24 @@ def test_an_example_learns_and_draws(name: str, arguments: str, check: Callable[
 
 
 @pytest.mark.thorough
-def test_both_doors_train_the_same_language_model(monkeypatch: pytest.MonkeyPatch):
+def test_each_loss_trains_the_same_language_model(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    char_lm = importlib.import_module("char_lm")
-    monkeypatch.setattr(char_lm, "LAYERS", 1)
+    example = importlib.import_module("language_model")
+    monkeypatch.setattr(example, "LAYERS", 1)
     tokens = np.random.default_rng(0).integers(1000, size=(3, 33), dtype=np.int32)
     optimizer = optax.adamw(1e-3)
     losses = {}
     cpu = jax.default_device(jax.devices("cpu")[0])
     with cpu, jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):  # as in a process of its own
-        for door in char_lm.DOORS:
-            model = char_lm.LanguageModel(1000, jax.random.key(0))
+        for name in example.LOSSES:
+            model = example.LanguageModel(1000, np.random.default_rng(0))
             state = optimizer.init(eqx.filter(model, eqx.is_array))
-            losses[door] = []
+            losses[name] = []
             for _ in range(4):
-                model, state, loss = char_lm.step(model, state, tokens, optimizer, door)
-                losses[door].append(float(loss))
+                model, state, loss = example.step(model, state, tokens, optimizer, name)
+                losses[name].append(float(loss))
     assert losses["linear"][-1] < losses["linear"][0] - 0.1
-    # The first losses are two sums of the same 96 losses. The rounding of the gradients grows in later steps, as Adam
+    # The first losses are sums of the same 96 losses. The rounding of the gradients grows in later steps, as Adam
     # divides by their size: measured: at most about 1 eps; 16 leave room for another order of the sums.
-    np.testing.assert_allclose(losses["linear"], losses["logits"], rtol=16 * float(np.finfo(np.float32).eps))
+    for name in ("logits", "optax"):
+        np.testing.assert_allclose(losses["linear"], losses[name], rtol=16 * float(np.finfo(np.float32).eps))

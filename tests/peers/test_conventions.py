@@ -1,4 +1,4 @@
-"""Losses as six code bases define them, and the call that replaces each: the source of `docs/guides/migration.md`.
+"""Losses as Liger and six code bases in JAX define them, and the call that replaces each, for docs/guides/migration.md.
 
 Written from what their functions compute: Flax's examples (lm1b and gemma), MaxText, T5X, EasyLM, Levanter (with
 Haliax), big_vision. A head is trained on given hidden states by either; every step's loss and gradients are compared.
@@ -109,6 +109,19 @@ def weighted_softmax_xent(logits, labels, weights, smoothing):
     return jnp.mean(jnp.sum(loss, -1) / jnp.maximum(jnp.sum(weights, -1), 2e-38))
 
 
+def liger(logits, labels, smoothing, lse_square_scale=0.0, softcap=None, ce_weight=None, ignore_index=-100):
+    """Liger's LigerFusedLinearCrossEntropyLoss, as its kernel has it; of its z-loss the class weights know nothing."""
+    logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+    log_normalizer = jax.nn.logsumexp(logits, axis=-1)
+    counted, log_p = labels != ignore_index, jax.nn.log_softmax(logits)
+    c = jnp.ones(K) if ce_weight is None else ce_weight
+    of_label = jnp.where(counted, jnp.take(c, jnp.where(counted, labels, 0)), 0)
+    loss = -of_label * jnp.take_along_axis(log_p, jnp.where(counted, labels, 0)[..., None], -1)[..., 0]
+    loss = (1 - smoothing) * loss - smoothing / K * jnp.where(counted, log_p @ c, 0)
+    z_loss = lse_square_scale * jnp.mean(log_normalizer**2, where=counted)
+    return jnp.sum(loss) / jnp.sum(of_label) + z_loss
+
+
 # Ours, beside them.
 
 
@@ -135,6 +148,7 @@ def conventions(rng) -> tuple[dict[str, Convention], tuple[Callable, ...]]:
     segments = mask.astype(np.int32)
     counts = np.where(np.arange(LENGTH) < LENGTH - 1, mask, 0)  # mask.at[:, -1].set(0)
     share, share_of_valid = (w / np.maximum(w.sum(-1, keepdims=True), 1e-10) for w in (weights, valid))
+    ignoring, ce_weight = np.where(mask > 0, labels, -100), np.linspace(0.5, 1, K, dtype=np.float32)
     pixels = labels.reshape(BATCH, 3, 2)
     nchw = lambda logits: jnp.moveaxis(logits.reshape(BATCH, 3, 2, K), -1, 1)  # noqa: E731
     one_hot = lambda: jax.nn.one_hot(pixels, K, axis=1, dtype=jnp.float32)  # noqa: E731
@@ -229,6 +243,31 @@ def conventions(rng) -> tuple[dict[str, Convention], tuple[Callable, ...]]:
                 weights=share,
                 label_smoothing=smoothing * K / (K - 1),
                 normalizer=labels.shape[0],
+            ),
+        ),
+        "liger": Convention(
+            lambda logits, x, table: liger(logits, ignoring, smoothing, z_loss, softcap),
+            lambda logits, x, table: linear_cross_entropy(
+                x,
+                table,
+                ignoring,
+                transpose_weight=True,
+                ignore_index=-100,
+                label_smoothing=smoothing,
+                z_loss=z_loss,
+                softcap=softcap,
+            ),
+        ),
+        "liger class weights": Convention(
+            lambda logits, x, table: liger(logits, ignoring, smoothing, ce_weight=ce_weight),
+            lambda logits, x, table: linear_cross_entropy(
+                x,
+                table,
+                ignoring,
+                transpose_weight=True,
+                ignore_index=-100,
+                label_smoothing=smoothing,
+                class_weights=ce_weight,
             ),
         ),
         "big_vision NCHW": Convention(
