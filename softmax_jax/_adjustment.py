@@ -1,7 +1,8 @@
-"""From raw logits to what their exponential is taken of: z - m."""
+"""From raw logits to what their exponential is taken of: z - m, and products with what may be infinite."""
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -57,3 +58,40 @@ def row_shift(z: Array, axis: int | tuple[int, ...], class_axes: Names = ()) -> 
     """m = max_v z_v as a constant; 0 for a row whose every logit is -inf, since -inf - -inf is NaN."""
     highest = pmax(upcast(jnp.max(z, axis=axis, initial=-jnp.inf)), class_axes)
     return jnp.where(highest == -jnp.inf, 0, highest)
+
+
+@jax.custom_jvp
+def weighed(factor: Array, z: Array) -> Array:
+    """factor · z, but 0 where the factor is 0 and z = -inf; so is its derivative there."""
+    return jnp.where(factor == 0, 0, factor * z)
+
+
+@weighed.defjvp
+def _weighed_jvp(primals, tangents):
+    (factor, z), (dfactor, dz) = primals, tangents
+    return weighed(factor, z), dfactor * finite(z, factor == 0) + factor * dz
+
+
+def finite(z: Array, unused: Array) -> Array:
+    """z, but 0 where it is infinite and `unused`."""
+    return jnp.where(jnp.isinf(z) & unused, 0, z)
+
+
+def beyond_exp(z: Array) -> Array:
+    """z, bounded where its exponential is 0."""
+    return jnp.maximum(z, -1e4)
+
+
+@jax.custom_jvp
+def scaled(z: Array, scale: Array | None) -> Array:
+    """scale · z of a scale > 0. Its own gradient is 0 where z is infinite, or stands for that."""
+    return z if scale is None else scale * z
+
+
+@scaled.defjvp
+def _scaled_jvp(primals, tangents):
+    (z, scale), (dz, dscale) = primals, tangents
+    if scale is None:
+        return z, dz
+    finite_z = jnp.where(jnp.abs(z) < float(jnp.finfo(z.dtype).max) / 8, z, 0)
+    return scaled(z, scale), scale * dz + dscale * finite_z

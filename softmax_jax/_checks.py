@@ -14,9 +14,9 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from softmax_jax._dtypes import accumulator, nan_unless
+from softmax_jax._labels import Labels, SparseLabels, are_ids
 from softmax_jax._sharding import Names, checks_varying, varying
 from softmax_jax._source import Source
-from softmax_jax._targets import Labels, SparseLabels, are_ids
 
 Reduction = Literal["mean", "sum", "none"]
 Kind = Literal["logits", "probabilities", "states"]  # of what a teacher gives

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from softmax_jax._class_passes import beyond_exp
+from softmax_jax._adjustment import beyond_exp
 from softmax_jax._sharding import Names, pmax, pmin, psum
 
 NO_CLASS = jnp.iinfo(jnp.int32).max

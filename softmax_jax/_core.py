@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from softmax_jax._checks import Options, Reduction
 from softmax_jax._dtypes import accumulator
 from softmax_jax._head import dealt, over_chunks
+from softmax_jax._labels import Labels, are_ids, in_one_form, label_specs, unused_by
 from softmax_jax._sharding import (
     Names,
     PyTree,
@@ -36,7 +37,6 @@ from softmax_jax._sharding import (
     varying,
 )
 from softmax_jax._source import Source
-from softmax_jax._targets import Labels, are_ids, in_one_form, label_specs, unused_by
 
 
 class Operands(NamedTuple):

@@ -10,8 +10,8 @@ from softmax_jax import _checks
 from softmax_jax._arguments import hinted
 from softmax_jax._checks import Options, Reduction
 from softmax_jax._core import How, Operands, compute
+from softmax_jax._labels import SparseLabels
 from softmax_jax._source import Source
-from softmax_jax._targets import SparseLabels
 from softmax_jax._token_loss import weighted_losses
 from softmax_jax._token_statistics import losses_and_statistics
 

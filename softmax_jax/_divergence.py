@@ -7,25 +7,22 @@ import jax.numpy as jnp
 from jax import Array
 
 from softmax_jax._adjustment import rounded
-from softmax_jax._class_passes import is_at
-from softmax_jax._divergence_sums import (
+from softmax_jax._barrier import apart
+from softmax_jax._divergence_sums import Half, Rows, rows_of
+from softmax_jax._divergence_terms import (
     At,
-    Half,
     Logits,
-    Rows,
+    bounds_of,
     exchanged,
     log_mixture,
     log_ratio,
     lowest_ratio,
-    numbers_of,
-    of_ratio,
     probabilities,
-    rows_of,
     shares_of,
     z_of,
 )
 from softmax_jax._dtypes import nan_unless
-from softmax_jax._passes import apart, as_operands
+from softmax_jax._indexing import is_at
 from softmax_jax._sharding import Names, check_gradient, offset, same_on_devices, vary, varying
 
 
@@ -79,10 +76,10 @@ def _divergence_fwd(b, a, where, scale, beta, unused, axis, class_axes):
 def _divergence_bwd(axis, class_axes, residuals, cotangent):
     b, a, where, scale, beta, unused, rows = residuals
     dbeta = None if beta is None else jnp.sum(cotangent * (rows.of_t.divergence - rows.of_p.divergence))
-    n = as_operands(cotangent.dtype, of_ratio(numbers_of(cotangent.dtype)))
+    bounds = bounds_of(cotangent.dtype)
     cotangent = vary(cotangent, varying((b, a)))
     rows = rows._replace(of_t=_finite(rows.of_t, cotangent), of_p=_finite(rows.of_p, cotangent))
-    b_raw, a_raw, rows, cotangent, n = apart(b.raw, a.raw, rows, cotangent, n)
+    b_raw, a_raw, rows, cotangent = apart(b.raw, a.raw, rows, cotangent)
     rows, cotangent = jax.tree.map(lambda row: jnp.expand_dims(row, axis), (rows, cotangent))
     if unused is not None:
         b_raw, a_raw = (jnp.where(jnp.expand_dims(unused, axis), 0, raw) for raw in (b_raw, a_raw))
@@ -94,7 +91,8 @@ def _divergence_bwd(axis, class_axes, residuals, cotangent):
     shared, first = rows.shared, offset(z_b.shape[axis], class_axes)
     place = lambda half: is_at(jnp.squeeze(half.top, axis) - first, z_b, axis)  # noqa: E731
     t, p = probabilities(z_b, z_a, scale, shared, shared.b_top, shared.a_top)
-    r = log_ratio(z_b, z_a, scale, shared, lowest_ratio(n, beta is not None), n.log_highest, n)
+    lowest = lowest_ratio(bounds, beta is not None)
+    r = log_ratio(z_b, z_a, scale, shared, lowest, bounds.log_highest, bounds.lowest)
     at = jax.tree.map(partial(jnp.where, place(rows.of_t)), rows.at_pivot, At(t, p, r))
     db, da, dscale = pull(tuple(cotangent * slope for slope in _slopes(at, rows, beta, place)))
     return db, da, None, jax.tree.map(same_on_devices, dscale, scale), dbeta, None

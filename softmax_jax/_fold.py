@@ -1,7 +1,6 @@
 """The sums of a token in one pass over its classes, and the one place that chooses it.
 
-On a GPU or TPU one `lax.reduce` reads the logits once, whatever the axis. XLA for the CPU runs it one number at a time
-(34x slower): there the sums are those of `_class_passes`, one row reduction each.
+On a GPU or TPU one `lax.reduce` reads the logits once, whatever the axis; on the CPU `_fold_cpu` makes the same sums.
 
 A GPU reads a bfloat16 logit in the time of about twenty of its instructions; to join it to a set takes as many again,
 and joining the sets of a warp's threads more. So neighbours, as many as one load has, are summed around their largest
@@ -11,16 +10,21 @@ without a copy.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from softmax_jax._adjustment import Adjustment, adjust
-from softmax_jax._combine import Class, Folded, combine, of_neighbours, of_none
-from softmax_jax._dtypes import upcast
-from softmax_jax._sharding import Names, entries_of, offset, vary_alike
+from softmax_jax import _fold_cpu, _passes_cpu
+from softmax_jax._adjustment import Adjustment, adjust, scaled, shifted
+from softmax_jax._barrier import apart
+from softmax_jax._combine import Class, Folded, combine, of_neighbours, of_none, over_devices
+from softmax_jax._dtypes import accumulator, upcast
+from softmax_jax._indexing import is_at, pick
+from softmax_jax._labels import are_dense, are_ids, masses_of_few, target, uniform
+from softmax_jax._sharding import Names, count, entries_of, offset, pmax, psum, vary, vary_alike, varying
+from softmax_jax._sums import Asked, ClassSums, Top
 
 PLATFORMS = ("cpu",)
 """Those on which sums are passes of their own."""
@@ -35,14 +39,87 @@ def by_platform(by_passes: Callable, by_fold: Callable, *operands: Any) -> Any:
     return lax.platform_dependent(*operands, default=by_fold, **dict.fromkeys(PLATFORMS, by_passes))
 
 
-class Folding(NamedTuple):
-    """Static."""
+def class_sums(*operands: Any, axis: int, asked: Asked, class_axes: Names) -> tuple[ClassSums, Array]:
+    """(the sums of every token, its pivot) of (logits, labels, class_weights, adjustment, z of the label where its
+    place is asked)."""
+    how = {"axis": axis, "asked": asked, "class_axes": class_axes}
+    return by_platform(partial(_fold_cpu.class_sums, **how), partial(_class_sums, **how), *operands)
 
-    axis: int
-    class_axes: Names
-    moment: bool
-    neighbours: int = 1  # how many of a token's classes are summed before the reduction
-    parts: int = 1  # of how many equal parts a row then is
+
+def top_sums(*operands: Any, axis: int, class_axes: Names) -> Top:
+    """Of (logits, adjustment)."""
+    how = {"axis": axis, "class_axes": class_axes}
+    return by_platform(partial(_fold_cpu.top_sums, **how), partial(_top_sums, **how), *operands)
+
+
+def rest_of_scaled(*operands: Any, axis: int, class_axes: Names) -> Array:
+    """`rest_of_top`."""
+    how = {"axis": axis, "class_axes": class_axes}
+    return by_platform(partial(_fold_cpu.rest_of_top, **how), partial(rest_of_top, **how), *operands)
+
+
+def apart_on_cpu(*arrays: Any) -> tuple:
+    """The same arrays, which the CPU's compiler does not make together with what comes before."""
+    return by_platform(apart, lambda *arrays: arrays, *arrays)
+
+
+def alone(f: Callable, *operands: Any) -> Any:
+    """f(*operands), a reduction, which the CPU's compiler makes together with nothing else."""
+    return by_platform(partial(_passes_cpu.alone, f), f, *operands)
+
+
+def rest_of_top(logits, adjustment, scale, m, top, axis, class_axes) -> Array:
+    """Σ_{v≠top} exp(scale · (z_v - m)), of all devices' classes."""
+    z = scaled(shifted(logits, adjustment, m, axis), vary(scale, varying(logits)))
+    others = jnp.where(is_at(top - offset(logits.shape[axis], class_axes), z, axis), 0, jnp.exp(z))
+    return psum(jnp.sum(others, axis), class_axes)
+
+
+def _class_sums(logits, labels, class_weights, adjustment, own_z, axis, asked, class_axes):
+    size, dtype, where = logits.shape[axis], accumulator(logits.dtype), adjustment.where
+    t = target(labels, class_weights, where, dtype) if are_dense(labels) else None
+    c = uniform(class_weights, where, jnp.ones_like(logits, dtype)) if asked.prior else None
+    label = labels if are_ids(labels) and not asked.place else None
+    than = (labels, own_z) if asked.place else None
+    asks = {"moment": asked.moment, "one_by_one": asked.beside}
+    found = fold(logits, label, t, c, than, adjustment, axis, class_axes, **asks)
+    if label is not None:
+        found = found._replace(own=_adjusted(found.own, label, adjustment, size, axis, class_axes))
+    found = over_devices(found, class_axes)
+    m, top, rest = _settled(found, count(size, class_axes))
+    pivot = top if label is None else label
+    own = m - m if label is None else found.own - m
+    of_labels: Any = found.mass, found.rest_mass, found.label_sum
+    if t is None and than is None:
+        here = pivot - offset(size, class_axes)
+        of_few = masses_of_few(logits, labels, class_weights, adjustment, m, here, axis, class_axes)
+        of_labels = psum(of_few, class_axes)
+    sums = ClassSums(m, rest, own, *of_labels, prior=found.prior, moment=found.moment)
+    if asked.place:
+        ties = pmax((found.top != labels).astype(dtype), class_axes)
+        sums = sums._replace(above=found.above, ties=ties, first=found.top.astype(dtype))
+    return sums, pivot
+
+
+def _adjusted(own, label, adjustment, size, axis, class_axes):
+    """z of a token's label, of its logit as it came; 0 where it is none of the classes here."""
+    here = label - offset(size, class_axes)
+    in_range = jnp.clip(here, 0, size - 1)
+    where = None if adjustment.where is None else pick(adjustment.where, in_range, axis)
+    return jnp.where(in_range == here, upcast(adjust(own, adjustment._replace(where=where))), 0)
+
+
+def _top_sums(logits, adjustment, axis, class_axes):
+    found = fold(logits, None, None, None, None, adjustment, axis, class_axes)
+    return _settled(over_devices(found, class_axes), count(logits.shape[axis], class_axes))
+
+
+def _settled(found: Folded, classes: int) -> Top:
+    """Of all classes: m is 0 in a row of -inf alone, and rest NaN in one that holds NaN or +inf, as m - m is."""
+    lacking = found.m == -jnp.inf
+    m = jnp.where(lacking, 0, found.m)
+    top = None if found.top is None else jnp.where(lacking | jnp.isnan(m), classes, found.top)
+    return Top(m, top, jnp.where(lacking, 0, found.rest) + (m - m))
 
 
 def fold(
@@ -61,36 +138,42 @@ def fold(
     devices along `class_axes`. t and c broadcast to the logits. A row of -inf alone has m = -inf."""
     # Where neighbours cost much more than their read, XLA makes their maxima, or what else is used twice, in another
     # kernel, and reads them again: always of a tanh, of dense labels and of a moment, of more sums from 8 bytes on.
-    size, plain = logits.shape[axis], adjustment.logit_scale is None and c is None and than is None
+    plain = adjustment.logit_scale is None and c is None and than is None
     one_by_one = one_by_one or moment or t is not None or adjustment.softcap is not None
     load = 1 if one_by_one else LOAD if plain else LOAD // 2
-    operands, alone = (logits, label, t, c, than, adjustment), Folding(axis % logits.ndim, class_axes, moment)
-    if not isinstance(size, int) or size < SHORT or entries_of(logits)[axis]:
-        return _fold(alone, *operands)
-    neighbours = _neighbours(size, load // logits.dtype.itemsize)
-    how = alone._replace(neighbours=neighbours, parts=_parts(size // neighbours))
-    if how == alone:
-        return _fold(alone, *operands)
-    return lax.platform_dependent(*operands, tpu=partial(_fold, alone), default=partial(_fold, how))
+    f = partial(_fold, axis=axis % logits.ndim, class_axes=class_axes, moment=moment)
+    return by_neighbours(f, axis, load, logits, label, t, c, than, adjustment)
 
 
-def _fold(how: Folding, logits, label, t, c, than, adjustment):
-    axis, size, step = how.axis, logits.shape[how.axis], how.neighbours
+def by_neighbours(f: Callable, axis: int, load: int, x: Array, *operands: Any) -> Any:
+    """f(x, *operands, step, parts): a reduction of `load` bytes of x at a time."""
+    size, alone, (step, parts) = x.shape[axis], partial(f, step=1, parts=1), (1, 1)
+    if isinstance(size, int) and size >= SHORT and not entries_of(x)[axis]:
+        step = _neighbours(size, load // x.dtype.itemsize)
+        parts = _parts(size // step)
+    if step == parts == 1:
+        return alone(x, *operands)
+    return lax.platform_dependent(x, *operands, tpu=alone, default=partial(f, step=step, parts=parts))
+
+
+def _fold(logits, label, t, c, than, adjustment, *, axis, class_axes, moment, step, parts):
+    """`step` of a token's classes are summed before the reduction; a row then is `parts` equal parts."""
+    size = logits.shape[axis]
     label, than = jax.tree.map(lambda row: jnp.expand_dims(row, axis), (label, than))
 
     def every(place: int) -> Class:
-        take = lambda a: _every(a, place, step, axis) if a.ndim and a.shape[axis] == size else a  # noqa: E731
+        take = lambda a: every_of(a, place, step, axis) if a.ndim and a.shape[axis] == size else a  # noqa: E731
         raw, adjusted, *masses = jax.tree.map(take, (logits, adjustment, t, c))
         z = upcast(adjust(raw, adjusted))
         return Class(z, upcast(raw), *jax.tree.map(lambda a: jnp.broadcast_to(a, z.shape).astype(z.dtype), masses))
 
     some = [every(place) for place in range(step)]
-    first = lax.broadcasted_iota(jnp.int32, some[0].z.shape, axis) * step + offset(size, how.class_axes)
-    each = of_neighbours(some, first, label, than, how.moment)
-    return reduced(combine, each, of_none(each), axis, how.parts)
+    first = lax.broadcasted_iota(jnp.int32, some[0].z.shape, axis) * step + offset(size, class_axes)
+    each = of_neighbours(some, first, label, than, moment)
+    return reduced(combine, each, of_none(each), axis, parts)
 
 
-def _every(a: Array, first: int, step: int, axis: int) -> Array:
+def every_of(a: Array, first: int, step: int, axis: int) -> Array:
     """Every `step`-th entry."""
     if step == 1:
         return a

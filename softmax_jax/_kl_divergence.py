@@ -19,12 +19,12 @@ from softmax_jax._checks import Kind, Options, Reduction
 from softmax_jax._core import How, Operands, compute
 from softmax_jax._cross_entropy import Scalar
 from softmax_jax._divergence import divergence
-from softmax_jax._divergence_sums import Logits
+from softmax_jax._divergence_terms import Logits
 from softmax_jax._dtypes import accumulator, product_dtype, upcast
+from softmax_jax._labels import SparseLabels, existing, probabilities_of, unused_by
 from softmax_jax._product import emptied
 from softmax_jax._sharding import Names
 from softmax_jax._source import Source
-from softmax_jax._targets import SparseLabels, existing, probabilities_of, unused_by
 
 
 @hinted

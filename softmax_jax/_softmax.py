@@ -11,12 +11,12 @@ from jaxtyping import Bool, Num
 from softmax_jax import _checks
 from softmax_jax._adjustment import Adjustment, adjust, row_shift, shifted
 from softmax_jax._arguments import hinted
-from softmax_jax._class_passes import classes_last, from_classes_last, is_at
-from softmax_jax._class_sums import top_sums
+from softmax_jax._barrier import apart
 from softmax_jax._dtypes import floating, upcast
-from softmax_jax._fold import by_platform, reduced
-from softmax_jax._passes import alone, apart
+from softmax_jax._fold import alone, apart_on_cpu, by_neighbours, by_platform, reduced
+from softmax_jax._indexing import classes_last, from_classes_last, is_at
 from softmax_jax._token_loss import negative_log_likelihood
+from softmax_jax._waist import top_sums
 
 Axes = tuple[int, ...]
 
@@ -90,13 +90,6 @@ def _operands(x: ArrayLike, axis: int | Axes | None, where: ArrayLike | None) ->
     return floating(x), where, axes
 
 
-def _shifted(x: Array, where: Array | None, axes: Axes) -> Array:
-    """x - m with -inf at what is left out, for the reductions over `axes`."""
-    masked = Adjustment(where=where)
-    x, shift = apart(x, row_shift(adjust(x, masked), axes))
-    return shifted(x, masked, shift, axes)
-
-
 # y = exp(x - m) / Σ exp(x - m), and with the whole Jacobian ∂y_v/∂x_u = y_v (δ_uv - y_u)
 #
 #     dx_v = y_v (g_v - Σ_u g_u y_u)
@@ -115,21 +108,20 @@ def _is_wide(x: Array, axes: Axes) -> bool:
 
 
 def _softmax_value(x, where, axes):
-    def by_passes(x, where):
-        e = jnp.exp(_shifted(x, where, axes))
+    masked = Adjustment(where=where)
+
+    def plain(x):
+        x, m = apart_on_cpu(x, row_shift(adjust(x, masked), axes))
+        e = jnp.exp(shifted(x, masked, m, axes))
         return e, jnp.sum(e, axes, keepdims=True)
 
-    def by_fold(x, where):
-        masked = Adjustment(where=where)
-        if not _is_wide(x, axes):
-            e = jnp.exp(shifted(x, masked, row_shift(adjust(x, masked), axes), axes))
-            return e, jnp.sum(e, axes, keepdims=True)
+    def by_fold(x):
         m, top, rest = top_sums(x, masked, axes[0], ())
         own = jnp.exp(_highest(x, m, top, axes[0]) - m)  # 1, with its slope
         total = jnp.where(top < x.shape[axes[0]], own + rest, rest)
         return jnp.exp(shifted(x, masked, m, axes)), jnp.expand_dims(total, axes)
 
-    e, total = by_platform(by_passes, by_fold, x, where)
+    e, total = by_platform(plain, by_fold, x) if _is_wide(x, axes) else plain(x)
     if where is not None:
         total = jnp.where(jnp.any(where, axes, keepdims=True), total, 1)
     y = e / total
@@ -157,18 +149,18 @@ def _around_mean(y, g, axes):
 
 
 def _around_top(y, g, axes):
-    if not _is_wide(y, axes):
-        return _around_mean(y, g, axes)
     if y.dtype.itemsize < 4:  # else XLA keeps a float32 copy for the two passes (H200: 11 reads, not 8)
         (y,) = apart(y)
-    c, mean = (jnp.expand_dims(of_row, axes) for of_row in _mean_around_top(y, g, axes[0]))
+    of_row = by_neighbours(partial(_mean_around_top, axis=axes[0]), axes[0], 1, y, g)
+    c, mean = (jnp.expand_dims(of_row, axes) for of_row in of_row)
     return upcast(y) * ((upcast(g) - c) - mean)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _pulled_back(y: Array, g: Array, axes: Axes) -> Array:
     """dx, of which the two ways have one derivative."""
-    return by_platform(partial(_around_mean, axes=axes), partial(_around_top, axes=axes), y, g)
+    around_mean, around_top = (partial(f, axes=axes) for f in (_around_mean, _around_top))
+    return by_platform(around_mean, around_top, y, g) if _is_wide(y, axes) else around_mean(y, g)
 
 
 @_pulled_back.defjvp
@@ -176,7 +168,7 @@ def _pulled_back_jvp(axes, primals, tangents):
     return _pulled_back(*primals, axes), jax.jvp(partial(_around_mean, axes=axes), primals, tangents)[1]
 
 
-def _mean_around_top(y: Array, g: Array, axis: int) -> tuple[Array, Array]:
+def _mean_around_top(y, g, *, axis, parts, **_):
     """(c, Σ y (g - c)) with c = g at the largest y, in one pass: the differences lose there no more than above."""
 
     def join(a, b):
@@ -186,7 +178,7 @@ def _mean_around_top(y: Array, g: Array, axis: int) -> tuple[Array, Array]:
 
     p, g = upcast(y), upcast(g)
     zero = jnp.zeros((), p.dtype)
-    _, c, _, mean = reduced(join, (p, g, p, jnp.zeros_like(p)), (zero - 1, zero, zero, zero), axis)
+    _, c, _, mean = reduced(join, (p, g, p, jnp.zeros_like(p)), (zero - 1, zero, zero, zero), axis, parts)
     return c, mean
 
 

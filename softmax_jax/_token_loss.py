@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from softmax_jax._adjustment import Adjustment
+from softmax_jax._adjustment import Adjustment, finite
 from softmax_jax._checks import Options
-from softmax_jax._class_passes import finite
-from softmax_jax._class_sums import Asked, ClassSums, class_sums
 from softmax_jax._dtypes import accumulator
+from softmax_jax._labels import Labels, SparseLabels, existing, existing_classes, spread_evenly, unused_by
 from softmax_jax._sharding import Names, psum
-from softmax_jax._targets import Labels, SparseLabels, existing, existing_classes, spread_evenly, unused_by
+from softmax_jax._sums import Asked, ClassSums
+from softmax_jax._waist import class_sums
 
 # With t = rest + exp(own):
 #

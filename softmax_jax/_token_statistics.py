@@ -9,11 +9,11 @@ from jaxtyping import Bool, Float, Int
 
 from softmax_jax._adjustment import Adjustment
 from softmax_jax._checks import Options
-from softmax_jax._class_sums import Asked, class_sums
-from softmax_jax._dtypes import accumulator
-from softmax_jax._sharding import Names, count
-from softmax_jax._targets import SparseLabels, in_one_form, unused_by
+from softmax_jax._labels import unused_by
+from softmax_jax._sharding import Names
+from softmax_jax._sums import Asked
 from softmax_jax._token_loss import log_spread, loss_of, negative_log_likelihood, weighted_losses, without
+from softmax_jax._waist import class_sums
 
 
 class LabelStatistics(NamedTuple):
@@ -36,22 +36,17 @@ class LabelStatistics(NamedTuple):
 def statistics(
     logits: Array, labels: Array, weights: Array | None, options: Options, _: None, axis: int, class_axes: Names
 ) -> tuple[LabelStatistics, None]:
-    """Of ids in their one form; all 0 for a token of weight 0. A label is one class of probability 1, so that the
-    pivot is the largest class."""
-    unused, classes = unused_by(weights), count(logits.shape[axis], class_axes)
-    one = SparseLabels(labels[..., None], jnp.ones((*labels.shape, 1), accumulator(logits.dtype)))
-    one = in_one_form(one, unused, classes, accumulator(logits.dtype), axis)
+    """Of ids in their one form; all 0 for a token of weight 0."""
+    unused = unused_by(weights)
     adjustment = Adjustment(options.where, options.logit_scale, options.softcap)
     asked = Asked(moment=True, place=True)
     sums: Any = class_sums(
-        logits, one, None, adjustment, unused, axis=axis, asked=asked, class_axes=class_axes, forward_mode=False
+        logits, labels, None, adjustment, unused, axis=axis, asked=asked, class_axes=class_axes, forward_mode=True
     )
     used = lambda value: value if unused is None else jnp.where(unused, jnp.zeros_like(value), value)  # noqa: E731
     sums = without(unused, sums)
     nll, spread = negative_log_likelihood(sums.rest, sums.own), log_spread(sums.rest, sums.own)
-    hidden = (sums.own_mass == 0) & (sums.rest_mass == 0)
-    slope = spread - lax.stop_gradient(spread)  # 0: an infinite log_prob has the gradient of any label's, -p
-    log_prob = jnp.where(hidden, -jnp.inf - slope, -loss_of(sums, None, options))
+    log_prob = -loss_of(sums, None, options)
     t = sums.rest + jnp.exp(sums.own)
     entropy = (jnp.exp(sums.own) * nll + sums.rest * spread + sums.moment) / t
     valid, log_normalizer = ~jnp.isnan(log_prob), sums.shift + spread

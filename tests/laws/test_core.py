@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import reference
 
-from softmax_jax import SparseLabels, _targets
+from softmax_jax import SparseLabels, _labels
 from softmax_jax._adjustment import Adjustment, adjust, row_shift
-from softmax_jax._class_passes import moment_of_others, pick_of_all, sum_of_others, top_class
-from softmax_jax._targets import (
-    dense_sums,
+from softmax_jax._fold_cpu import dense_sums, moment_of_others, sum_of_others, top_class
+from softmax_jax._indexing import pick_of_all
+from softmax_jax._labels import (
     existing_classes,
     few,
     own_mass,
@@ -20,7 +20,7 @@ from softmax_jax._targets import (
 )
 
 INF, NONE = np.inf, Adjustment(None, None, None)
-merged = jax.jit(_targets.merged, static_argnums=2)
+merged = jax.jit(_labels.merged, static_argnums=2)
 largest = jax.jit(lambda z, adjustment, axis: row_shift(adjust(z, adjustment), axis), static_argnums=2)
 top = jax.jit(top_class, static_argnums=3)
 sum_others, moment_others = (jax.jit(f, static_argnums=4) for f in (sum_of_others, moment_of_others))

@@ -24,7 +24,7 @@ from meshes import assert_equal, collectives, mesh_of, problem, truth, under_jit
 from softmax_jax import (
     _combine,
     _fold,
-    _passes,
+    _passes_cpu,
     _softmax,
     cross_entropy,
     kl_divergence,
@@ -199,7 +199,7 @@ def test_softmax_of_explicitly_sharded_classes(rng, monkeypatch, side, classes):
     jax.clear_caches()
     monkeypatch.setattr(_fold, "PLATFORMS", () if side == "folded" else ("cpu",))
     monkeypatch.setattr(_fold, "SHORT", 0)
-    for module, name in ((_passes, "BLOCK"), (_fold, "ROW"), (_softmax, "KERNEL")):
+    for module, name in ((_passes_cpu, "BLOCK"), (_fold, "ROW"), (_softmax, "KERNEL")):
         monkeypatch.setattr(module, name, 64)
     x, g = (np.float32(3 * rng.normal(size=(16, classes))) for _ in range(2))
     sharding = NamedSharding(mesh_of("explicit"), P("data", "model"))

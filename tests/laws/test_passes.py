@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from meshes import assert_equal, collectives, mesh_of, problem, truth, under_jit
 
 from softmax_jax import SparseLabels, cross_entropy, kl_divergence, label_statistics, log_softmax
-from softmax_jax._passes import FEW, MANY
+from softmax_jax._passes_cpu import FEW, MANY
 
 pytestmark = pytest.mark.optimized
 

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from softmax_jax._class_passes import at_ids, distance, pick, times, with_at_ids, z_of
+from softmax_jax._adjustment import Adjustment, rounded, shifted, weighed
 from softmax_jax._dtypes import nan_unless
-from softmax_jax._passes import sum_over_classes
+from softmax_jax._indexing import at_ids, pick, with_at_ids
 from softmax_jax._sharding import Names, count, fit, offset, psum
 
 
@@ -133,25 +133,6 @@ def own_mass(labels, class_weights, where, pivot, size, axis, dtype):
     return None if mass is None else jnp.where(in_range == pivot, mass, 0)
 
 
-def dense_sums(logits, labels, class_weights, m, pivot, adjustment, axis):
-    """(rest_mass, label_sum). A factor that is 0 at the pivot leaves it out: 1 elsewhere in the one sum, a half in the
-    other, since the two would share the same constant (see `alone`)."""
-
-    def others(arrays, m, pivot, axis):
-        labels, class_weights, where = arrays
-        t = target(labels, class_weights, where, m.dtype)
-        return t * jnp.minimum(distance(pivot, t, axis), 1)
-
-    def of_logits(arrays, m, pivot, axis):
-        logits, labels, class_weights, where = arrays
-        z = z_of((logits, where), adjustment, m, axis)
-        return times(target(labels, class_weights, where, m.dtype), z * jnp.minimum(distance(pivot, z, axis), 0.5))
-
-    arrays = labels, class_weights, adjustment.where
-    rest_mass = sum_over_classes(others, arrays, m, pivot, axis)
-    return rest_mass, 2 * sum_over_classes(of_logits, (logits, *arrays), m, pivot, axis)
-
-
 class Few(NamedTuple):
     """What stands at the ids of SparseLabels: [*batch] with k on the classes' axis. Of sharded classes, of those
     here."""
@@ -215,10 +196,27 @@ def probabilities_of(labels: SparseLabels, where: Array | None, size: int, axis:
     return existing(with_at_ids(every, ids, labels.probs, axis), where)
 
 
+def masses_of_few(logits, labels, class_weights, adjustment: Adjustment, m, pivot, axis, class_axes):
+    """(own_mass, rest_mass, label_sum) of ids and of SparseLabels, which need no pass over the classes."""
+    if not isinstance(labels, SparseLabels):
+        mass = own_mass(labels, class_weights, adjustment.where, pivot, logits.shape[axis], axis, m.dtype)
+        return mass, None, None
+    at = few(logits, labels, class_weights, adjustment.where, offset(logits.shape[axis], class_axes), axis)
+    z = shifted(at.logits, adjustment._replace(where=at.where), m, axis)
+    mass, *others = sparse_sums(z, labels.probs, at.class_weights, at, pivot, axis)
+    return nan_unless(~jnp.any(jnp.isnan(labels.probs), axis), mass), *others
+
+
+def masses_of_one(ids, z, m, top, classes):
+    """(own_mass, rest_mass, label_sum) of ids around the largest class, of z at the ids."""
+    is_top = ids == top
+    mass = nan_unless((ids >= 0) & (ids < classes), is_top.astype(m.dtype))
+    return mass, 1 - is_top.astype(m.dtype), jnp.where(is_top, 0, rounded(z, m) - m)
+
+
 def sparse_sums(z, probs, class_weights, at: Few, pivot, axis):
     """(own_mass, rest_mass, label_sum), of z at the ids."""
     t = target(probs, class_weights, at.where, z.dtype)
     is_pivot = at.ids == jnp.expand_dims(pivot, axis)
     rest = jnp.where(is_pivot, 0, t)
-    sums = jnp.where(is_pivot, t, 0), rest, times(rest, z)
-    return tuple(jnp.sum(terms, axis) for terms in sums)
+    return tuple(jnp.sum(terms, axis) for terms in (jnp.where(is_pivot, t, 0), rest, weighed(rest, z)))

@@ -1,11 +1,11 @@
-"""One pass over the classes at a time: how it is run.
+"""One pass over the classes at a time, for XLA on the CPU: how it is run.
 
     rows                     are summed
     of any length            as a whole                                    behind a fence of their own
     of more than `BLOCK`     in blocks, which are made before the fence
     of few classes, many     class by class, over all tokens at once
 
-What is summed is in `_class_passes`.
+What is summed is in `_fold_cpu` and `_divergence_cpu`.
 """
 
 from collections.abc import Callable
@@ -15,36 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.custom_derivatives import SymbolicZero
 
+from softmax_jax._barrier import fenced
 from softmax_jax._sharding import entries_of
 
 PyTree = Any
-
-
-@jax.custom_jvp
-def _fenced(arrays: PyTree) -> PyTree:
-    """An optimization barrier around all of them; around each tangent one of its own, since JAX does not transpose one
-    around a tangent beside what is none."""
-    return lax.optimization_barrier(arrays)
-
-
-def _fenced_jvp(primals, tangents):
-    is_one = lambda t: not isinstance(t, SymbolicZero) and t.dtype != jax.dtypes.float0  # noqa: E731
-    each = jax.tree.map(lambda t: lax.optimization_barrier(t) if is_one(t) else t, tangents[0])
-    return _fenced(*primals), each
-
-
-_fenced.defjvp(_fenced_jvp, symbolic_zeros=True)
-
-
-def apart(*arrays: PyTree) -> tuple:
-    """The same arrays, fenced off from what made them.
-
-    XLA on the CPU would otherwise share one float32 copy of 16-bit logits between the maximum, the sum and the
-    gradient: 2x the logits' bytes; without it the gradient is 1.5x faster.
-    """
-    return _fenced(arrays)
 
 
 def alone(f: Callable[..., PyTree], *operands: PyTree) -> PyTree:
@@ -55,7 +30,7 @@ def alone(f: Callable[..., PyTree], *operands: PyTree) -> PyTree:
     Fences around the same operands are one fence, and equal constants one array: passes differ in both. It also
     fuses a row sum with the mean over rows that follows (4096 x 32000: 970 ms instead of 90 ms).
     """
-    return _fenced(f(*_fenced(operands)))
+    return fenced(f(*fenced(operands)))
 
 
 BLOCK = 2**15

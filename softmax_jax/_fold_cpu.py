@@ -1,21 +1,71 @@
-"""What a token's sums are made of, by one pass over the classes at a time.
+"""The sums of a token where each is a pass of its own: XLA on the CPU. May be deleted, with the line that names it.
 
-Each pass reads the logits as they came and makes z - m again, of z as it is `rounded`. Even so nothing here or above
-asks whether it is 0: a compiler may round what makes the logits otherwise in one pass than in another.
+The same sums as those of `_fold`, one row reduction each: XLA for the CPU runs a reduction with a body of its own one
+number at a time (34x slower). Each pass reads the logits as they came and makes z - m again, of z as it is `rounded`.
+Even so nothing here asks whether it is 0: a compiler may round what makes the logits otherwise in one pass than in
+another. Nothing here is differentiated: derivatives are of the sums as `_waist` writes them.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from softmax_jax._adjustment import Adjustment, adjust, shifted
+from softmax_jax._adjustment import Adjustment, adjust, beyond_exp, rounded, row_shift, scaled, shifted
+from softmax_jax._barrier import apart
 from softmax_jax._dtypes import upcast
-from softmax_jax._passes import as_operands, over_classes, sum_over_classes
-from softmax_jax._sharding import Names, count, offset, pmax, pmin, psum
+from softmax_jax._indexing import pick_logit
+from softmax_jax._labels import are_dense, are_ids, masses_of_few, own_mass, target, uniform
+from softmax_jax._passes_cpu import as_operands, over_classes, sum_over_classes
+from softmax_jax._sharding import Names, count, offset, pmax, pmin, psum, vary, varying
+from softmax_jax._sums import Asked, ClassSums, Top
+
+
+def class_sums(
+    logits: Array,
+    labels: Any,
+    class_weights: Array | None,
+    adjustment: Adjustment,
+    own_z: Array | None,
+    axis: int,
+    asked: Asked,
+    class_axes: Names,
+) -> tuple[ClassSums, Array]:
+    """(the sums of every token, its pivot)."""
+    size, where = logits.shape[axis], adjustment.where
+    (m,) = apart(row_shift(adjust(logits, adjustment), axis, class_axes))
+    pivot = labels if are_ids(labels) and not asked.place else top_class(logits, m, adjustment, axis, class_axes)
+    here = pivot - offset(size, class_axes)
+    in_range = jnp.clip(here, 0, size - 1)
+    own = jnp.where(in_range == here, rounded(pick_logit(logits, in_range, adjustment, axis), m) - m, 0)
+    of_labels = None, None, None
+    if are_dense(labels):
+        mass = own_mass(labels, class_weights, where, here, size, axis, m.dtype)
+        of_labels = mass, *dense_sums(logits, labels, class_weights, m, here, adjustment, axis)
+    elif not asked.place:
+        of_labels = masses_of_few(logits, labels, class_weights, adjustment, m, here, axis, class_axes)
+    rest = sum_of_others(logits, m, here, adjustment, axis)
+    prior = _prior(logits, class_weights, m, adjustment, axis) if asked.prior else None
+    moment = moment_of_others(logits, m, here, adjustment, axis) if asked.moment else None
+    (own,) = apart(own)
+    sums = ClassSums(m, *psum((rest, own, *of_labels, prior, moment), class_axes))
+    if own_z is not None:
+        above, ties = _place_of(logits, labels, own_z, adjustment, axis, class_axes)
+        sums = sums._replace(above=above, ties=ties, first=_first_of_largest(logits, adjustment, axis, class_axes))
+    return sums, pivot
+
+
+def top_sums(logits: Array, adjustment: Adjustment, axis: int, class_axes: Names) -> Top:
+    (m,) = apart(row_shift(adjust(logits, adjustment), axis, class_axes))
+    top = top_class(logits, m, adjustment, axis, class_axes)
+    return Top(m, top, rest_of_top(logits, adjustment, None, m, top, axis, class_axes))
+
+
+def rest_of_top(logits, adjustment, scale, m, top, axis, class_axes) -> Array:
+    here, scale = top - offset(logits.shape[axis], class_axes), vary(scale, varying(logits))
+    return psum(sum_of_others(logits, m, here, adjustment, axis, scale), class_axes)
+
 
 # Between the logits and their sum stands floating-point arithmetic alone: at an integer, a comparison or a select
 # within a row sum, XLA on the CPU writes the whole array out (3-6x slower).
@@ -38,38 +88,11 @@ def _until(pivot: Array, like: Array, axis: int, largest: int) -> Array:
     return jnp.expand_dims(pivot, axis).astype(ids.dtype) - ids
 
 
-@jax.custom_jvp
 def times(factor: Array, z: Array) -> Array:
     """factor · z, but 0 where the factor is 0 and z = -inf: z is bounded from below, by 0 where the factor is 0 and by
     -inf where it is a normal number. (By two factors with a minimum in between, which no compiler makes one.)"""
     highest = float(jnp.finfo(z.dtype).max)
     return factor * jnp.maximum(z, -highest * jnp.minimum(jnp.abs(factor) * highest, highest))
-
-
-@times.defjvp
-def _times_jvp(primals, tangents):
-    (factor, z), (dfactor, dz) = primals, tangents
-    return times(factor, z), dfactor * finite(z, factor == 0) + factor * dz
-
-
-def finite(z: Array, unused: Array) -> Array:
-    """z, but 0 where it is infinite and `unused`."""
-    return jnp.where(jnp.isinf(z) & unused, 0, z)
-
-
-@jax.custom_jvp
-def scaled(z: Array, scale: Array | None) -> Array:
-    """scale · z of a scale > 0. Its own gradient is 0 where z is infinite, or stands for that."""
-    return z if scale is None else scale * z
-
-
-@scaled.defjvp
-def _scaled_jvp(primals, tangents):
-    (z, scale), (dz, dscale) = primals, tangents
-    if scale is None:
-        return z, dz
-    finite_z = jnp.where(jnp.abs(z) < float(jnp.finfo(z.dtype).max) / 8, z, 0)
-    return scaled(z, scale), scale * dz + dscale * finite_z
 
 
 def sum_of_others(
@@ -97,9 +120,33 @@ def moment_of_others(logits: Array, m: Array, pivot: Array, adjustment: Adjustme
     return -sum_over_classes(others, (logits, adjustment.where), -m, pivot, axis)
 
 
-def beyond_exp(z: Array) -> Array:
-    """z, bounded where its exponential is 0."""
-    return jnp.maximum(z, -1e4)
+def _prior(logits, class_weights, m, adjustment, axis):
+    def of_logits(arrays, m, _, axis):
+        logits, class_weights, where = arrays
+        z = z_of((logits, where), adjustment, m, axis)
+        return z if class_weights is None and where is None else times(uniform(class_weights, where, z), z)
+
+    # Without a pivot, and so not behind the same fence as the sum of the others, with which it would share z.
+    return sum_over_classes(of_logits, (logits, class_weights, adjustment.where), m, jnp.zeros_like(m, jnp.int32), axis)
+
+
+def dense_sums(logits, labels, class_weights, m, pivot, adjustment, axis):
+    """(rest_mass, label_sum). A factor that is 0 at the pivot leaves it out: 1 elsewhere in the one sum, a half in the
+    other, since the two would share the same constant (see `alone`)."""
+
+    def others(arrays, m, pivot, axis):
+        labels, class_weights, where = arrays
+        t = target(labels, class_weights, where, m.dtype)
+        return t * jnp.minimum(distance(pivot, t, axis), 1)
+
+    def of_logits(arrays, m, pivot, axis):
+        logits, labels, class_weights, where = arrays
+        z = z_of((logits, where), adjustment, m, axis)
+        return times(target(labels, class_weights, where, m.dtype), z * jnp.minimum(distance(pivot, z, axis), 0.5))
+
+    arrays = labels, class_weights, adjustment.where
+    rest_mass = sum_over_classes(others, arrays, m, pivot, axis)
+    return rest_mass, 2 * sum_over_classes(of_logits, (logits, *arrays), m, pivot, axis)
 
 
 def z_of(arrays: Sequence[Any], adjustment: Adjustment, m: Array, axis: int) -> Array:
@@ -135,7 +182,7 @@ def top_class(logits: Array, m: Array, adjustment: Adjustment, axis: int, class_
     return jnp.where(rank >= 0, rank % classes, classes)
 
 
-def first_of_largest(logits: Array, adjustment: Adjustment, axis: int, class_axes: Names) -> Array:
+def _first_of_largest(logits: Array, adjustment: Adjustment, axis: int, class_axes: Names) -> Array:
     """The first of all classes whose z is the largest, as a number; any, where a z is NaN."""
     z = upcast(adjust(*lax.stop_gradient((logits, adjustment))))
     here, largest = jnp.argmax(z, axis) + offset(z.shape[axis], class_axes), jnp.max(z, axis)
@@ -144,69 +191,13 @@ def first_of_largest(logits: Array, adjustment: Adjustment, axis: int, class_axe
     return pmin(jnp.where(largest == pmax(largest, class_axes), here, beyond), class_axes) if class_axes else here
 
 
-def is_at(pivot: Array, like: Array, axis: int) -> Array:
-    """Whether an entry is at its token's pivot class, in the shape of `like`."""
-    return lax.broadcasted_iota(jnp.int32, like.shape, axis) == jnp.expand_dims(pivot, axis)
-
-
-def at_ids(array: Array, ids: Array, axis: int) -> Array:
-    """The entries at several classes of each token: `ids`, from 0, has them on `axis`. Beyond the last class stands
-    that one's, so an array of size 1 there is the same for all classes; in any other axis it may have size 1."""
-    return jnp.take_along_axis(array, jnp.minimum(ids, array.shape[axis] - 1), axis, mode="promise_in_bounds")
-
-
-def with_at_ids(array: Array, ids: Array, values: Array, axis: int) -> Array:
-    """`array` with `values` at the ids, each id once a token; those out of range are left out."""
-    others = tuple(a for a in range(array.ndim) if a != axis)
-    where = lax.ScatterDimensionNumbers(
-        update_window_dims=(),
-        inserted_window_dims=(axis,),
-        scatter_dims_to_operand_dims=(axis,),
-        operand_batching_dims=others,
-        scatter_indices_batching_dims=others,
-    )
-    return lax.scatter(array, ids[..., None], values, where, mode=lax.GatherScatterMode.FILL_OR_DROP)
-
-
-def pick(array: Array, ids: Array, axis: int) -> Array:
-    """Each token's entry at class `ids`."""
-    return jnp.squeeze(at_ids(array, jnp.expand_dims(ids, axis), axis), axis)
-
-
-def pick_logit(logits: Array, ids: Array, adjustment: Adjustment, axis: int) -> Array:
-    """Each token's z at class `ids`: the logit is read raw and adjusted by itself."""
-    where = None if adjustment.where is None else pick(adjustment.where, ids, axis)
-    return upcast(adjust(pick(logits, ids, axis), adjustment._replace(where=where)))
-
-
-def pick_of_all(logits: Array, ids: Array, adjustment: Adjustment, axis: int, class_axes: Names) -> Array:
-    """`pick_logit` at ids of all devices' classes; 0 for what is none of them."""
-    here = ids - offset(logits.shape[axis], class_axes)
-    in_range = jnp.clip(here, 0, logits.shape[axis] - 1)
-    return psum(jnp.where(in_range == here, pick_logit(logits, in_range, adjustment, axis), 0), class_axes)
-
-
-def classes_last(x: Array, axes: tuple[int, ...]) -> Array:
-    """Several class axes as one, the last, flat in the order given (a copy, unless they are the last already)."""
-    if len(axes) == 1:
-        return x
-    batch = tuple(a for a in range(x.ndim) if a not in axes)
-    flat = math.prod(x.shape[a] for a in axes)
-    return x.transpose(batch + axes).reshape(*(x.shape[a] for a in batch), flat)
-
-
-def from_classes_last(y: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Array:
-    """The same several axes again."""
-    there = tuple(a for a in range(len(shape)) if a not in axes) + axes
-    return y.reshape([shape[a] for a in there]).transpose([there.index(a) for a in range(len(shape))])
-
-
-def place_of(logits: Array, labels: Array, adjustment: Adjustment, axis: int, class_axes: Names) -> tuple[Array, Array]:
+def _place_of(
+    logits: Array, labels: Array, own: Array, adjustment: Adjustment, axis: int, class_axes: Names
+) -> tuple[Array, Array]:
     """(how many z are larger than the label's, how many before it are equal): a difference times a large
     number, at most 1, is whether there is one. (The numbers are operands, and -own one, for the sake of `alone`.)"""
-    logits, adjustment = lax.stop_gradient((logits, adjustment))
+    logits, own, adjustment = lax.stop_gradient((logits, own, adjustment))
     here = labels - offset(logits.shape[axis], class_axes)
-    own = pick_of_all(logits, labels, adjustment, axis, class_axes)
     own = jnp.maximum(own, jnp.finfo(own.dtype).min)  # -inf - -inf is NaN
 
     def larger(arrays, own, here, axis):

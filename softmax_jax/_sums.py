@@ -1,0 +1,38 @@
+"""What is asked of the classes of a token, and the sums that answer it."""
+
+from typing import Any, NamedTuple
+
+from jax import Array
+
+
+class ClassSums(NamedTuple):
+    """Per token, in float32. None where nothing asks for the sum."""
+
+    shift: Array  # m, or 0 where m = -inf; a constant: no gradient flows through it
+    rest: Array
+    own: Array
+    own_mass: Array | None = None  # t_pivot; None is 1
+    rest_mass: Array | None = None  # Σ_{v≠pivot} t_v; None is 0, as are those below
+    label_sum: Array | None = None  # Σ_{v≠pivot} t_v (z_v - m)
+    prior: Array | None = None  # Σ_v c_v (z_v - m), for probability that is spread evenly
+    moment: Array | None = None  # Σ_{v≠pivot} exp(z_v - m) (m - z_v), for the entropy
+    above: Array | None = None  # how many z are larger than that of the label; no gradient, as of ties
+    ties: Array | None = None  # 0 where no class before the label has its z
+    first: Array | None = None  # the first class of the largest z
+
+
+class Asked(NamedTuple):
+    """Which sums are made besides those that the labels need. Static."""
+
+    prior: bool = False
+    moment: bool = False
+    place: bool = False  # above, ties and first, of ids, whose pivot then is the largest class
+    beside: bool = False  # statistics of the same logits, whose pass is this one if both take each class by itself
+
+
+class Top(NamedTuple):
+    """The sums around the largest z of a token alone."""
+
+    m: Array
+    top: Any  # its class; how many classes there are, where none is the largest
+    rest: Array

@@ -1,0 +1,284 @@
+"""The waist: every loss here is a function of a few sums over the classes of one token.
+
+Write z for a token's logits, y for its label, p = softmax(z), and m = max_v z_v, a constant. With
+
+    rest = Σ_{v≠y} exp(z_v - m)        the label's own term left out
+    own  = z_y - m                     ≤ 0
+    t    = rest + exp(own)             = Σ_v exp(z_v - m), between 1 and the number of classes
+
+the loss is nll = -log p_y = log t - own, and 1 - p_y = rest/t. Others keep log t and subtract: once p_y → 1 the
+difference rounds to 0, and the gradient p_y - 1 with it. Here nothing cancels, because `rest` is kept by itself.
+
+Dense labels are the same sums around another class. For any class a, with t_v the target of class v (class weight
+included) and spread = log t = log_normalizer - m,
+
+    Σ_v t_v (log_normalizer - z_v) = t_a · nll(rest_a, own_a)  +  Σ_{v≠a} t_v · spread  -  Σ_{v≠a} t_v (z_v - m)
+                                   = own_mass · nll            +  rest_mass · spread    -  label_sum
+
+With `a` the largest logit (or one close to it) a one-hot target is as exact as the integer label: at `a` itself the
+gradient comes out as rest_mass · p_a - own_mass · (1 - p_a), not as p_a - t_a. The class that is left out, y or a, is
+the `pivot`.
+
+Around a given m and pivot these are plain sums, `_written`, and every derivative is one of theirs: with the cotangents
+drest and down, dz_v = exp(z_v - m) · drest for v ≠ pivot and dz_pivot = down, to which the linear sums add their own.
+
+The waist is also where devices meet: of classes that are sharded over the mesh axes `class_axes`, each device sums its
+own, with a pivot that may be none of them, and one psum adds the sums up.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero, zero_from_primal
+
+from softmax_jax import _fold
+from softmax_jax._adjustment import Adjustment, beyond_exp, finite, shifted, weighed
+from softmax_jax._barrier import apart
+from softmax_jax._dtypes import nan_unless
+from softmax_jax._fold import rest_of_top
+from softmax_jax._indexing import is_at, pick_of_all, with_at_ids
+from softmax_jax._labels import (
+    Labels,
+    SparseLabels,
+    are_dense,
+    are_ids,
+    few,
+    few_weights,
+    masses_of_few,
+    masses_of_one,
+    own_mass,
+    target,
+    uniform,
+)
+from softmax_jax._sharding import Names, check_gradient, count, offset, psum, vary, vary_alike, varying
+from softmax_jax._sums import Asked, ClassSums, Top
+
+LABELS = ("own_mass", "rest_mass", "label_sum")
+CONSTANT = ("shift", "above", "ties", "first")
+NO_COTANGENTS = ClassSums(None, None, None)  # pyright: ignore[reportArgumentType]
+
+
+def _written(x, adjustment: Adjustment, t, c, m, at_pivot, axis, asked: Asked, cotangents=NO_COTANGENTS):
+    """The sums of some classes around a given m and pivot, by their targets t and shares c of what is spread evenly.
+
+    Where the cotangent of a sum of logits is 0, those may be infinite: its other factor has the gradient 0."""
+    z = shifted(x, adjustment, m, axis)
+    exp_z = jnp.exp(z)
+    at = lambda terms: jnp.sum(jnp.where(at_pivot, terms, 0), axis)  # noqa: E731
+    others = lambda terms: jnp.sum(jnp.where(at_pivot, 0, terms), axis)  # noqa: E731
+    if_used = lambda cotangent: z if cotangent is None else finite(z, jnp.expand_dims(cotangent == 0, axis))  # noqa: E731
+    sums = ClassSums(m, others(exp_z), at(z))
+    if asked.moment:
+        sums = sums._replace(moment=others(exp_z * -beyond_exp(z)))
+    if c is not None:
+        sums = sums._replace(prior=jnp.sum(weighed(c, if_used(cotangents.prior)), axis))
+    if t is not None:
+        label_sum = others(weighed(t, if_used(cotangents.label_sum)))
+        sums = sums._replace(own_mass=at(t), rest_mass=others(t), label_sum=label_sum)
+    return sums
+
+
+def _emptied(unused, logits, labels, m, axis):
+    """A row whose sums are not used, since its token has weight 0, holds 0 before a derivative is made: whatever it
+    holds, NaN or inf, its gradient is exactly 0."""
+    if unused is None:
+        return logits, labels, m
+    rows = jnp.expand_dims(unused, axis)
+    empty = lambda a: jnp.where(rows, 0, a) if jnp.issubdtype(a.dtype, jnp.floating) else a  # noqa: E731
+    return empty(logits), jax.tree.map(empty, labels), jnp.where(unused, 0, m)
+
+
+def _of_classes(logits, labels, class_weights, adjustment, m, pivot, axis, asked, **more) -> ClassSums:
+    """Of all classes here, but for what only SparseLabels have."""
+    where, at_pivot, t = adjustment.where, is_at(pivot, logits, axis), None
+    if asked.place:
+        t = is_at(labels, logits, axis).astype(m.dtype)
+    elif labels is not None and are_dense(labels):
+        t = target(labels, class_weights, where, m.dtype)
+    c = uniform(class_weights, where, jnp.ones_like(logits, m.dtype)) if asked.prior else None
+    sums = _written(logits, adjustment, t, c, m, at_pivot, axis, asked, **more)
+    if labels is None or asked.place or not are_ids(labels):
+        return sums
+    mass = own_mass(labels, class_weights, where, pivot, logits.shape[axis], axis, m.dtype)
+    return sums._replace(own_mass=mass)
+
+
+def _of_all(logits, labels, class_weights, adjustment, m, pivot, axis, asked, class_axes) -> ClassSums:
+    """Of all classes of all devices."""
+    first, sparse = offset(logits.shape[axis], class_axes), isinstance(labels, SparseLabels)
+    here, labels = pivot - first, labels - first if are_ids(labels) else labels
+    operands = class_weights, adjustment, m, here, axis
+    sums = _of_classes(logits, None if sparse else labels, *operands, asked)
+    if sparse:
+        of_labels = masses_of_few(logits, labels, *operands, class_axes)
+        sums = sums._replace(**dict(zip(LABELS, of_labels, strict=True)))
+    return psum(sums._replace(shift=None), class_axes)._replace(shift=m)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(5, 6, 7))
+def _sums(logits, labels, class_weights, adjustment, unused, axis, asked, class_axes):
+    """ClassSums, and the pivot. One that no class is makes its row NaN, if it is used."""
+    own_z = pick_of_all(logits, labels, adjustment, axis, class_axes) if asked.place else None
+    operands, classes = (logits, labels, class_weights, adjustment, own_z), count(logits.shape[axis], class_axes)
+    sums, pivot = _fold.class_sums(*operands, axis=axis, asked=asked, class_axes=class_axes)
+    exists = (pivot >= 0) & (pivot < classes)
+    if own_z is not None:
+        sums = sums._replace(**dict(zip(LABELS, masses_of_one(labels, own_z, sums.shift, pivot, classes), strict=True)))
+    lacking = psum(nan_unless(exists, jnp.zeros_like(sums.own), unused), class_axes)
+    return sums._replace(own=sums.own + lacking), pivot
+
+
+def _sums_jvp(axis, asked, class_axes, primals, tangents):
+    """Nothing is kept for it but the operands, m and the pivot."""
+    check_gradient(class_axes)
+    sums, pivot = _sums(*primals, axis, asked, class_axes)
+    m, at = lax.stop_gradient((sums.shift, pivot))
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def of_all(logits, labels, class_weights, adjustment, unused):
+        logits, labels, around = _emptied(unused, logits, labels, m, axis)
+        return _of_all(logits, labels, class_weights, adjustment, around, at, axis, asked, class_axes)
+
+    place = {name: jax.tree.map(jnp.zeros_like, getattr(sums, name)) for name in CONSTANT[1:]}
+    dsums = tangent_of(of_all, primals, tangents)._replace(**place)
+    return (sums, pivot), (dsums, zero_from_primal(pivot, symbolic_zeros=True))
+
+
+_sums.defjvp(_sums_jvp, symbolic_zeros=True)
+
+
+def tangent_of(f, primals, tangents):
+    """The tangent of f(*primals), by what has a tangent alone."""
+    leaves, tree = jax.tree.flatten(primals)
+    tangents = tree.flatten_up_to(tangents)
+    moving = [i for i, tangent in enumerate(tangents) if not isinstance(tangent, SymbolicZero)]
+
+    def of_moving(some):
+        return f(*tree.unflatten([some.get(i, leaf) for i, leaf in enumerate(leaves)]))
+
+    some, theirs = ({i: of[i] for i in moving} for of in (leaves, tangents))
+    return jax.jvp(of_moving, (some,), (theirs,))[1]
+
+
+# The rule: the gradient of the sums as they are written, pulled back through `adjust`, where it is cast once. Kept: the
+# operands as they came, m and the pivot, one number each per token. Made again: z and its exponential.
+#
+# The few classes of SparseLabels come after: what their gradient is as a whole is computed for them alone, and written
+# over what all classes have.
+
+
+def _class_sums_fwd(logits, labels, class_weights, adjustment, unused, axis, asked, class_axes):
+    check_gradient(class_axes)
+    sums, pivot = _sums(logits, labels, class_weights, adjustment, unused, axis, asked, class_axes)
+    return sums, (logits, labels, class_weights, adjustment, unused, sums.shift, pivot)
+
+
+def _class_sums_bwd(axis, asked, class_axes, residuals, cotangents):
+    logits, labels, class_weights, adjustment, unused, m, pivot = residuals
+    cotangents = vary(cotangents, varying(logits))
+    first = offset(logits.shape[axis], class_axes)
+    logits, m, drest = apart(logits, m, cotangents.rest)
+    logits, labels, m = _emptied(unused, logits, labels, m, axis)
+    cotangents = cotangents._replace(rest=drest)
+    operands = logits, labels, class_weights, adjustment, m, pivot - first, axis, asked, cotangents
+    if not isinstance(labels, SparseLabels):
+        dlogits, dlabels, dclass_weights, dscales = _pull_classes(*operands)
+        return dlogits, dlabels, dclass_weights, Adjustment(None, *dscales), None
+    dlogits, _, *shared = _pull_classes(logits, None, *operands[2:])
+    at_few, dprobs, *of_labels = _pull_few(*operands, first)
+    dclass_weights, dscales = jax.tree.map(jnp.add, shared, of_labels)
+    dlogits = with_at_ids(dlogits, *at_few, axis)
+    return dlogits, SparseLabels(None, dprobs), dclass_weights, Adjustment(None, *dscales), None
+
+
+def _pull_classes(logits, labels, class_weights, adjustment, m, pivot, axis, asked, cotangents):
+    """The gradients of (logits, labels, class_weights, (scale, softcap))."""
+    where, ids = adjustment.where, labels is not None and are_ids(labels)
+
+    def sums(logits, floats, class_weights, scales):
+        of = logits, labels if ids else floats, class_weights, Adjustment(where, *scales), m, pivot, axis, asked
+        return _of_classes(*of, cotangents=cotangents)
+
+    return _pulled(sums, cotangents, logits, None if ids else labels, class_weights, [*adjustment[1:]])
+
+
+def _pull_few(logits, labels, class_weights, adjustment, m, pivot, axis, asked, cotangents, first):
+    """Of SparseLabels: (ids, the whole gradient of their logits), and what the labels' part adds to the gradients of
+    (probs, class_weights, (scale, softcap))."""
+    at = few(logits, labels, class_weights, adjustment.where, first, axis)
+    at_pivot = at.ids == jnp.expand_dims(pivot, axis)
+
+    def sums(x, probs, class_weights, scales):
+        c = few_weights(class_weights, at.ids, axis)
+        t = target(probs, c, at.where, m.dtype)
+        c = uniform(c, at.where, t) if asked.prior else None
+        return _written(x, Adjustment(at.where, *scales), t, c, m, at_pivot, axis, asked, cotangents)
+
+    operands = at.logits, labels.probs, class_weights, [*adjustment[1:]]
+    of_labels = jax.tree.map(jnp.zeros_like, cotangents)
+    of_labels = of_labels._replace(
+        **{name: getattr(cotangents, name) for name in ("own_mass", "rest_mass", "label_sum")}
+    )
+    return (at.ids, _pulled(sums, cotangents, *operands)[0]), *_pulled(sums, of_labels, *operands)[1:]
+
+
+def _pulled(sums, cotangents, *operands):
+    """The gradients of the operands by the cotangents of those sums that there are."""
+    moving = lambda sums: sums._replace(**dict.fromkeys(CONSTANT))  # noqa: E731
+    found, pull = jax.vjp(lambda *operands: moving(sums(*operands)), *operands)
+    those: Any = (None if sum_ is None else c for sum_, c in zip(found, cotangents, strict=True))
+    return pull(ClassSums(*those))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _class_sums(logits, labels, class_weights, adjustment, unused, axis, asked, class_axes):
+    return _sums(logits, labels, class_weights, adjustment, unused, axis, asked, class_axes)[0]
+
+
+_class_sums.defvjp(_class_sums_fwd, _class_sums_bwd)
+
+
+def class_sums(
+    logits: Array,
+    labels: Labels,
+    class_weights: Array | None,
+    adjustment: Adjustment,
+    unused: Array | None,
+    *,
+    axis: int,
+    asked: Asked,
+    class_axes: Names,
+    forward_mode: bool,
+) -> ClassSums:
+    """The sums of every token over the classes on `axis` and on the mesh axes `class_axes`.
+
+    `labels` are in their one form; `class_weights` and `adjustment.where` broadcast to the logits; the sums of
+    `unused` rows (None: there are none) must have cotangent 0. With `forward_mode` the same derivatives are those of a
+    `custom_jvp`.
+    """
+    operands = vary_alike(logits, labels, class_weights, adjustment, unused)
+    if forward_mode:
+        return _sums(*operands, axis, asked, class_axes)[0]
+    return _class_sums(*operands, axis, asked, class_axes)
+
+
+# The same around the largest z alone, of which m and the top are constants.
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def top_sums(logits: Array, adjustment: Adjustment, axis: int, class_axes: Names) -> Top:
+    return _fold.top_sums(logits, adjustment, axis=axis, class_axes=class_axes)
+
+
+def _top_sums_jvp(axis, class_axes, primals, tangents):
+    sums = top_sums(*primals, axis, class_axes)
+    m, top, _ = lax.stop_gradient(sums)
+    of = partial(rest_of_top, scale=None, m=m, top=top, axis=axis, class_axes=class_axes)
+    of = jax.checkpoint(of, prevent_cse=False)
+    return sums, Top(jnp.zeros_like(m), zero_from_primal(top, symbolic_zeros=True), tangent_of(of, primals, tangents))
+
+
+top_sums.defjvp(_top_sums_jvp, symbolic_zeros=True)
