@@ -4,8 +4,6 @@ The table of contents, in reading order: the doors; behind them `_token_loss`, `
 """
 
 # ruff: noqa: I001
-from importlib.metadata import version as _version
-
 from softmax_jax._softmax import softmax as softmax
 from softmax_jax._softmax import log_softmax as log_softmax
 from softmax_jax._cross_entropy import cross_entropy as cross_entropy
@@ -24,7 +22,7 @@ from softmax_jax._optax_names import (
 from softmax_jax._optax_names import safe_softmax_cross_entropy as safe_softmax_cross_entropy
 from softmax_jax._optax_names import poly_loss_cross_entropy as poly_loss_cross_entropy
 
-__version__ = _version("softmax_jax")
+__version__ = "0.2.0"
 __all__ = [
     "softmax",
     "log_softmax",

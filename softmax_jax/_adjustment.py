@@ -61,15 +61,16 @@ def row_shift(z: Array, axis: int | tuple[int, ...], class_axes: Names = ()) -> 
 
 
 @jax.custom_jvp
-def weighed(factor: Array, z: Array) -> Array:
-    """factor · z, but 0 where the factor is 0 and z = -inf; so is its derivative there."""
+def weighed(factor: Array, z: Array, idle: Array | bool = False) -> Array:
+    """factor · z, but 0 where the factor is 0 and z = -inf; so is its derivative by the factor there, and where the
+    product is `idle`: of no effect."""
     return jnp.where(factor == 0, 0, factor * z)
 
 
 @weighed.defjvp
 def _weighed_jvp(primals, tangents):
-    (factor, z), (dfactor, dz) = primals, tangents
-    return weighed(factor, z), dfactor * finite(z, factor == 0) + factor * dz
+    (factor, z, idle), (dfactor, dz, _) = primals, tangents
+    return weighed(factor, z, idle), dfactor * finite(z, (factor == 0) | idle) + factor * dz
 
 
 def finite(z: Array, unused: Array) -> Array:

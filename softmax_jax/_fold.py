@@ -22,7 +22,7 @@ from softmax_jax._barrier import apart
 from softmax_jax._combine import Class, Folded, combine, of_neighbours, of_none, over_devices
 from softmax_jax._dtypes import accumulator, upcast
 from softmax_jax._indexing import is_at, pick
-from softmax_jax._labels import are_dense, are_ids, masses_of_few, target, uniform
+from softmax_jax._labels import are_dense, are_ids, masses_of_few, of_existing, target, uniform
 from softmax_jax._sharding import Names, count, entries_of, offset, pmax, psum, vary, vary_alike, varying
 from softmax_jax._sums import Asked, ClassSums, Top
 
@@ -40,8 +40,8 @@ def by_platform(by_passes: Callable, by_fold: Callable, *operands: Any) -> Any:
 
 
 def class_sums(*operands: Any, axis: int, asked: Asked, class_axes: Names) -> tuple[ClassSums, Array]:
-    """(the sums of every token, its pivot) of (logits, labels, class_weights, adjustment, z of the label where its
-    place is asked)."""
+    """(the sums of every token, its pivot) of (logits, labels, class_weights, adjustment, unused, z of the label
+    where its place is asked)."""
     how = {"axis": axis, "asked": asked, "class_axes": class_axes}
     return by_platform(partial(_fold_cpu.class_sums, **how), partial(_class_sums, **how), *operands)
 
@@ -75,8 +75,9 @@ def rest_of_top(logits, adjustment, scale, m, top, axis, class_axes) -> Array:
     return psum(jnp.sum(others, axis), class_axes)
 
 
-def _class_sums(logits, labels, class_weights, adjustment, own_z, axis, asked, class_axes):
+def _class_sums(logits, labels, class_weights, adjustment, unused, own_z, axis, asked, class_axes):
     size, dtype, where = logits.shape[axis], accumulator(logits.dtype), adjustment.where
+    classes = count(size, class_axes)
     t = target(labels, class_weights, where, dtype) if are_dense(labels) else None
     c = uniform(class_weights, where, jnp.ones_like(logits, dtype)) if asked.prior else None
     label = labels if are_ids(labels) and not asked.place else None
@@ -84,11 +85,12 @@ def _class_sums(logits, labels, class_weights, adjustment, own_z, axis, asked, c
     asks = {"moment": asked.moment, "one_by_one": asked.beside}
     found = fold(logits, label, t, c, than, adjustment, axis, class_axes, **asks)
     if label is not None:
-        found = found._replace(own=_adjusted(found.own, label, adjustment, size, axis, class_axes))
+        own = _adjusted(found.own, label, adjustment, size, axis, class_axes)
+        found = found._replace(own=of_existing(own, label, unused, classes))
     found = over_devices(found, class_axes)
-    m, top, rest = _settled(found, count(size, class_axes))
+    m, top, rest = _settled(found, classes)
     pivot = top if label is None else label
-    own = m - m if label is None else found.own - m
+    own = of_existing(m - m, top, unused, classes) if label is None else found.own - m
     of_labels: Any = found.mass, found.rest_mass, found.label_sum
     if t is None and than is None:
         here = pivot - offset(size, class_axes)

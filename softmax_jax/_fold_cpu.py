@@ -16,7 +16,7 @@ from softmax_jax._adjustment import Adjustment, adjust, beyond_exp, rounded, row
 from softmax_jax._barrier import apart
 from softmax_jax._dtypes import upcast
 from softmax_jax._indexing import pick_logit
-from softmax_jax._labels import are_dense, are_ids, masses_of_few, own_mass, target, uniform
+from softmax_jax._labels import are_dense, are_ids, masses_of_few, of_existing, own_mass, target, uniform
 from softmax_jax._passes_cpu import as_operands, over_classes, sum_over_classes
 from softmax_jax._sharding import Names, count, offset, pmax, pmin, psum, vary, varying
 from softmax_jax._sums import Asked, ClassSums, Top
@@ -27,6 +27,7 @@ def class_sums(
     labels: Any,
     class_weights: Array | None,
     adjustment: Adjustment,
+    unused: Array | None,
     own_z: Array | None,
     axis: int,
     asked: Asked,
@@ -48,7 +49,7 @@ def class_sums(
     rest = sum_of_others(logits, m, here, adjustment, axis)
     prior = _prior(logits, class_weights, m, adjustment, axis) if asked.prior else None
     moment = moment_of_others(logits, m, here, adjustment, axis) if asked.moment else None
-    (own,) = apart(own)
+    (own,) = apart(of_existing(own, pivot, unused, count(size, class_axes)))
     sums = ClassSums(m, *psum((rest, own, *of_labels, prior, moment), class_axes))
     if own_z is not None:
         above, ties = _place_of(logits, labels, own_z, adjustment, axis, class_axes)

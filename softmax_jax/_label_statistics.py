@@ -60,9 +60,6 @@ def label_statistics(
     >>> statistics.correct.tolist(), statistics.rank.tolist()
     ([False, True], [1, 0])
 
-    Forward mode (`jax.jvp`, `jax.jacfwd`), which JAX refuses here: of log_prob take it of
-    `-cross_entropy(..., reduction="none", forward_mode=True)`, of the others with `jax.nn.log_softmax`.
-
     Schulman et al., "Proximal Policy Optimization Algorithms", 2017 (the uses of log_prob and entropy).
     """
     logits = _checks.floating("logits", logits)
@@ -90,7 +87,7 @@ def linear_label_statistics(
     """`label_statistics(x @ weight + bias, labels, ...)` without ever holding the logits, as `linear_cross_entropy`.
 
     Its backward pass makes each chunk's logits again. The arguments are those of the two. Forward mode (`jax.jvp`),
-    which JAX refuses here: as there, with the logits `x @ weight`.
+    which JAX refuses here: `label_statistics(x @ weight, ...)`.
 
     >>> import jax.numpy as jnp
     >>> from softmax_jax import linear_label_statistics

@@ -207,6 +207,11 @@ def masses_of_few(logits, labels, class_weights, adjustment: Adjustment, m, pivo
     return nan_unless(~jnp.any(jnp.isnan(labels.probs), axis), mass), *others
 
 
+def of_existing(own, pivot, unused, classes):
+    """z - m of the pivot; one that no class is makes its row NaN, if it is used."""
+    return nan_unless((pivot >= 0) & (pivot < classes), own, unused)
+
+
 def masses_of_one(ids, z, m, top, classes):
     """(own_mass, rest_mass, label_sum) of ids around the largest class, of z at the ids."""
     is_top = ids == top

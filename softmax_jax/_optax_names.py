@@ -44,7 +44,6 @@ def softmax_cross_entropy(
     >>> softmax_cross_entropy(jnp.array([[30.0, 0.0]]), jnp.array([[1.0, 0.0]])).tolist()
     [9.357622912219837e-14]
 
-    Forward mode (`jax.jvp`, `jax.jacfwd`): use `optax.softmax_cross_entropy`.
     """
     logits, labels = _checks.floating("logits", logits), _checks.array("labels", labels)
     if jnp.issubdtype(labels.dtype, jnp.integer):
@@ -52,7 +51,7 @@ def softmax_cross_entropy(
     axes = _checks.axes_of("logits", logits.shape, axis)
     _checks.labels_of(labels, logits.shape, axes[0] if len(axes) == 1 else -1)
     merged, where = classes_last(logits, axes), _mask(where, logits, axes)
-    return cross_entropy(merged, classes_last(labels, axes), where=where, axis=_axis(axes), reduction="none")
+    return _losses(merged, classes_last(labels, axes), where, axes)
 
 
 @hinted
@@ -81,7 +80,6 @@ def softmax_cross_entropy_with_integer_labels(
     >>> softmax_cross_entropy_with_integer_labels(jnp.array([[30.0, 0.0]]), jnp.array([0])).tolist()
     [9.357622912219837e-14]
 
-    Forward mode: use `optax.softmax_cross_entropy_with_integer_labels`.
     """
     logits, labels = _checks.floating("logits", logits), _checks.array("labels", labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
@@ -93,7 +91,7 @@ def softmax_cross_entropy_with_integer_labels(
         raise TypeError("`axis` must be an int or a tuple of ints; got None. Name the axes, in the labels' order.")
     axes = _checks.axes_of("logits", logits.shape, axis)
     merged, where = classes_last(logits, axes), _mask(where, logits, axes)
-    return cross_entropy(merged, labels, where=where, axis=_axis(axes), reduction="none")
+    return _losses(merged, labels, where, axes)
 
 
 @hinted
@@ -106,8 +104,6 @@ def safe_softmax_cross_entropy(logits: Float[ArrayLike, "..."], labels: Num[Arra
     >>> from softmax_jax import safe_softmax_cross_entropy
     >>> safe_softmax_cross_entropy(jnp.array([[0.0, -jnp.inf], [0.0, 0.0]]), jnp.array([1.0, 0.0]))
     Array([0.       , 0.6931472], dtype=float32)
-
-    Forward mode: use `optax.safe_softmax_cross_entropy`.
     """
     logits = _checks.array("logits", logits)
     return softmax_cross_entropy(logits, _broadcast(labels, logits))
@@ -153,6 +149,11 @@ def _poly_loss(logits: Array, labels: Array, epsilon: Array, where: Array | None
     log_p = jnp.where((labels == 0) & jnp.isinf(log_p), 0, log_p)
     terms = labels * (-log_p - epsilon * jnp.expm1(log_p))
     return jnp.sum(terms, axis)
+
+
+def _losses(logits: Array, labels: Array, where: Array | None, axes: Axes) -> Array:
+    """Optax's functions have derivatives in both modes."""
+    return cross_entropy(logits, labels, where=where, axis=_axis(axes), reduction="none", forward_mode=True)
 
 
 def _broadcast(labels: ArrayLike, logits: Array) -> Array:

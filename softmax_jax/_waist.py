@@ -35,9 +35,8 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
 
 from softmax_jax import _fold
-from softmax_jax._adjustment import Adjustment, beyond_exp, finite, shifted, weighed
+from softmax_jax._adjustment import Adjustment, beyond_exp, shifted, weighed
 from softmax_jax._barrier import apart
-from softmax_jax._dtypes import nan_unless
 from softmax_jax._fold import rest_of_top
 from softmax_jax._indexing import is_at, pick_of_all, with_at_ids
 from softmax_jax._labels import (
@@ -61,22 +60,34 @@ CONSTANT = ("shift", "above", "ties", "first")
 NO_COTANGENTS = ClassSums(None, None, None)  # pyright: ignore[reportArgumentType]
 
 
+@jax.custom_jvp
+def _gap(z):
+    """-z exp(z), 0 at -inf."""
+    return jnp.exp(z) * -beyond_exp(z)
+
+
+@_gap.defjvp
+def _gap_jvp(primals, tangents):
+    (z,), (dz,) = primals, tangents
+    return _gap(z), (jnp.exp(z) * -(1 + beyond_exp(z))) * dz
+
+
 def _written(x, adjustment: Adjustment, t, c, m, at_pivot, axis, asked: Asked, cotangents=NO_COTANGENTS):
     """The sums of some classes around a given m and pivot, by their targets t and shares c of what is spread evenly.
 
-    Where the cotangent of a sum of logits is 0, those may be infinite: its other factor has the gradient 0."""
+    Where the cotangent of a sum of products is known to be 0, a logit in it may be infinite."""
     z = shifted(x, adjustment, m, axis)
     exp_z = jnp.exp(z)
     at = lambda terms: jnp.sum(jnp.where(at_pivot, terms, 0), axis)  # noqa: E731
     others = lambda terms: jnp.sum(jnp.where(at_pivot, 0, terms), axis)  # noqa: E731
-    if_used = lambda cotangent: z if cotangent is None else finite(z, jnp.expand_dims(cotangent == 0, axis))  # noqa: E731
+    idle = lambda cotangent: cotangent is not None and jnp.expand_dims(cotangent == 0, axis)  # noqa: E731
     sums = ClassSums(m, others(exp_z), at(z))
     if asked.moment:
-        sums = sums._replace(moment=others(exp_z * -beyond_exp(z)))
+        sums = sums._replace(moment=others(_gap(z)))
     if c is not None:
-        sums = sums._replace(prior=jnp.sum(weighed(c, if_used(cotangents.prior)), axis))
+        sums = sums._replace(prior=jnp.sum(weighed(c, z, idle(cotangents.prior)), axis))
     if t is not None:
-        label_sum = others(weighed(t, if_used(cotangents.label_sum)))
+        label_sum = others(weighed(t, z, idle(cotangents.label_sum)))
         sums = sums._replace(own_mass=at(t), rest_mass=others(t), label_sum=label_sum)
     return sums
 
@@ -122,13 +133,12 @@ def _of_all(logits, labels, class_weights, adjustment, m, pivot, axis, asked, cl
 def _sums(logits, labels, class_weights, adjustment, unused, axis, asked, class_axes):
     """ClassSums, and the pivot. One that no class is makes its row NaN, if it is used."""
     own_z = pick_of_all(logits, labels, adjustment, axis, class_axes) if asked.place else None
-    operands, classes = (logits, labels, class_weights, adjustment, own_z), count(logits.shape[axis], class_axes)
+    operands = logits, labels, class_weights, adjustment, unused, own_z
     sums, pivot = _fold.class_sums(*operands, axis=axis, asked=asked, class_axes=class_axes)
-    exists = (pivot >= 0) & (pivot < classes)
     if own_z is not None:
-        sums = sums._replace(**dict(zip(LABELS, masses_of_one(labels, own_z, sums.shift, pivot, classes), strict=True)))
-    lacking = psum(nan_unless(exists, jnp.zeros_like(sums.own), unused), class_axes)
-    return sums._replace(own=sums.own + lacking), pivot
+        of_one = masses_of_one(labels, own_z, sums.shift, pivot, count(logits.shape[axis], class_axes))
+        sums = sums._replace(**dict(zip(LABELS, of_one, strict=True)))
+    return sums, pivot
 
 
 def _sums_jvp(axis, asked, class_axes, primals, tangents):
@@ -139,7 +149,8 @@ def _sums_jvp(axis, asked, class_axes, primals, tangents):
 
     @partial(jax.checkpoint, prevent_cse=False)
     def of_all(logits, labels, class_weights, adjustment, unused):
-        logits, labels, around = _emptied(unused, logits, labels, m, axis)
+        logits, labels, around = apart(logits, labels, m)
+        logits, labels, around = _emptied(unused, logits, labels, around, axis)
         return _of_all(logits, labels, class_weights, adjustment, around, at, axis, asked, class_axes)
 
     place = {name: jax.tree.map(jnp.zeros_like, getattr(sums, name)) for name in CONSTANT[1:]}
@@ -180,7 +191,7 @@ def _class_sums_bwd(axis, asked, class_axes, residuals, cotangents):
     logits, labels, class_weights, adjustment, unused, m, pivot = residuals
     cotangents = vary(cotangents, varying(logits))
     first = offset(logits.shape[axis], class_axes)
-    logits, m, drest = apart(logits, m, cotangents.rest)
+    logits, labels, m, drest = apart(logits, labels, m, cotangents.rest)
     logits, labels, m = _emptied(unused, logits, labels, m, axis)
     cotangents = cotangents._replace(rest=drest)
     operands = logits, labels, class_weights, adjustment, m, pivot - first, axis, asked, cotangents

@@ -226,18 +226,20 @@ def test_mean_with_class_weights_over_sharded_classes(rng, embed):
     check(rng, problem(rng, (8, 7, 64), names=("weights", "class_weights"), embed=embed), batch=(), tokens=())
 
 
-def test_readmes_example(rng):
-    """The snippet as it is printed, against the whole."""
+def test_readmes_example():
+    """The block as it is printed: what both of its losses and their gradients are, against the whole."""
     readme = (Path(__file__).parents[2] / "README.md").read_text()
-    code = re.search(r"```python\n(@jax.shard_map.*?)```", readme, re.DOTALL)
-    assert code
-    names = {"jax": jax, "P": P, "mesh": MESH, "linear_cross_entropy": linear_cross_entropy}
-    exec(code[1], names)
-    asked = problem(rng, (8, 6, 64), embed=24, bias=False, ignore_index=-100)
-    asked.arrays["labels"][:, 2] = -100
-    a = asked.arrays
-    got = jax.jit(jax.value_and_grad(names["loss"], (0, 1)))(a["x"], a["weight"], a["labels"])
-    assert_equal((got[0], dict(zip(("x", "weight"), got[1], strict=True))), truth(asked, 1.0))
+    code = next(block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "jax.shard_map" in block)
+    names = {}
+    exec(code, names)
+    operands = names["operands"]
+    assert operands[1].sharding.spec == P(None, "model") and len(operands[1].addressable_shards) == jax.device_count()
+    value_and_gradient = lambda loss, operands: jax.jit(jax.value_and_grad(loss, (0, 1)))(*operands)  # noqa: E731
+    by_name = lambda found: (found[0], dict(zip(("hidden", "head"), found[1], strict=True)))  # noqa: E731
+    want = by_name(value_and_gradient(names["loss_under_jit"], [*map(np.asarray, operands)]))
+    want = jax.tree.map(np.asarray, want)
+    for name in ("loss_under_jit", "loss_in_shard_map"):
+        assert_equal(by_name(value_and_gradient(names[name], operands)), want)
 
 
 @pytest.mark.diagonal

@@ -292,6 +292,20 @@ def test_over_8_devices(rng, how, linear):
     check_head(found, grads, want, truth)
 
 
+@pytest.mark.parametrize("margin", few_of([0, 30, -30]))
+def test_derivatives_in_both_modes(rng, margin):
+    """The reverse ones have float64's truth above. An error is of the terms Σ_v |∂/∂z_v · dz_v|."""
+    logits, labels, _ = random_case(rng, (5, 7))
+    logits[np.arange(5), labels] += margin
+    direction = rng.normal(size=logits.shape).astype(np.float32)
+    floats = lambda z: label_statistics(z, labels)[:3]  # noqa: E731
+    both = jax.jit(lambda z, dz: (jax.jvp(floats, (z,), (dz,))[1], jax.jacrev(floats)(z), jax.jacfwd(floats)(z)))
+    for tangent, reverse, forward in zip(*both(logits, direction), strict=True):
+        terms = np.float64(reverse) * direction
+        assert_within(tangent, terms.sum((1, 2)), np.abs(terms).sum((1, 2)), 16)
+        assert_within(forward, np.float64(reverse), np.abs(reverse) + 1e-30, 16)
+
+
 @pytest.mark.thorough
 def test_vmap_and_second_derivatives(rng):
     """A row at a time as all at once; the Hessian of log_prob is minus the loss's, whose truth is known."""

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import epsilon
+from helpers import assert_within, epsilon
 
 import softmax_jax
 
@@ -30,6 +30,29 @@ def test_a_row_mask_of_lower_rank_broadcasts_over_the_batch(rng):
     got = softmax_jax.softmax_cross_entropy(logits, labels, where=where)
     want = softmax_jax.softmax_cross_entropy(logits, labels) * where.astype(jnp.float32)[None, :]
     np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("margin", [0.0, 30.0])
+def test_derivatives_in_both_modes(rng, margin):
+    """As of Optax's; at a margin too at which its own are 0. An error is of the terms Σ_v |∂/∂z_v · dz_v|."""
+    ids, direction = rng.integers(5, size=SHAPE[:-1]), np.float32(rng.normal(size=SHAPE))
+    dense = np.eye(5, dtype=np.float32)[ids]
+    logits = np.float32(rng.normal(size=SHAPE)) + np.float32(margin) * dense
+    for name, labels in (("softmax_cross_entropy", dense), ("softmax_cross_entropy_with_integer_labels", ids)):
+        loss = lambda z, name=name, labels=labels: getattr(softmax_jax, name)(z, labels)  # noqa: E731
+        tangent, gradient, forward = jax.jit(
+            lambda z, dz, loss=loss: (
+                jax.jvp(loss, (z,), (dz,))[1],
+                jax.grad(lambda z: loss(z).sum())(z),
+                jax.jacfwd(lambda z: loss(z).sum())(z),
+            )
+        )(logits, direction)
+        p = np.exp(np.float64(logits) - np.float64(logits).max(-1, keepdims=True))
+        p /= p.sum(-1, keepdims=True)
+        want = np.where(dense == 1, -(p * (1 - dense)).sum(-1, keepdims=True), p)
+        assert_within(gradient, want, np.abs(want) * (1 + margin), 16)
+        assert_within(forward, want, np.abs(want) * (1 + margin), 16)
+        assert_within(tangent, (want * direction).sum(-1), (np.abs(want * direction)).sum(-1) * (1 + margin), 16)
 
 
 @pytest.mark.optimized
