@@ -1,4 +1,4 @@
-"""What the doors refuse, while tracing: every message names the values and ends with the way out."""
+"""What the functions refuse, while tracing: every message names the values and ends with the way out."""
 
 import math
 import operator

@@ -107,8 +107,8 @@ def cross_entropy(
     >>> jax.grad(cross_entropy)(logits, labels).shape
     (2, 3)
 
-    Prieto et al., "Grokking at the Edge of Numerical Stability", ICLR 2025, on why the tail matters; Szegedy et al.,
-    CVPR 2016 (label smoothing); Chowdhery et al., "PaLM", 2022 (z-loss); Gemma Team, "Gemma 2", 2024 (softcap).
+    Prieto et al., "Grokking at the Edge of Numerical Stability", ICLR 2025, on why it matters; Szegedy et al., CVPR
+    2016 (label smoothing); Chowdhery et al., "PaLM", 2022 (z-loss); Gemma Team, "Gemma 2", 2024 (softcap).
     """
     logits = _checks.floating("logits", logits)
     axis = _checks.class_axis("logits", logits.shape, axis)
@@ -183,8 +183,8 @@ def linear_cross_entropy(
 
     The other arguments, their edge behaviour, the reductions and what is raised are those of `cross_entropy`. A row
     of weight 0 contributes exactly 0 also to the gradient of `weight`, whatever its `x` holds. Gradients flow to `x`,
-    `weight`, `bias`, `weights`, `class_weights`, the float options and dense labels. Under `jit` one that nobody asks
-    for is dead code (a frozen head costs two matrix products, not three); outside of it all are computed. Over devices
+    `weight`, `bias`, `weights`, `class_weights`, the float options and dense labels. Under `jit` one that is not used
+    is dead code (a frozen head costs two matrix products, not three); outside of it all are computed. Over devices
     that share it, the head's gradient is summed once, after the loops, in float32.
 
     Where the head is in a module: `nnx.Linear.kernel` and Linen's `params["kernel"]` are `[embed, classes]`;

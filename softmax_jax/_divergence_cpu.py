@@ -14,6 +14,7 @@ from jax import lax
 from softmax_jax._divergence_terms import At, Shares, first_moment, log_mixture, log_ratio, probabilities, z_of
 from softmax_jax._fold_cpu import distance
 from softmax_jax._passes_cpu import as_operands, sum_over_classes
+from softmax_jax._sums import once_traced
 
 
 class Numbers(NamedTuple):
@@ -52,6 +53,7 @@ def _term(at: At, shares: Shares | None, n: Numbers):
     return at.t * (near * near * series + far) + (beyond if shares is None else shares.gamma * beyond)
 
 
+@once_traced
 def divergence_sums(axis, b, a, where, scale, shared, shares, pivot, top):
     """(Σ_{v≠pivot} t_v ψ(log(m_v/t_v)), Σ_{v≠top} t_v log(m_v/t_v)). r is 0 where t is: 0 · inf is NaN, in a derivative
     too."""

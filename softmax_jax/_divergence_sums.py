@@ -28,6 +28,7 @@ from softmax_jax._dtypes import nan_unless
 from softmax_jax._fold import by_platform, rest_of_scaled
 from softmax_jax._indexing import is_at, pick_of_all
 from softmax_jax._sharding import count, offset, psum, vary, varying
+from softmax_jax._sums import once_traced
 from softmax_jax._token_loss import negative_log_likelihood
 from softmax_jax._waist import top_sums
 
@@ -75,6 +76,7 @@ def _sums(bounds: Bounds, b: Logits, a: Logits, where, scale, shared: Shared, sh
     return psum(by_platform(by_passes, written, *operands), class_axes)
 
 
+@once_traced
 def _written(bounds, axis, b, a, where, scale, shared, shares, pivot, top):
     """r is 0 where t is: 0 · inf is NaN, in a derivative too."""
     shared = jax.tree.map(lambda row: jnp.expand_dims(row, axis), shared)

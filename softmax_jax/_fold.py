@@ -24,7 +24,7 @@ from softmax_jax._dtypes import accumulator, upcast
 from softmax_jax._indexing import is_at, pick
 from softmax_jax._labels import are_dense, are_ids, masses_of_few, of_existing, target, uniform
 from softmax_jax._sharding import Names, count, entries_of, offset, pmax, psum, vary, vary_alike, varying
-from softmax_jax._sums import Asked, ClassSums, Top
+from softmax_jax._sums import Asked, ClassSums, Top, once_traced
 
 PLATFORMS = ("cpu",)
 """Those on which sums are passes of their own."""
@@ -75,6 +75,7 @@ def rest_of_top(logits, adjustment, scale, m, top, axis, class_axes) -> Array:
     return psum(jnp.sum(others, axis), class_axes)
 
 
+@once_traced
 def _class_sums(logits, labels, class_weights, adjustment, unused, own_z, axis, asked, class_axes):
     size, dtype, where = logits.shape[axis], accumulator(logits.dtype), adjustment.where
     classes = count(size, class_axes)
@@ -111,6 +112,7 @@ def _adjusted(own, label, adjustment, size, axis, class_axes):
     return jnp.where(in_range == here, upcast(adjust(own, adjustment._replace(where=where))), 0)
 
 
+@once_traced
 def _top_sums(logits, adjustment, axis, class_axes):
     found = fold(logits, None, None, None, None, adjustment, axis, class_axes)
     return _settled(over_devices(found, class_axes), count(logits.shape[axis], class_axes))

@@ -19,9 +19,10 @@ from softmax_jax._indexing import pick_logit
 from softmax_jax._labels import are_dense, are_ids, masses_of_few, of_existing, own_mass, target, uniform
 from softmax_jax._passes_cpu import as_operands, over_classes, sum_over_classes
 from softmax_jax._sharding import Names, count, offset, pmax, pmin, psum, vary, varying
-from softmax_jax._sums import Asked, ClassSums, Top
+from softmax_jax._sums import Asked, ClassSums, Top, once_traced
 
 
+@once_traced
 def class_sums(
     logits: Array,
     labels: Any,
@@ -57,6 +58,7 @@ def class_sums(
     return sums, pivot
 
 
+@once_traced
 def top_sums(logits: Array, adjustment: Adjustment, axis: int, class_axes: Names) -> Top:
     (m,) = apart(row_shift(adjust(logits, adjustment), axis, class_axes))
     top = top_class(logits, m, adjustment, axis, class_axes)

@@ -1,4 +1,4 @@
-"""The doors with Optax's names, signatures and values, for those who change only the import: the same waist."""
+"""Optax's names, signatures and values, for those who change only the import; exact."""
 
 from functools import partial
 
@@ -25,7 +25,7 @@ def softmax_cross_entropy(
     axis: int | Axes | None = -1,
     where: Bool[ArrayLike, "..."] | None = None,
 ) -> Float[Array, "..."]:
-    """-Σ_v labels_v · log softmax(logits)_v per example: `optax.softmax_cross_entropy`, exact in the tail.
+    """-Σ_v labels_v · log softmax(logits)_v per example: `optax.softmax_cross_entropy`, exact however small.
 
     Args:
       logits: floating, any shape.
@@ -61,7 +61,8 @@ def softmax_cross_entropy_with_integer_labels(
     axis: int | Axes = -1,
     where: Bool[ArrayLike, "..."] | None = None,
 ) -> Float[Array, "..."]:
-    """-log softmax(logits)_labels per example: `optax.softmax_cross_entropy_with_integer_labels`, exact in the tail.
+    """-log softmax(logits)_labels per example: `optax.softmax_cross_entropy_with_integer_labels`, exact
+    however small.
 
     Args:
       logits: floating, any shape.
@@ -98,7 +99,7 @@ def softmax_cross_entropy_with_integer_labels(
 def safe_softmax_cross_entropy(logits: Float[ArrayLike, "..."], labels: Num[ArrayLike, "..."]) -> Float[Array, "..."]:
     """`softmax_cross_entropy` whose labels broadcast to the logits' shape: `optax.safe_softmax_cross_entropy`.
 
-    Safe is what every door here is: 0 · -inf is 0.
+    Safe is what every function here is: 0 · -inf is 0.
 
     >>> import jax.numpy as jnp
     >>> from softmax_jax import safe_softmax_cross_entropy
