@@ -19,13 +19,13 @@ from softmax_jax._sharding import Names, psum
 from softmax_jax._sums import Asked, ClassSums
 from softmax_jax._waist import class_sums
 
-# With t = rest + exp(own):
+# With total = rest + exp(own):
 #
-#     nll    = log t - own     ∂/∂rest = 1/t    ∂/∂own = -rest/t
-#     spread = log t           ∂/∂rest = 1/t    ∂/∂own = exp(own)/t
-#     miss   = rest/t          ∂/∂rest = exp(own)/t²    ∂/∂own = -rest·exp(own)/t²
+#     nll    = log total - own     ∂/∂rest = 1/total            ∂/∂own = -rest/total
+#     spread = log total           ∂/∂rest = 1/total            ∂/∂own = exp(own)/total
+#     miss   = rest/total          ∂/∂rest = exp(own)/total²    ∂/∂own = -rest·exp(own)/total²
 #
-# log t is log1p(rest + expm1(own)), which is exact where own = 0 and rest is small. `miss` = 1 - p_y has a rule of its
+# log total is log1p(rest + expm1(own)), which is exact where own = 0 and rest is small. `miss` = 1 - p_y has a rule of its
 # own so that second derivatives do not cancel either, where p_y is small.
 
 
@@ -38,9 +38,9 @@ def _miss(rest: Array, own: Array) -> Array:
 @_miss.defjvp
 def _miss_jvp(primals, tangents):
     (rest, own), (drest, down) = primals, tangents
-    t = rest + jnp.exp(own)
-    hit = jnp.exp(own) / t
-    return _miss(rest, own), hit / t * drest - hit * _miss(rest, own) * down
+    total = rest + jnp.exp(own)
+    hit = jnp.exp(own) / total
+    return _miss(rest, own), hit / total * drest - hit * _miss(rest, own) * down
 
 
 @jax.custom_jvp
@@ -65,8 +65,8 @@ def log_spread(rest: Array, own: Array) -> Array:
 @log_spread.defjvp
 def _log_spread_jvp(primals, tangents):
     (rest, own), (drest, down) = primals, tangents
-    t = rest + jnp.exp(own)
-    return log_spread(rest, own), drest / t + jnp.exp(own) / t * down
+    total = rest + jnp.exp(own)
+    return log_spread(rest, own), drest / total + jnp.exp(own) / total * down
 
 
 def _scaled(factor: Array, value: Array) -> Array:

@@ -30,7 +30,7 @@ class LabelStatistics(NamedTuple):
 # With a = the largest class as the pivot, both are sums of terms ≥ 0, so nothing cancels:
 #
 #     -log p_y = nll if y = a, else spread + (m - z_y)
-#     entropy  = p_a · nll + Σ_{v≠a} p_v (spread + m - z_v) = p_a · nll + (rest · spread + moment) / t
+#     entropy  = p_a · nll + Σ_{v≠a} p_v (spread + m - z_v) = p_a · nll + (rest · spread + moment) / total
 
 
 def statistics(
@@ -47,8 +47,8 @@ def statistics(
     sums = without(unused, sums)
     nll, spread = negative_log_likelihood(sums.rest, sums.own), log_spread(sums.rest, sums.own)
     log_prob = -loss_of(sums, None, options)
-    t = sums.rest + jnp.exp(sums.own)
-    entropy = (jnp.exp(sums.own) * nll + sums.rest * spread + sums.moment) / t
+    total = sums.rest + jnp.exp(sums.own)
+    entropy = (jnp.exp(sums.own) * nll + sums.rest * spread + sums.moment) / total
     valid, log_normalizer = ~jnp.isnan(log_prob), sums.shift + spread
     found = LabelStatistics(
         log_prob,

@@ -4,13 +4,13 @@ Write z for a token's logits, y for its label, p = softmax(z), and m = max_v z_v
 
     rest = Σ_{v≠y} exp(z_v - m)        the label's own term left out
     own  = z_y - m                     ≤ 0
-    t    = rest + exp(own)             = Σ_v exp(z_v - m), between 1 and the number of classes
+    total = rest + exp(own)            = Σ_v exp(z_v - m), between 1 and the number of classes
 
-the loss is nll = -log p_y = log t - own, and 1 - p_y = rest/t. Others keep log t and subtract: once p_y → 1 the
-difference rounds to 0, and the gradient p_y - 1 with it. Here nothing cancels, because `rest` is kept by itself.
+the loss is nll = -log p_y = log total - own, and 1 - p_y = rest/total. Others keep log total and subtract: once p_y → 1
+the difference rounds to 0, and the gradient p_y - 1 with it. Here nothing cancels, because `rest` is kept by itself.
 
 Dense labels are the same sums around another class. For any class a, with t_v the target of class v (class weight
-included) and spread = log t = log_normalizer - m,
+included) and spread = log total = log_normalizer - m,
 
     Σ_v t_v (log_normalizer - z_v) = t_a · nll(rest_a, own_a)  +  Σ_{v≠a} t_v · spread  -  Σ_{v≠a} t_v (z_v - m)
                                    = own_mass · nll            +  rest_mass · spread    -  label_sum
@@ -230,9 +230,7 @@ def _pull_few(logits, labels, class_weights, adjustment, m, pivot, axis, asked, 
 
     operands = at.logits, labels.probs, class_weights, [*adjustment[1:]]
     of_labels = jax.tree.map(jnp.zeros_like, cotangents)
-    of_labels = of_labels._replace(
-        **{name: getattr(cotangents, name) for name in ("own_mass", "rest_mass", "label_sum")}
-    )
+    of_labels = of_labels._replace(**{name: getattr(cotangents, name) for name in LABELS})
     return (at.ids, _pulled(sums, cotangents, *operands)[0]), *_pulled(sums, of_labels, *operands)[1:]
 
 
