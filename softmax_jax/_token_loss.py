@@ -25,8 +25,8 @@ from softmax_jax._waist import class_sums
 #     spread = log total           ∂/∂rest = 1/total            ∂/∂own = exp(own)/total
 #     miss   = rest/total          ∂/∂rest = exp(own)/total²    ∂/∂own = -rest·exp(own)/total²
 #
-# log total is log1p(rest + expm1(own)), which is exact where own = 0 and rest is small. `miss` = 1 - p_y has a rule of its
-# own so that second derivatives do not cancel either, where p_y is small.
+# log total is log1p(rest + expm1(own)), which is exact where own = 0 and rest is small. `miss` = 1 - p_y has a rule of
+# its own so that second derivatives do not cancel either, where p_y is small.
 
 
 @jax.custom_jvp
