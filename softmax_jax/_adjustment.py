@@ -1,10 +1,12 @@
 """From raw logits to what their exponential is taken of: z - m, and products with what may be infinite."""
 
+from functools import reduce
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
 
 from softmax_jax._dtypes import upcast
 from softmax_jax._sharding import Names, pmax
@@ -67,10 +69,17 @@ def weighed(factor: Array, z: Array, idle: Array | bool = False) -> Array:
     return jnp.where(factor == 0, 0, factor * z)
 
 
-@weighed.defjvp
 def _weighed_jvp(primals, tangents):
     (factor, z, idle), (dfactor, dz, _) = primals, tangents
-    return weighed(factor, z, idle), dfactor * finite(z, (factor == 0) | idle) + factor * dz
+    product, terms = weighed(factor, z, idle), []
+    if not isinstance(dfactor, SymbolicZero):  # 0 · -inf is NaN
+        terms.append(dfactor * finite(z, (factor == 0) | idle))
+    if not isinstance(dz, SymbolicZero):
+        terms.append(factor * dz)
+    return product, reduce(jnp.add, terms) if terms else jnp.zeros_like(product)
+
+
+weighed.defjvp(_weighed_jvp, symbolic_zeros=True)
 
 
 def finite(z: Array, unused: Array) -> Array:

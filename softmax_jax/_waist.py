@@ -52,7 +52,7 @@ from softmax_jax._labels import (
     target,
     uniform,
 )
-from softmax_jax._sharding import Names, check_gradient, count, offset, psum, vary, vary_alike, varying
+from softmax_jax._sharding import Names, check_gradient, count, offset, psum, vary, varying
 from softmax_jax._sums import Asked, ClassSums, Top
 
 LABELS = ("own_mass", "rest_mass", "label_sum")
@@ -268,7 +268,11 @@ def class_sums(
     `unused` rows (None: there are none) must have cotangent 0. With `forward_mode` the same derivatives are those of a
     `custom_jvp`.
     """
-    operands = vary_alike(logits, labels, class_weights, adjustment, unused)
+    over = varying(logits, labels, class_weights, adjustment, unused)
+    of_tokens = tuple(name for name in over if name not in class_axes)
+    logits, class_weights, adjustment = vary((logits, class_weights, adjustment), over)
+    labels, unused = vary(labels, of_tokens if are_ids(labels) else over), vary(unused, of_tokens)
+    operands = logits, labels, class_weights, adjustment, unused
     if forward_mode:
         return _sums(*operands, axis, asked, class_axes)[0]
     return _class_sums(*operands, axis, asked, class_axes)
