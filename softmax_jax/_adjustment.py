@@ -66,7 +66,7 @@ def row_shift(z: Array, axis: int | tuple[int, ...], class_axes: Names = ()) -> 
 def weighed(factor: Array, z: Array, idle: Array | bool = False) -> Array:
     """factor · z, but 0 where the factor is 0 and z = -inf; so is its derivative by the factor there, and where the
     product is `idle`: of no effect."""
-    return jnp.where(factor == 0, 0, factor * z)
+    return factor * jnp.where(factor == 0, 0, z)
 
 
 def _weighed_jvp(primals, tangents):

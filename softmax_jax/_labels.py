@@ -212,10 +212,10 @@ def of_existing(own, pivot, unused, classes):
     return nan_unless((pivot >= 0) & (pivot < classes), own, unused)
 
 
-def masses_of_one(ids, z, m, top, classes):
+def masses_of_one(ids, z, m, top, unused, classes):
     """(own_mass, rest_mass, label_sum) of ids around the largest class, of z at the ids."""
     is_top = ids == top
-    mass = nan_unless((ids >= 0) & (ids < classes), is_top.astype(m.dtype))
+    mass = nan_unless((ids >= 0) & (ids < classes), is_top.astype(m.dtype), unused)
     return mass, 1 - is_top.astype(m.dtype), jnp.where(is_top, 0, rounded(z, m) - m)
 
 

@@ -136,7 +136,7 @@ def _sums(logits, labels, class_weights, adjustment, unused, axis, asked, class_
     operands = logits, labels, class_weights, adjustment, unused, own_z
     sums, pivot = _fold.class_sums(*operands, axis=axis, asked=asked, class_axes=class_axes)
     if own_z is not None:
-        of_one = masses_of_one(labels, own_z, sums.shift, pivot, count(logits.shape[axis], class_axes))
+        of_one = masses_of_one(labels, own_z, sums.shift, pivot, unused, count(logits.shape[axis], class_axes))
         sums = sums._replace(**dict(zip(LABELS, of_one, strict=True)))
     return sums, pivot
 
