@@ -260,7 +260,8 @@ def divergence(teacher, student, beta, where=None) -> Divergence:
 
 @quiet
 def divergence_in_long_double(teacher, student, beta):
-    """The two gradients by the formulas of `divergence`, with minus the sum of the others at each row's top."""
+    """The two gradients by the formulas of `divergence`, with minus the sum of the others at each row's top; and the
+    sizes of that sum's terms, Σ q_v (|log(q_v/m_v)| + K), or Σ |p_v - t_v|."""
 
     def log(z):
         z = np.longdouble(z) - np.max(z, -1, keepdims=True)
@@ -269,16 +270,24 @@ def divergence_in_long_double(teacher, student, beta):
     log_t, log_p = log(teacher), log(student)
     t, p, beta = np.exp(log_t), np.exp(log_p), np.longdouble(beta)
     log_m = np.logaddexp(log_t + np.log(beta), log_p + np.log(1 - beta)) if 0 < beta < 1 else None
-    of = lambda q, log_q, log_other: q * (log_q - log_other - np.sum(q * (log_q - log_other), -1, keepdims=True))  # noqa: E731
+    mean = lambda q, log: np.sum(q * log, -1, keepdims=True)  # noqa: E731
+    of = lambda q, log_q, log_other: q * (log_q - log_other - mean(q, log_q - log_other))  # noqa: E731
+    size = lambda q, log_q, log_other: q * (abs(log_q - log_other) + mean(q, log_q - log_other))  # noqa: E731
     if log_m is None:
-        db, da = (of(t, log_t, log_p), p - t) if beta == 0 else (t - p, of(p, log_p, log_t))
+        sides = t, log_t, log_p
+        if beta == 1:
+            sides = p, log_p, log_t
+        both, sizes = [of(*sides), p - t if beta == 0 else t - p], [size(*sides), abs(p - t)]
+        (db, da), (size_b, size_a) = (both, sizes) if beta == 0 else (both[::-1], sizes[::-1])
     else:
         db, da = beta * of(t, log_t, log_m), (1 - beta) * of(p, log_p, log_m)
-    for g, q in ((db, t), (da, p)):
+        size_b, size_a = beta * size(t, log_t, log_m), (1 - beta) * size(p, log_p, log_m)
+    for g, terms, q in ((db, size_b, t), (da, size_a, p)):
         top = np.argmax(q, -1)[..., None]
-        np.put_along_axis(g, top, 0, -1)
-        np.put_along_axis(g, top, -np.sum(g, -1, keepdims=True), -1)
-    return db, da
+        for entries, sign in ((g, -1), (terms, 1)):
+            np.put_along_axis(entries, top, 0, -1)
+            np.put_along_axis(entries, top, sign * np.sum(entries, -1, keepdims=True), -1)
+    return (db, da), (size_b, size_a)
 
 
 @quiet
