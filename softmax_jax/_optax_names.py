@@ -25,7 +25,7 @@ def softmax_cross_entropy(
     axis: int | Axes | None = -1,
     where: Bool[ArrayLike, "..."] | None = None,
 ) -> Float[Array, "..."]:
-    """-Σ_v labels_v · log softmax(logits)_v per example: `optax.softmax_cross_entropy`, exact however small.
+    """-Σ_v labels_v · log softmax(logits)_v per example: `optax.softmax_cross_entropy`, exact.
 
     Args:
       logits: floating, any shape.
@@ -43,7 +43,6 @@ def softmax_cross_entropy(
     >>> from softmax_jax import softmax_cross_entropy
     >>> softmax_cross_entropy(jnp.array([[30.0, 0.0]]), jnp.array([[1.0, 0.0]])).tolist()
     [9.357622912219837e-14]
-
     """
     logits, labels = _checks.floating("logits", logits), _checks.array("labels", labels)
     if jnp.issubdtype(labels.dtype, jnp.integer):
@@ -61,8 +60,7 @@ def softmax_cross_entropy_with_integer_labels(
     axis: int | Axes = -1,
     where: Bool[ArrayLike, "..."] | None = None,
 ) -> Float[Array, "..."]:
-    """-log softmax(logits)_labels per example: `optax.softmax_cross_entropy_with_integer_labels`, exact
-    however small.
+    """-log softmax(logits)_labels per example: `optax.softmax_cross_entropy_with_integer_labels`, exact.
 
     Args:
       logits: floating, any shape.
@@ -80,7 +78,6 @@ def softmax_cross_entropy_with_integer_labels(
     >>> from softmax_jax import softmax_cross_entropy_with_integer_labels
     >>> softmax_cross_entropy_with_integer_labels(jnp.array([[30.0, 0.0]]), jnp.array([0])).tolist()
     [9.357622912219837e-14]
-
     """
     logits, labels = _checks.floating("logits", logits), _checks.array("labels", labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
