@@ -133,6 +133,16 @@ def test_keeps_no_array_of_logits_size_but_the_operands(rng, names, dense):
     assert kept <= operands + 32 * 4 * 16  # numbers a token
 
 
+def test_along_the_labels_alone(rng):
+    """Σ_v dt_v (log_normalizer - z_v); the logits have no tangent."""
+    logits, labels, _ = random_case(rng, (4, 9), -1, jnp.float32, True, [])
+    direction = rng.normal(size=labels.shape).astype(np.float32)
+    f = lambda t: cross_entropy(logits, t, reduction="none", forward_mode=True)  # noqa: E731
+    tangent = jax.jit(lambda t, dt: jax.jvp(f, (t,), (dt,))[1])(labels, direction)
+    terms = -direction * np.asarray(jax.nn.log_softmax(np.float64(logits)), np.float64)
+    np.testing.assert_allclose(tangent, terms.sum(-1), atol=16 * 1.2e-7 * np.abs(terms).sum(-1).max(), rtol=0)
+
+
 def test_without_it_forward_mode_is_refused(rng):
     logits, labels, _ = random_case(rng, (3, 5))
     with pytest.raises(TypeError, match="custom_vjp"):
