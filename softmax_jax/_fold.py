@@ -53,7 +53,7 @@ def top_sums(*operands: Any, axis: int, class_axes: Names) -> Top:
 
 
 def rest_of_scaled(*operands: Any, axis: int, class_axes: Names) -> Array:
-    """`rest_of_top`."""
+    """`rest_of_top` at a scale, of (logits, adjustment, scale, m, top)."""
     how = {"axis": axis, "class_axes": class_axes}
     return by_platform(partial(_fold_cpu.rest_of_top, **how), partial(rest_of_top, **how), *operands)
 
@@ -151,13 +151,14 @@ def fold(
 
 def by_neighbours(f: Callable, axis: int, load: int, x: Array, *operands: Any) -> Any:
     """f(x, *operands, step, parts): a reduction of `load` bytes of x at a time."""
-    size, alone, (step, parts) = x.shape[axis], partial(f, step=1, parts=1), (1, 1)
+    size, step, parts = x.shape[axis], 1, 1
     if isinstance(size, int) and size >= SHORT and not entries_of(x)[axis]:
         step = _neighbours(size, load // x.dtype.itemsize)
         parts = _parts(size // step)
+    one_by_one, in_parts = partial(f, step=1, parts=1), partial(f, step=step, parts=parts)
     if step == parts == 1:
-        return alone(x, *operands)
-    return lax.platform_dependent(x, *operands, tpu=alone, default=partial(f, step=step, parts=parts))
+        return one_by_one(x, *operands)
+    return lax.platform_dependent(x, *operands, tpu=one_by_one, default=in_parts)
 
 
 def _fold(logits, label, t, c, than, adjustment, *, axis, class_axes, moment, step, parts):

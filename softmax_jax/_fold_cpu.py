@@ -3,7 +3,7 @@
 The same sums as those of `_fold`, one row reduction each: XLA for the CPU runs a reduction with a body of its own one
 number at a time (34x slower). Each pass reads the logits as they came and makes z - m again, of z as it is `rounded`.
 Even so nothing here asks whether it is 0: a compiler may round what makes the logits otherwise in one pass than in
-another. Nothing here is differentiated: derivatives are of the sums as `_waist` writes them.
+another. Derivatives are of the sums as `_waist` writes them, but for that of `rest_of_top` at a temperature.
 """
 
 from collections.abc import Sequence
