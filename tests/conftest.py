@@ -19,7 +19,7 @@ from hypothesis import is_hypothesis_test, settings  # noqa: E402
 
 from softmax_jax import _fold  # noqa: E402
 
-for name, examples in {"quick": 2, "thorough": 6, "fuzz": 2400}.items():
+for name, examples in {"quick": 2, "thorough": 4, "fuzz": 2400}.items():
     settings.register_profile(name, max_examples=examples, derandomize=True, deadline=None, database=None)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -73,7 +73,7 @@ def test_several_mesh_axes(rng, embed, dense):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("transpose", few_of([False, True], thorough=0))
 def test_head_over_data_and_model(rng, transpose):
     """x is the same along `model`, the weight along `data`; chunks do not divide the tokens."""
     asked = problem(rng, (8, 11, 64), embed=24, reduction="sum", chunk_size=10, transpose_weight=transpose)

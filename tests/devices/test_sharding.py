@@ -49,6 +49,7 @@ def assert_lies(gradients, specs, mesh):
         assert gradient.sharding.is_equivalent_to(NamedSharding(mesh, specs[name]), gradient.ndim), name
 
 
+@pytest.mark.diagonal
 @kinds
 @both
 @layouts
@@ -90,6 +91,7 @@ def test_cross_entropy_with_all_options(rng, kind, dense):
 
 
 @pytest.mark.thorough
+@pytest.mark.diagonal
 @kinds
 @pytest.mark.parametrize("axis", [0, 1])
 def test_classes_on_another_axis(rng, kind, axis):

@@ -162,6 +162,7 @@ OPTIONAL = ("where", "weights", "class_weights", "label_smoothing", "bias", "tea
 TAKES_SPARSE = ("labels", "teacher_logits", "teacher_probs")
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("kind", NO_ARRAYS)
 @pytest.mark.parametrize("name", TAKES_ARRAYS)
 def test_what_is_no_array_is_named_with_the_way_out(untyped, name, kind):

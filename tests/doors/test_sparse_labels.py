@@ -166,7 +166,7 @@ def test_a_few_of_probability_zero(rng):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("how", few_of([("mean", True), ("none", False)]), ids=str)
+@pytest.mark.parametrize("how", few_of([("mean", True), ("none", False)], thorough=0), ids=str)
 def test_linear_is_plain(rng, how):
     reduction, transpose = how
     _, labels, options = random_case(rng, (3, 5), 61, 7, True, tuple(ALL))
@@ -216,7 +216,7 @@ OF_ONE_DEVICE = {}  # the gradients of the whole, once for each form
 @pytest.mark.thorough
 @pytest.mark.compiled
 @pytest.mark.diagonal
-@pytest.mark.parametrize("how", few_of(["axis_name", "automatic", "explicit"]))
+@pytest.mark.parametrize("how", few_of(["axis_name", "automatic", "explicit"], thorough=1))
 @pytest.mark.parametrize("linear", few_of([True, False]), ids=["linear", "logits"])
 def test_over_8_devices(how, linear):
     """Tokens over two, classes over four, in each of JAX's ways: the loss and the gradients of the whole."""
@@ -267,13 +267,18 @@ def test_vmap_and_second_derivatives(rng):
     np.testing.assert_allclose(got, total * reference.hessian(logits[0]), rtol=2e-5, atol=1e-6)
 
 
-@pytest.mark.thorough
-def test_forward_mode(rng):
-    logits, labels, options = random_case(rng, (4,), 11, 5, True, tuple(ALL))
+@pytest.mark.parametrize("names", few_of([(), tuple(ALL)]), ids=len)
+def test_forward_mode(rng, names):
+    logits, labels, options = random_case(rng, (4,), 11, 5, True, names)
     tangent = rng.normal(size=(4, 11)).astype(np.float32)
-    _, forward = jax.jvp(lambda z: cross_entropy(z, labels, forward_mode=True, **options), (logits,), (tangent,))
-    reverse = jax.grad(lambda z: cross_entropy(z, labels, **options))(logits)
-    np.testing.assert_allclose(forward, np.sum(reverse * tangent), rtol=1e-5)
+
+    @jax.jit
+    def both_modes(z, tangent):
+        forward = jax.jvp(lambda z: cross_entropy(z, labels, forward_mode=True, **options), (z,), (tangent,))[1]
+        return forward, jnp.sum(jax.grad(lambda z: cross_entropy(z, labels, **options))(z) * tangent)
+
+    forward, reverse = both_modes(logits, tangent)
+    np.testing.assert_allclose(forward, reverse, rtol=1e-5)
 
 
 @pytest.mark.usefixtures("untyped")
@@ -293,7 +298,8 @@ def test_refuses():
         cross_entropy(logits, SparseLabels(ids, probs), ignore_index=0)
 
 
-def test_one_class_here_and_over_devices(rng):
+@pytest.mark.parametrize("how", few_of(["explicit", "shard_map"]))
+def test_one_class_here_and_over_devices(rng, how):
     """The only class of a device is that of each of its k entries."""
     labels = SparseLabels(np.array([[0, 0], [0, -1], [1, 0]]), np.float32([[0.5, 0.5], [1, 0], [0, 1]]))
     value, grad = jax.jit(jax.value_and_grad(lambda z: cross_entropy(z, labels)))(np.ones((3, 1), np.float32))
@@ -302,20 +308,21 @@ def test_one_class_here_and_over_devices(rng):
     logits, labels, _ = random_case(rng, (4,), 4, 5, True)
     labels.ids[:, 3] = 0
     want = reference.cross_entropy(logits, dense(labels, logits.shape), reduction="sum")
-    sharded = jax.shard_map(
-        lambda z, *few: cross_entropy(z, SparseLabels(*few), reduction="sum", axis_name="model"),
-        mesh=mesh_of("automatic"),
-        in_specs=(P(None, "model"), P(), P(), P()),
-        out_specs=P(),
-    )
-    value, grad = jax.jit(jax.value_and_grad(sharded))(logits, *labels)
+    mesh, spec = mesh_of("explicit" if how == "explicit" else "automatic"), P(None, "model")
+    loss = lambda z, *few, **over: cross_entropy(z, SparseLabels(*few), reduction="sum", **over)  # noqa: E731
+    if how == "shard_map":
+        local = partial(loss, axis_name="model")
+        loss = jax.shard_map(local, mesh=mesh, in_specs=(spec, P(), P(), P()), out_specs=P())
+    places = tuple(NamedSharding(mesh, s) for s in (spec, P(), P(), P()))
+    operands = jax.device_put((logits, *labels), places)
+    value, grad = jax.jit(jax.value_and_grad(loss))(*operands)
     np.testing.assert_allclose(value, want.loss, rtol=1e-6)
     np.testing.assert_allclose(grad, want.grad, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.thorough
 @pytest.mark.nan
-@pytest.mark.parametrize("held", few_of([np.nan, np.inf]))
+@pytest.mark.parametrize("held", few_of([np.nan, np.inf], thorough=0))
 def test_a_row_of_weight_zero_may_hold_anything_in_others(rng, held):
     """Every gradient is that of the batch without the row, but for the weight's own part in the divisor."""
     logits, labels, _ = random_case(rng, (3,), 5, 4, True)

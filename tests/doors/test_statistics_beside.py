@@ -29,6 +29,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.diagonal
 @pytest.mark.parametrize("options", few_of(["all", "none"]))
 @pytest.mark.parametrize("form", few_of(["linear", "logits", "axis 0"]))
 def test_loss_gradient_and_statistics_are_those_of_the_two_functions(rng, form, options):

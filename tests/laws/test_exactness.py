@@ -280,7 +280,7 @@ def test_one_class_has_no_loss_no_gradient_no_curvature(how, dense):
         assert not any(np.any(number) for number in every(jnp.full(1, z)))
 
 
-@pytest.mark.parametrize("variant", few_of([jax.jit, lambda f: f]), ids=["jit", "eager"])
+@pytest.mark.parametrize("variant", few_of([jax.jit, lambda f: f], thorough=0), ids=["jit", "eager"])
 @pytest.mark.parametrize("tokens", few_of([1, 4]))
 def test_one_class_of_weight_0(variant, tokens):
     """Nothing is left to sum, and a compiler may fold all of it into constants."""

@@ -63,7 +63,7 @@ def losses_and_gradient(z, labels, cotangent):
 
 @pytest.mark.nan
 @pytest.mark.parametrize(
-    "shape", few_of([(MANY + 7, 6), (8, 65536), (64, 64), (MANY, 17), (8, 1000)], thorough=2), ids=str
+    "shape", few_of([(64, 64), (MANY + 7, 6), (8, 65536), (MANY, 17), (8, 1000)], thorough=2), ids=str
 )
 def test_rows_that_have_no_loss(device, rng, shape):
     """NaN and +inf anywhere in a row make it NaN, though XLA's row maximum on the CPU may drop them. Its neighbours,
