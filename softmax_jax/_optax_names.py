@@ -126,8 +126,6 @@ def poly_loss_cross_entropy(
     >>> f"{poly_loss_cross_entropy(jnp.array([30.0, 0.0]), jnp.array([1.0, 0.0])):.6e}"
     '2.807287e-13'
 
-    Forward mode: use `optax.losses.poly_loss_cross_entropy`.
-
     Leng et al., "PolyLoss: A Polynomial Expansion Perspective of Classification Loss Functions", ICLR 2022.
     """
     logits = _checks.floating("logits", logits)

@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.custom_derivatives import zero_from_primal
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Num
 
@@ -15,6 +16,7 @@ from softmax_jax._barrier import apart
 from softmax_jax._dtypes import floating, upcast
 from softmax_jax._fold import alone, apart_on_cpu, by_neighbours, by_platform, reduced
 from softmax_jax._indexing import classes_last, from_classes_last, is_at
+from softmax_jax._linear_map import linear_map
 from softmax_jax._token_loss import negative_log_likelihood
 from softmax_jax._waist import top_sums
 
@@ -44,8 +46,6 @@ def softmax(
     >>> softmax(jnp.array([0.0, 1000.0, -jnp.inf])).tolist()
     [0.0, 1.0, 0.0]
 
-    Forward mode (`jax.jvp`, `jax.jacfwd`): use `jax.nn.softmax`.
-
     Bridle, "Probabilistic Interpretation of Feedforward Classification Network Outputs", 1990.
     """
     return _jitted_softmax(*_operands(x, axis, where))
@@ -74,8 +74,6 @@ def log_softmax(
     >>> from softmax_jax import log_softmax
     >>> f"{log_softmax(jnp.array([30.0, 0.0]))[0]:.6e}"
     '-9.357623e-14'
-
-    Forward mode (`jax.jvp`, `jax.jacfwd`): use `jax.nn.log_softmax`.
     """
     return _jitted_log_softmax(*_operands(x, axis, where))
 
@@ -90,9 +88,9 @@ def _operands(x: ArrayLike, axis: int | Axes | None, where: ArrayLike | None) ->
     return floating(x), where, axes
 
 
-# y = exp(x - m) / Σ exp(x - m), and with the whole Jacobian ∂y_v/∂x_u = y_v (δ_uv - y_u)
+# y = exp(x - m) / Σ exp(x - m), and with the whole Jacobian ∂y_v/∂x_u = y_v (δ_uv - y_u), of a tangent or cotangent g,
 #
-#     dx_v = y_v (g_v - Σ_u g_u y_u)
+#     (J g)_v = y_v (g_v - Σ_u g_u y_u)
 #
 # which cancels where y_v → 1. Since Σ y = 1, the same holds of g - c for any number c of the row. With c = Σ g y as it
 # is rounded, g - c at such a v is exact and no larger than Σ_{u≠v} |g_u - g_v| y_u and a rounding of c, so that the
@@ -128,18 +126,21 @@ def _softmax_value(x, where, axes):
     return (y if where is None else jnp.where(where, y, 0)).astype(x.dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _softmax_rule(x: Array, where: Array | None, axes: Axes) -> Array:
     return _softmax_value(x, where, axes)
 
 
-def _softmax_fwd(x, where, axes):
-    y = _softmax_value(x, where, axes)
-    return y, y
+def _softmax_jvp(axes, primals, tangents):
+    y, jacobian = _softmax_rule(*primals, axes), partial(_times_jacobian, axes)
+    return y, linear_map(jacobian, jacobian, y, tangents[0])  # it is symmetric
 
 
-def _softmax_bwd(axes, y, g):
-    return _pulled_back(y, g, axes).astype(y.dtype), None
+_softmax_rule.defjvp(_softmax_jvp, symbolic_zeros=True)
+
+
+def _times_jacobian(axes, y, v):
+    return _sloped(y, v, axes).astype(y.dtype)
 
 
 def _around_mean(y, g, axes):
@@ -157,15 +158,15 @@ def _around_top(y, g, axes):
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _pulled_back(y: Array, g: Array, axes: Axes) -> Array:
-    """dx, of which the two ways have one derivative."""
+def _sloped(y: Array, g: Array, axes: Axes) -> Array:
+    """J g, of which the two ways have one derivative, that of the first."""
     around_mean, around_top = (partial(f, axes=axes) for f in (_around_mean, _around_top))
     return by_platform(around_mean, around_top, y, g) if _is_wide(y, axes) else around_mean(y, g)
 
 
-@_pulled_back.defjvp
-def _pulled_back_jvp(axes, primals, tangents):
-    return _pulled_back(*primals, axes), jax.jvp(partial(_around_mean, axes=axes), primals, tangents)[1]
+@_sloped.defjvp
+def _sloped_jvp(axes, primals, tangents):
+    return _sloped(*primals, axes), jax.jvp(partial(_around_mean, axes=axes), primals, tangents)[1]
 
 
 def _mean_around_top(y, g, *, axis, parts, **_):
@@ -182,13 +183,14 @@ def _mean_around_top(y, g, *, axis, parts, **_):
     return c, mean
 
 
-_softmax_rule.defvjp(_softmax_fwd, _softmax_bwd)
 _jitted_softmax = jax.jit(_softmax_rule, static_argnums=2)
 
 
 # The sums of the loss around the largest entry a, rest = Σ_{v≠a} exp(x_v - m) and own = x_a - m = 0 give
 #
-#     log p_a = -nll(rest, own)   log p_v = (x_v - x_a) - nll   dx_v = g_v (1 - p_v) - p_v (Σ_u g_u - g_v)
+#     y_a = -nll(rest, own)                      y_v = (x_v - x_a) - nll
+#     dy_v = (dx_v - dx_a) - dnll                dnll = Σ_v p_v (dx_v - dx_a)
+#     backwards, of the cotangent g:             g_v (1 - p_v) - p_v (Σ_u g_u - g_v)
 #
 # where 1 - p_a = -expm1(-nll) does not cancel. Kept: x, and of each row m, a and nll. Several axes are made one.
 
@@ -213,7 +215,11 @@ def _highest(x, m, top, axis):
 @_highest.defjvp
 def _highest_jvp(axis, primals, tangents):
     x, m, top = primals
-    return m, jnp.sum(jnp.where(is_at(top, x, axis), upcast(tangents[0]), 0), axis)
+    return m, _at_top(upcast(tangents[0]), top, axis)
+
+
+def _at_top(v, top, axis):
+    return jnp.sum(jnp.where(is_at(top, v, axis), v, 0), axis)
 
 
 def _log_p(x, where, highest, kept, axis):
@@ -223,29 +229,54 @@ def _log_p(x, where, highest, kept, axis):
     return is_at(top, x, axis), jnp.expand_dims(nll, axis), log_p
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _log_softmax_rule(x: Array, where: Array | None, axis: int) -> Array:
-    return _log_softmax_value(x, where, axis)[0]
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _log_softmax_rule(x: Array, where: Array | None, axis: int) -> tuple[Array, tuple[Array, Array, Array]]:
+    """(y, (m, a, nll) of each row)."""
+    return _log_softmax_value(x, where, axis)
 
 
-def _log_softmax_fwd(x, where, axis):
-    y, kept = _log_softmax_value(x, where, axis)
-    return y, (x, where, kept)
+def _log_softmax_jvp(axis, primals, tangents):
+    y, kept = _log_softmax_rule(*primals, axis)
+    m, top, _ = kept
+    given, dx = (*primals, kept), tangents[0]
+    dy = linear_map(partial(_log_softmax_tangent, axis), partial(_log_softmax_cotangent, axis), given, dx)
+    dkept = jnp.zeros_like(m), zero_from_primal(top, symbolic_zeros=True), _from_top(axis, given, dx)[1]
+    return (y, kept), (dy, dkept)
 
 
-def _log_softmax_bwd(axis, residuals, g):
-    x, where, kept = residuals
-    of_existing = lambda g: upcast(g) if where is None else jnp.where(where, upcast(g), 0)  # noqa: E731
-    total = alone(lambda g: jnp.sum(of_existing(g), axis, keepdims=True), g)
-    highest = _highest(x, *kept[:2], axis)
-    at_top, nll, log_p = _log_p(x, where, highest, kept, axis)
+_log_softmax_rule.defjvp(_log_softmax_jvp, symbolic_zeros=True)
+
+
+def _probabilities(axis, x, where, kept):
+    """p and 1 - p."""
+    at_top, nll, log_p = _log_p(x, where, _highest(x, *kept[:2], axis), kept, axis)
     top_p, top_miss = apart(jnp.exp(-nll), -jnp.expm1(-nll))
-    g, p = of_existing(g), jnp.exp(log_p)
-    p, miss = jnp.where(at_top, top_p, p), jnp.where(at_top, top_miss, 1 - p)
-    return (g * miss - p * (total - g)).astype(x.dtype), None
+    p = jnp.exp(log_p)
+    return jnp.where(at_top, top_p, p), jnp.where(at_top, top_miss, 1 - p)
 
 
-_log_softmax_rule.defvjp(_log_softmax_fwd, _log_softmax_bwd)
+def _existing(v, where):
+    return upcast(v) if where is None else jnp.where(where, upcast(v), 0)
+
+
+def _from_top(axis, given, dx):
+    """(dx_v - dx_a, dnll)."""
+    x, where, kept = given
+    dx = _existing(dx, where)
+    dx = dx - jnp.expand_dims(_at_top(dx, kept[1], axis), axis)
+    return dx, jnp.sum(_probabilities(axis, *given)[0] * dx, axis)
+
+
+def _log_softmax_tangent(axis, given, dx):
+    dx, dnll = _from_top(axis, given, dx)
+    return _existing(dx - jnp.expand_dims(dnll, axis), given[1]).astype(given[0].dtype)
+
+
+def _log_softmax_cotangent(axis, given, g):
+    x, where, _ = given
+    total = alone(lambda g: jnp.sum(_existing(g, where), axis, keepdims=True), g)
+    (p, miss), g = _probabilities(axis, *given), _existing(g, where)
+    return (g * miss - p * (total - g)).astype(x.dtype)
 
 
 @partial(jax.jit, static_argnums=2)
@@ -253,5 +284,5 @@ def _jitted_log_softmax(x: Array, where: Array | None, axes: Axes) -> Array:
     if x.size == 0:
         return x
     where = where if where is None or len(axes) == 1 else classes_last(jnp.broadcast_to(where, x.shape), axes)
-    y: Array = _log_softmax_rule(classes_last(x, axes), where, axes[0] if len(axes) == 1 else x.ndim - len(axes))
+    y, _ = _log_softmax_rule(classes_last(x, axes), where, axes[0] if len(axes) == 1 else x.ndim - len(axes))
     return y if len(axes) == 1 else from_classes_last(y, x.shape, axes)

@@ -176,5 +176,6 @@ def unoptimized():
 
 def _with_less(options, *args, **kwargs):
     if jax.__version_info__ < (0, 11):
-        kwargs["env_options_overrides"] = (kwargs["env_options_overrides"] or {}) | {"xla_cpu_use_fusion_emitters": False}
+        more = {"xla_cpu_use_fusion_emitters": False}
+        kwargs["env_options_overrides"] = (kwargs["env_options_overrides"] or {}) | more
     return options(*args, **kwargs)

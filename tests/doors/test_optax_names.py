@@ -38,7 +38,8 @@ def test_derivatives_in_both_modes(rng, margin):
     ids, direction = rng.integers(5, size=SHAPE[:-1]), np.float32(rng.normal(size=SHAPE))
     dense = np.eye(5, dtype=np.float32)[ids]
     logits = np.float32(rng.normal(size=SHAPE)) + np.float32(margin) * dense
-    for name, labels in (("softmax_cross_entropy", dense), ("softmax_cross_entropy_with_integer_labels", ids)):
+    kinds = dict.fromkeys(["softmax_cross_entropy", "safe_softmax_cross_entropy", "poly_loss_cross_entropy"], dense)
+    for name, labels in {"softmax_cross_entropy_with_integer_labels": ids, **kinds}.items():
         loss = lambda z, name=name, labels=labels: getattr(softmax_jax, name)(z, labels)  # noqa: E731
         tangent, gradient, forward = jax.jit(
             lambda z, dz, loss=loss: (
@@ -49,7 +50,10 @@ def test_derivatives_in_both_modes(rng, margin):
         )(logits, direction)
         p = np.exp(np.float64(logits) - np.float64(logits).max(-1, keepdims=True))
         p /= p.sum(-1, keepdims=True)
-        want = np.where(dense == 1, -(p * (1 - dense)).sum(-1, keepdims=True), p)
+        miss = (p * (1 - dense)).sum(-1, keepdims=True)
+        want = np.where(dense == 1, -miss, p)
+        if name.startswith("poly"):  # and ε (1 - p) of the label's p
+            want = want * (1 + 2 * np.sum(p * dense, -1, keepdims=True))
         assert_within(gradient, want, np.abs(want) * (1 + margin), 16)
         assert_within(forward, want, np.abs(want) * (1 + margin), 16)
         assert_within(tangent, (want * direction).sum(-1), (np.abs(want * direction)).sum(-1) * (1 + margin), 16)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import reference
 from helpers import assert_within, at_margins, compilations, epsilon, few_of, relative_error
+from jax.test_util import check_grads
 
-from softmax_jax import log_softmax, softmax
+from softmax_jax import _fold, _softmax, log_softmax, softmax
 
 DOORS = {
     "softmax": (softmax, reference.softmax, jax.nn.softmax),
@@ -182,6 +183,66 @@ def test_residuals(variant, rng):
     kept = [leaf for leaf in jax.tree.leaves(pull) if leaf.size > 1]
     assert sum(leaf.nbytes for leaf in kept) <= x.nbytes + 3 * 4 * 32
     assert any(leaf.shape == x.shape and np.array_equal(leaf, x) for leaf in kept)
+
+
+@pytest.mark.optimized
+@doors
+def test_forward_mode_is_as_exact(rng, ours, truth, peer):
+    """At every margin and whatever all entries have in common, each entry is right to roundings of its own terms,
+    p_u (v_v - v_u), times p_v for softmax. The differences of tangents are from that to the largest entry's."""
+    x, _ = at_margins(rng, np.linspace(-5, 70, 76))
+    v = np.float32(rng.normal(size=x.shape) + rng.choice([0, 100], (76, 1)))
+    _, tangent = jax.jit(lambda x, v: jax.jvp(ours, (x,), (v,)))(x, v)
+    p, away = reference.softmax(x), np.float64(v)[:, :, None] - np.float64(v)[:, None, :]
+    terms = p[:, None, :] * away * (p[:, :, None] if ours is softmax else 1)
+    top = np.argmax(x, -1)
+    from_top = np.abs(np.take_along_axis(away, top[:, None, None], -1)[..., 0]) * (p if ours is softmax else 1)
+    condition = np.abs(terms).sum(-1) + from_top * (top[:, None] != np.arange(x.shape[1]))
+    assert_within(tangent, terms.sum(-1), condition * (2 + np.abs(x).max(-1, keepdims=True)), 4)
+
+
+@pytest.mark.diagonal
+@doors
+@pytest.mark.parametrize("side", few_of(["passes", "one pass"]))
+@pytest.mark.parametrize("masked", few_of([True, False]), ids=["where", "all"])
+def test_both_modes_to_second_order(rng, monkeypatch, side, masked, ours, truth, peer):
+    """JAX's own check, against differences in float64; of rows that a GPU takes as wide."""
+    if side == "one pass":
+        jax.clear_caches()
+        monkeypatch.setattr(_fold, "PLATFORMS", ())
+    monkeypatch.setattr(_softmax, "KERNEL", 4)
+    where = np.arange(7)[:, None] % 3 != 1 if masked else None
+    with jax.enable_x64(True):
+        x, weights = rng.normal(size=(2, 7, 3))
+        check_grads(lambda x: jnp.sum(weights * jnp.sin(finite(ours(x, 0, where)))), (x,), order=2)
+    jax.clear_caches()
+
+
+def finite(y):
+    return jnp.where(jnp.isfinite(y), y, 0)
+
+
+@doors
+def test_transforms_of_both_modes(rng, ours, truth, peer):
+    """Batches of arrays, of tangents, of both, nested: each is the one at a time."""
+    x, v = (np.float32(rng.normal(size=(3, 4, 6))) for _ in range(2))
+    of_one = lambda x, v: (jax.jvp(ours, (x,), (v,))[1], jax.vjp(ours, x)[1](v)[0])  # noqa: E731
+
+    @jax.jit
+    def every(x, v):
+        both = [of_one(x[0], v[i]) for i in range(3)], [of_one(x[i], v[0]) for i in range(3)]
+        batched = jax.vmap(of_one, (None, 0))(x[0], v), jax.vmap(of_one, (0, None))(x, v[0])
+        nested = jax.vmap(jax.vmap(of_one, (None, 0), 1), (0, None), 1)(x, v)  # [tokens, x, v, classes]
+        return both, batched, nested, jax.linearize(ours, x)[1](v), jax.jacfwd(ours)(x[0, 0]), jax.jacrev(ours)(x[0, 0])
+
+    (tangents, arrays), (of_tangents, of_arrays), nested, linear, forward, reverse = every(x, v)
+    for each, batch in ((tangents, of_tangents), (arrays, of_arrays)):
+        for got, want in zip(batch, map(np.stack, zip(*each, strict=True)), strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    for got, one in zip(nested, of_tangents, strict=True):
+        np.testing.assert_allclose(got[:, 0], np.moveaxis(one, 0, 1), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(linear, of_one(x, v)[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(forward, reverse, rtol=1e-5, atol=1e-6)
 
 
 @doors
