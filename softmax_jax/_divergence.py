@@ -1,10 +1,12 @@
 """The divergence of two softmaxes as one function of their logits, with its gradient by a rule."""
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.custom_derivatives import SymbolicZero
 
 from softmax_jax._adjustment import rounded
 from softmax_jax._barrier import apart
@@ -23,7 +25,8 @@ from softmax_jax._divergence_terms import (
 )
 from softmax_jax._dtypes import nan_unless
 from softmax_jax._indexing import is_at
-from softmax_jax._sharding import Names, check_gradient, offset, same_on_devices, vary, varying
+from softmax_jax._linear_map import linear_map
+from softmax_jax._sharding import Names, check_gradient, offset, psum, same_on_devices, vary, varying
 
 
 def _value(rows: Rows, beta):
@@ -60,42 +63,96 @@ def _slopes(at: At, rows: Rows, beta, place):
     return shares.beta * db, shares.gamma * da
 
 
-def _forward(b, a, where, scale, beta, unused, axis, class_axes):
+class Given(NamedTuple):
+    """What a derivative is made of."""
+
+    b: Logits
+    a: Logits
+    where: Array | None
+    scale: Array | None
+    beta: Array | None
+    unused: Array | None
+    rows: Rows
+
+
+Inputs = tuple[Logits, Logits, Array | None, Array | None]  # b, a, scale, beta
+
+
+def _forward(b, a, scale, beta, where, unused, axis, class_axes) -> tuple[Array, Rows]:
     rows = rows_of(b, a, where, scale, beta, unused, axis, class_axes)
     if unused is not None:
         rows = jax.tree.map(lambda row: jnp.where(unused, jnp.zeros_like(row), row), rows)
     return _value(rows, beta), rows
 
 
-def _divergence_fwd(b, a, where, scale, beta, unused, axis, class_axes):
+@partial(jax.custom_jvp, nondiff_argnums=(6, 7))
+def _divergence(b, a, scale, beta, where, unused, axis, class_axes):
+    return _forward(b, a, scale, beta, where, unused, axis, class_axes)[0]
+
+
+def _divergence_jvp(axis, class_axes, primals, tangents):
     check_gradient(class_axes)
-    value, rows = _forward(b, a, where, scale, beta, unused, axis, class_axes)
-    return value, (b, a, where, scale, beta, unused, rows)
+    value, rows = _forward(*primals, axis, class_axes)
+    *inputs, where, unused = primals
+    b, a, scale, beta = inputs
+    given = Given(b, a, where, scale, beta, unused, rows)
+    tangent, cotangent = (partial(f, axis, class_axes) for f in (_tangent, _cotangent))
+    dinputs = jax.tree.map(_instantiated, tuple(inputs), tangents[:4])
+    return value, linear_map(tangent, cotangent, given, tuple(inputs), value, dinputs)
 
 
-def _divergence_bwd(axis, class_axes, residuals, cotangent):
-    b, a, where, scale, beta, unused, rows = residuals
-    dbeta = None if beta is None else jnp.sum(cotangent * (rows.of_t.divergence - rows.of_p.divergence))
+_divergence.defjvp(_divergence_jvp, symbolic_zeros=True)
+
+
+def _instantiated(primal, tangent):
+    return jnp.zeros_like(primal) if isinstance(tangent, SymbolicZero) else tangent
+
+
+def _tangent(axis: int, class_axes: Names, given: Given, dinputs: Inputs) -> Array:
+    """Σ_v db_v · dz_b,v + da_v · dz_a,v, of all devices' classes."""
+    z_of_both, inputs, slopes = _linearized(given, jnp.ones_like(given.rows.of_t.divergence), axis, class_axes)
+    db, da, dscale, dbeta = dinputs
+    dscale = vary(dscale, varying((given.b, given.a)))
+    dz = jax.jvp(z_of_both, inputs, (db, da, dscale))[1]
+    change = sum(jnp.sum(jnp.where(slope == 0, 0, slope * d), axis) for slope, d in zip(slopes, dz, strict=True))
+    change = psum(change, class_axes)
+    return change if dbeta is None else change + dbeta * _by_beta(given.rows)
+
+
+def _cotangent(axis: int, class_axes: Names, given: Given, cotangent: Array) -> Inputs:
+    scale, beta = given.scale, given.beta
+    dbeta = None if beta is None else jnp.sum(cotangent * _by_beta(given.rows))
+    cotangent = vary(cotangent, varying((given.b, given.a)))
+    z_of_both, inputs, slopes = _linearized(given, cotangent, axis, class_axes)
+    _, pull = jax.vjp(z_of_both, *inputs)
+    db, da, dscale = pull(tuple(jnp.expand_dims(cotangent, axis) * slope for slope in slopes))
+    return db, da, jax.tree.map(same_on_devices, dscale, scale), dbeta
+
+
+def _by_beta(rows: Rows) -> Array:
+    return rows.of_t.divergence - rows.of_p.divergence
+
+
+def _linearized(given: Given, cotangent: Array, axis: int, class_axes: Names):
+    """(a function that makes z of both of (b, a, scale), those, the slopes of the divergence by both z)."""
+    b, a, where, scale, beta, unused, rows = given
     bounds = bounds_of(cotangent.dtype)
-    cotangent = vary(cotangent, varying((b, a)))
     rows = rows._replace(of_t=_finite(rows.of_t, cotangent), of_p=_finite(rows.of_p, cotangent))
-    b_raw, a_raw, rows, cotangent = apart(b.raw, a.raw, rows, cotangent)
-    rows, cotangent = jax.tree.map(lambda row: jnp.expand_dims(row, axis), (rows, cotangent))
+    b_raw, a_raw, rows = apart(b.raw, a.raw, rows)
+    rows = jax.tree.map(lambda row: jnp.expand_dims(row, axis), rows)
     if unused is not None:
         b_raw, a_raw = (jnp.where(jnp.expand_dims(unused, axis), 0, raw) for raw in (b_raw, a_raw))
 
-    b, a = b._replace(raw=b_raw), a._replace(raw=a_raw)
+    b, a, here = b._replace(raw=b_raw), a._replace(raw=a_raw), vary(scale, varying((b, a)))
     z_b, z_a = (rounded(z_of(x, where), rows.shared.b_m) for x in (b, a))
-    here = vary(scale, varying((b, a)))
-    _, pull = jax.vjp(lambda b, a, scale: (z_of(b, where, scale), z_of(a, where, scale)), b, a, here)
     shared, first = rows.shared, offset(z_b.shape[axis], class_axes)
     place = lambda half: is_at(jnp.squeeze(half.top, axis) - first, z_b, axis)  # noqa: E731
     t, p = probabilities(z_b, z_a, scale, shared, shared.b_top, shared.a_top)
     lowest = lowest_ratio(bounds, beta is not None)
     r = log_ratio(z_b, z_a, scale, shared, lowest, bounds.log_highest, bounds.lowest)
     at = jax.tree.map(partial(jnp.where, place(rows.of_t)), rows.at_pivot, At(t, p, r))
-    db, da, dscale = pull(tuple(cotangent * slope for slope in _slopes(at, rows, beta, place)))
-    return db, da, None, jax.tree.map(same_on_devices, dscale, scale), dbeta, None
+    z_of_both = lambda b, a, scale: (z_of(b, where, scale), z_of(a, where, scale))  # noqa: E731
+    return z_of_both, (b, a, here), _slopes(at, rows, beta, place)
 
 
 def _finite(half: Half | None, cotangent):
@@ -108,14 +165,6 @@ def _if_finite(sum_, cotangent):
     """What is infinite is 0 beside a cotangent of 0, else NaN: -t (r + K) has no value there."""
     finite = jnp.isfinite(sum_)
     return nan_unless(finite | (cotangent == 0), jnp.where(finite, sum_, 0))
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _divergence(b, a, where, scale, beta, unused, axis, class_axes):
-    return _forward(b, a, where, scale, beta, unused, axis, class_axes)[0]
-
-
-_divergence.defvjp(_divergence_fwd, _divergence_bwd)
 
 
 def divergence(
@@ -133,4 +182,4 @@ def divergence(
     over = varying(b, a, where)
     (b, a, where), others = vary((b, a, where), over), tuple(n for n in over if n not in class_axes)
     scale, beta = vary((scale, beta), others)  # numbers of a token's sums are the same on its devices
-    return _divergence(b, a, where, scale, beta, unused, axis, class_axes)
+    return _divergence(b, a, scale, beta, where, unused, axis, class_axes)

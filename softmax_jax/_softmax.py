@@ -133,7 +133,7 @@ def _softmax_rule(x: Array, where: Array | None, axes: Axes) -> Array:
 
 def _softmax_jvp(axes, primals, tangents):
     y, jacobian = _softmax_rule(*primals, axes), partial(_times_jacobian, axes)
-    return y, linear_map(jacobian, jacobian, y, tangents[0])  # it is symmetric
+    return y, linear_map(jacobian, jacobian, y, y, y, tangents[0])  # it is symmetric
 
 
 _softmax_rule.defjvp(_softmax_jvp, symbolic_zeros=True)
@@ -238,8 +238,8 @@ def _log_softmax_rule(x: Array, where: Array | None, axis: int) -> tuple[Array, 
 def _log_softmax_jvp(axis, primals, tangents):
     y, kept = _log_softmax_rule(*primals, axis)
     m, top, _ = kept
-    given, dx = (*primals, kept), tangents[0]
-    dy = linear_map(partial(_log_softmax_tangent, axis), partial(_log_softmax_cotangent, axis), given, dx)
+    given, dx, ways = (*primals, kept), tangents[0], (_log_softmax_tangent, _log_softmax_cotangent)
+    dy = linear_map(*(partial(way, axis) for way in ways), given, primals[0], y, dx)
     dkept = jnp.zeros_like(m), zero_from_primal(top, symbolic_zeros=True), _from_top(axis, given, dx)[1]
     return (y, kept), (dy, dkept)
 

@@ -12,6 +12,7 @@ import reference
 from helpers import PROMISE, assert_within, at_margins, epsilon, few_of, relative_error, unoptimized
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.test_util import check_grads
 from meshes import collectives, mesh_of
 
 from softmax_jax import SparseLabels, kl_divergence, linear_kl_divergence
@@ -648,6 +649,54 @@ def test_second_derivatives_beside_a_class_of_probability_zero(rng, lacking):
             assert not np.any(a)  # of two tokens, and of what is absent
 
 
+@pytest.mark.parametrize(
+    "case", few_of([(0.0, ("temperature",)), (0.3, ()), (0.3, ALL), (1.0, ALL)], thorough=1), ids=str
+)
+def test_both_modes_to_second_order(rng, case):
+    """JAX's own check, of differences in float64: by both logits, and by the numbers."""
+    beta, names = case
+    with jax.enable_x64(True):
+        teacher, student = rng.normal(size=(2, 3, 5))
+        weights, where = rng.normal(size=3), np.arange(5) != 2 if "where" in names else None
+        numbers = {name: np.float64(NUMBERS[name]) for name in NUMBERS if name in names}
+        numbers |= {"beta": np.float64(beta)} if beta == 0.3 else {}
+
+        def loss(student, teacher, numbers):
+            losses = kl_divergence(
+                student, teacher_logits=teacher, where=where, reduction="none", **{"beta": beta} | numbers
+            )
+            return jnp.sum(weights * losses)
+
+        check_grads(jax.jit(loss), (student, teacher, numbers), order=2)
+
+
+@pytest.mark.optimized
+@pytest.mark.parametrize("beta", few_of([0.0, 0.25, 1.0], thorough=1))
+def test_forward_mode_is_as_exact(rng, beta):
+    """Along the student's top alone, at every margin, the divergence changes by what that learns."""
+    (teacher, _), (student, _) = (at_margins(rng, m) for m in (np.linspace(-30, 30, 31), np.linspace(-5, 60, 31)))
+    top = np.eye(student.shape[1], dtype=np.float32)[np.argmax(student, -1)]
+    loss = lambda b, a: kl_divergence(a, teacher_logits=b, beta=beta, reduction="none")  # noqa: E731
+    tangent = jax.jit(lambda b, a: jax.jvp(partial(loss, b), (a,), (top,))[1])(teacher, student)
+    exact, sizes = reference.divergence_in_long_double(teacher, student, beta)
+    want, size = (np.sum(of * top, -1) for of in (exact[1], sizes[1]))
+    assert np.max(np.abs(np.asarray(tangent) - want) / size) < PROMISE
+
+
+@pytest.mark.nan
+def test_forward_mode_of_rows_that_do_not_count(rng):
+    student, teacher, v = (np.float32(rng.normal(size=(4, 3))) for _ in range(3))
+    student[1], teacher[2], teacher[0, 1] = np.nan, np.inf, -np.inf
+    weights, where = np.float32([1, 0, 0, 2]), np.arange(4)[:, None] < 3
+    loss = lambda a, b: kl_divergence(  # noqa: E731
+        a, teacher_logits=b, weights=weights, where=where, reduction="none"
+    )
+    tangent = np.asarray(jax.jvp(loss, (student, teacher), (v, v))[1])
+    reverse = jax.jit(jax.grad(lambda a, b: loss(a, b)[0], (0, 1)))(student, teacher)
+    np.testing.assert_array_equal(tangent[1:], 0)
+    np.testing.assert_allclose(tangent[0], sum(np.sum(np.asarray(g) * v) for g in reverse), rtol=1e-5)
+
+
 def test_optax_is_the_same_on_normalized_probabilities(rng):
     teacher, student, _ = random_case(rng, (5, 7))
     with jax.enable_x64(True):
@@ -682,6 +731,7 @@ def test_a_traced_beta_is_nan_at_its_ends_and_the_number_between(rng):
     for beta in (0.0, 0.5, 1.0):
         for same in (jnp.float32(beta), np.array(beta), np.float32(beta)):
             np.testing.assert_array_equal(of_beta(same), of_beta(beta))
+    np.testing.assert_allclose(of_beta(1.0), kl_divergence(teacher, teacher_logits=student), rtol=1e-6)
     assert kl_divergence(jnp.array([[30.0, 0]]), teacher_logits=jnp.array([[0, 30.0]]), beta=1e-8) < 3e-7
 
 
