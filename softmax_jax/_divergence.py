@@ -92,13 +92,12 @@ def _divergence(b, a, scale, beta, where, unused, axis, class_axes):
 
 def _divergence_jvp(axis, class_axes, primals, tangents):
     check_gradient(class_axes)
-    value, rows = _forward(*primals, axis, class_axes)
-    *inputs, where, unused = primals
-    b, a, scale, beta = inputs
-    given = Given(b, a, where, scale, beta, unused, rows)
-    tangent, cotangent = (partial(f, axis, class_axes) for f in (_tangent, _cotangent))
-    dinputs = jax.tree.map(_instantiated, tuple(inputs), tangents[:4])
-    return value, linear_map(tangent, cotangent, given, tuple(inputs), value, dinputs)
+    b, a, scale, beta, where, unused = primals
+    value, rows = _forward(b, a, scale, beta, where, unused, axis, class_axes)
+    inputs, given = (b, a, scale, beta), Given(b, a, where, scale, beta, unused, rows)
+    f, transposed = partial(_tangent, axis, class_axes), partial(_cotangent, axis, class_axes)
+    dinputs = jax.tree.map(_instantiated, inputs, tangents[:4])
+    return value, linear_map(f, transposed, given, inputs, value, dinputs)
 
 
 _divergence.defjvp(_divergence_jvp, symbolic_zeros=True)
@@ -130,6 +129,7 @@ def _cotangent(axis: int, class_axes: Names, given: Given, cotangent: Array) -> 
 
 
 def _by_beta(rows: Rows) -> Array:
+    assert rows.of_p is not None, "a mixture"
     return rows.of_t.divergence - rows.of_p.divergence
 
 

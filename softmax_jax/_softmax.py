@@ -238,8 +238,9 @@ def _log_softmax_rule(x: Array, where: Array | None, axis: int) -> tuple[Array, 
 def _log_softmax_jvp(axis, primals, tangents):
     y, kept = _log_softmax_rule(*primals, axis)
     m, top, _ = kept
-    given, dx, ways = (*primals, kept), tangents[0], (_log_softmax_tangent, _log_softmax_cotangent)
-    dy = linear_map(*(partial(way, axis) for way in ways), given, primals[0], y, dx)
+    given, dx = (*primals, kept), tangents[0]
+    f, transposed = partial(_log_softmax_tangent, axis), partial(_log_softmax_cotangent, axis)
+    dy = linear_map(f, transposed, given, primals[0], y, dx)
     dkept = jnp.zeros_like(m), zero_from_primal(top, symbolic_zeros=True), _from_top(axis, given, dx)[1]
     return (y, kept), (dy, dkept)
 
