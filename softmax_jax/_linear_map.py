@@ -10,8 +10,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax import Array, lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import PartitionSpec
 
 from softmax_jax._sharding import vary, varying
 
@@ -19,50 +22,59 @@ PyTree = Any
 Map = Callable[[PyTree, PyTree], PyTree]
 
 
+class Side(NamedTuple):
+    """Of v, or of what becomes of it."""
+
+    tree: Any
+    types: tuple[Any, ...]
+
+
 class How(NamedTuple):
-    """Static: the two functions, and the trees of the operands that stand one after the other."""
+    """Static: the two functions, and what the operands are: the leaves of `given`, then those of v."""
 
     f: Map
     transposed: Map
     given: Any
-    inputs: Any
-    output: Any
+    source: Side
+    target: Side
 
     def turned(self) -> "How":
-        return How(self.transposed, self.f, self.given, self.output, self.inputs)
+        return How(self.transposed, self.f, self.given, self.target, self.source)
 
-    def split(self, operands: Sequence[Any]) -> list[list[Any]]:
-        """Leaves of (given, inputs, output, v)."""
-        sizes = [tree.num_leaves for tree in (self.given, self.inputs, self.output, self.inputs)]
-        ends = [sum(sizes[: i + 1]) for i in range(4)]
-        return [[*operands[end - size : end]] for end, size in zip(ends, sizes, strict=True)]
+    def split(self, operands: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        count = self.given.num_leaves
+        return [*operands[:count]], [*operands[count:]]
 
 
 def linear_map(f: Map, transposed: Map, given: PyTree, inputs: PyTree, output: PyTree, v: PyTree) -> PyTree:
-    """f(given, v), linear in v, the tangent of the function that makes `output` of `inputs`; transposed(given, g) has
-    the cotangents of `inputs`. Both have derivatives by `given`."""
+    """f(given, v), linear in v: of the types of `output`, as v is of those of `inputs`, of which nothing but their
+    types is used. transposed(given, g) is its transpose. Both have derivatives by `given`."""
     v = jax.tree.map(lambda v, a: vary(v, varying(a)), v, inputs)
-    (given, at), (inputs, of), (output, to) = map(jax.tree.flatten, (given, inputs, output))
-    found = _map.bind(*given, *inputs, *output, *jax.tree.leaves(v), how=How(f, transposed, at, of, to))
-    return to.unflatten(found)
+    (given, tree), source, target = jax.tree.flatten(given), _side(inputs), _side(output)
+    found = _map.bind(*given, *jax.tree.leaves(v), how=How(f, transposed, tree, source, target))
+    return target.tree.unflatten(found)
+
+
+def _side(arrays: PyTree) -> Side:
+    leaves, tree = jax.tree.flatten(arrays)
+    return Side(tree, tuple(map(jax.typeof, leaves)))
 
 
 def _applied(*operands: Any, how: How) -> list[Any]:
-    given, _, _, v = how.split(operands)
-    return jax.tree.leaves(how.f(how.given.unflatten(given), how.inputs.unflatten(v)))
+    given, v = how.split(operands)
+    return jax.tree.leaves(how.f(how.given.unflatten(given), how.source.tree.unflatten(v)))
 
 
 def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, how: How) -> tuple[list[Any], list[Any]]:
-    (given, *types, v), (dgiven, _, _, dv) = how.split(primals), how.split(tangents)
+    (given, v), (dgiven, dv) = how.split(primals), how.split(tangents)
     moving = [i for i, tangent in enumerate(dgiven) if type(tangent) is not ad.Zero]
-    types = [leaf for leaves in types for leaf in leaves]
 
     def by_given(some):
-        return _applied(*(some.get(i, leaf) for i, leaf in enumerate(given)), *types, *v, how=how)
+        return _applied(*(some.get(i, leaf) for i, leaf in enumerate(given)), *v, how=how)
 
     terms = []
     if any(type(tangent) is not ad.Zero for tangent in dv):
-        terms.append(_map.bind(*given, *types, *map(ad.instantiate_zeros, dv), how=how))
+        terms.append(_map.bind(*given, *map(ad.instantiate_zeros, dv), how=how))
     if moving:
         some, theirs = ({i: of[i] for i in moving} for of in (given, dgiven))
         terms.append(jax.jvp(by_given, (some,), (theirs,))[1])
@@ -70,28 +82,39 @@ def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, how: How) -> tuple[
 
 
 def _transpose(cotangents: Sequence[Any], *operands: Any, how: How) -> Sequence[Any]:
-    given, inputs, output, v = how.split(operands)
-    found = _map.bind(*given, *output, *inputs, *map(ad.instantiate_zeros, cotangents), how=how.turned())
+    given, v = how.split(operands)
+    found = _map.bind(*given, *map(ad.instantiate_zeros, cotangents), how=how.turned())
     of_v = [g if ad.is_undefined_primal(a) else None for a, g in zip(v, found, strict=True)]
-    return [None] * (len(operands) - len(v)) + of_v
+    return [None] * len(given) + of_v
 
 
 def _batched(operands: Sequence[Any], axes: Sequence[int | None], *, how: How) -> tuple[list[Any], list[int]]:
-    size = next(a.shape[axis] for a, axis in zip(operands, axes, strict=True) if axis is not None)
-    count = how.given.num_leaves
-    rest = (batching.bdim_at_front(a, axis, size) for a, axis in zip(operands[count:], axes[count:], strict=True))
-    of_all = partial(_of_all, axes=(how.given.unflatten(axes[:count]), 0))
+    (given, v), (given_axes, v_axes) = how.split(operands), how.split(axes)
+    one, axis = next((a, axis) for a, axis in zip(operands, axes, strict=True) if axis is not None)
+    size, entry = one.shape[axis], jax.typeof(one).sharding.spec[axis]
+    v = [_at_front(a, axis, size, entry) for a, axis in zip(v, v_axes, strict=True)]
+    of_all = partial(_of_all, axes=(how.given.unflatten(given_axes), 0))
     how = how._replace(f=partial(of_all, how.f), transposed=partial(of_all, how.transposed))
-    found = _map.bind(*operands[:count], *rest, how=how)
-    return found, [0] * len(found)
+    source = how.source._replace(types=tuple(map(jax.typeof, v)))
+    found = jax.make_jaxpr(partial(_applied, how=how))(*given, *v).out_avals
+    how = how._replace(source=source, target=how.target._replace(types=tuple(found)))
+    return _map.bind(*given, *v, how=how), [0] * len(found)
+
+
+def _at_front(a: Array, axis: int | None, size: int, entry: Any) -> Array:
+    """With the batch, which lies over the mesh axes `entry`, in front."""
+    if axis is not None:
+        return jnp.moveaxis(a, axis, 0)
+    lies = None if entry is None else PartitionSpec(entry, *jax.typeof(a).sharding.spec)
+    return lax.broadcast_in_dim(a, (size, *a.shape), tuple(range(1, a.ndim + 1)), out_sharding=lies)
 
 
 def _of_all(f: Map, given: PyTree, v: PyTree, axes: Any) -> PyTree:
     return jax.vmap(f, axes)(given, v)
 
 
-def _types(*operands: Any, how: How) -> list[Any]:
-    return how.split(operands)[2]
+def _types(*_: Any, how: How) -> tuple[Any, ...]:
+    return how.target.types
 
 
 _map = Primitive("linear_map")

@@ -29,8 +29,8 @@ def softmax(
 ) -> Num[Array, "..."]:
     """softmax(x)_v = exp(x_v) / Σ_u exp(x_u), over `axis`: same signature and values as `jax.nn.softmax`.
 
-    float32 inside for 16-bit inputs, the input's dtype outside. The backward pass keeps the result y alone and
-    computes dx = y · (g - Σ g·y), whose difference does not cancel where y → 1.
+    float32 inside for 16-bit inputs, the input's dtype outside. Derivatives, in both modes, are y · (g - Σ g·y) of the
+    tangent or cotangent g, whose difference does not cancel where y → 1; the backward pass keeps the result y alone.
 
     Args:
       x: of any shape; integers count as float32. -inf has probability zero; a row that holds +inf or NaN, or
@@ -59,7 +59,8 @@ def log_softmax(
 
     Exact at the top too: the largest class a of a row has log-probability -log1p(Σ_{v≠a} exp(x_v - x_a)), which
     does not round to 0 when its probability rounds to 1. float32 inside for 16-bit inputs, the input's dtype
-    outside. The backward pass keeps the input and three numbers a row, and computes dx = g - softmax(x) · Σ g.
+    outside. Derivatives are exact there in both modes; the backward pass, dx = g - softmax(x) · Σ g, keeps the input
+    and three numbers a row.
 
     Args:
       x: of any shape; integers count as float32. -inf has log-probability -inf; a row that holds +inf or NaN, or
@@ -133,14 +134,15 @@ def _softmax_rule(x: Array, where: Array | None, axes: Axes) -> Array:
 
 def _softmax_jvp(axes, primals, tangents):
     y, jacobian = _softmax_rule(*primals, axes), partial(_times_jacobian, axes)
-    return y, linear_map(jacobian, jacobian, y, y, y, tangents[0])  # it is symmetric
+    return y, linear_map(jacobian, jacobian, (y, primals[1]), y, y, tangents[0])  # it is symmetric
 
 
 _softmax_rule.defjvp(_softmax_jvp, symbolic_zeros=True)
 
 
-def _times_jacobian(axes, y, v):
-    return _sloped(y, v, axes).astype(y.dtype)
+def _times_jacobian(axes, given, g):
+    y, where = given
+    return _sloped(y, g if where is None else jnp.where(where, g, 0), axes).astype(y.dtype)
 
 
 def _around_mean(y, g, axes):

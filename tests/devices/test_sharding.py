@@ -203,6 +203,25 @@ def test_softmax(rng, kind, f):
     assert_moves_little(program, per_token=4 * 9)
 
 
+@pytest.mark.parametrize("f", few_of([softmax, log_softmax]), ids=["softmax", "log_softmax"])
+def test_softmax_of_a_batch_that_lies_over_devices(rng, f):
+    """`vmap` over it: what is not batched has to lie beside what is; derivatives in every nesting, their types too."""
+    x, one = rng.normal(size=(8, 6)).astype(np.float32), rng.normal(size=6).astype(np.float32)
+
+    def every(x, one):
+        slope = lambda x: jax.grad(lambda x: jnp.vdot(jnp.sin(f(x)), one))(x)  # noqa: E731
+        of_tangents = jax.vmap(lambda v: (jax.jvp(f, (one,), (v,))[1], jax.jvp(slope, (one,), (v,))[1]))(x)
+        of_cotangents = jax.vmap(lambda v: jax.grad(lambda x: jnp.vdot(slope(x), v))(one))(x)
+        return jax.vmap(slope)(x), jax.vmap(jax.jacfwd(f))(x), jax.vmap(jax.jacrev(f))(x), of_tangents, of_cotangents
+
+    want, mesh = jax.jit(every)(x, one), mesh_of("explicit")
+    with jax.set_mesh(mesh):
+        got = jax.jit(every)(*(jax.device_put(a, NamedSharding(mesh, s)) for a, s in ((x, P("data")), (one, P()))))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert jax.typeof(a).sharding.spec[0] == "data"
+        np.testing.assert_allclose(a, b, rtol=0, atol=4e-6)
+
+
 @pytest.mark.parametrize("kind", few_of(["explicit", "automatic"]))
 def test_confident_tokens_stay_exact_over_sharded_classes(kind):
     """At a margin of 40 the loss is 4e-18; the relative error grows with the logit's own rounding alone."""

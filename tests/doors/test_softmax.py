@@ -223,6 +223,19 @@ def finite(y):
 
 
 @doors
+@pytest.mark.nan
+def test_what_moves_at_a_hidden_entry_is_of_no_matter(rng, ours, truth, peer):
+    """sqrt has an infinite slope at 0; a cotangent may hold NaN there."""
+    x, v, where = np.arange(4, dtype=np.float32), np.float32(rng.normal(size=4)), np.arange(4) > 0
+    of_root = lambda f, **how: jax.jvp(lambda x: finite(f(jnp.sqrt(x), **how)), (x[-3:],), (v[-3:],))[1]  # noqa: E731
+    tangent = jax.jvp(lambda x: ours(jnp.sqrt(x), where=where), (x,), (v,))[1]
+    np.testing.assert_allclose(tangent, [0, *of_root(peer)], rtol=1e-5, atol=1e-6)
+    v[0] = np.nan
+    _, dx = pullback(lambda x: ours(x, where=where), x, v)
+    np.testing.assert_allclose(dx, [0, *pullback(peer, x[1:], v[1:])[1]], rtol=1e-5, atol=1e-6)
+
+
+@doors
 def test_transforms_of_both_modes(rng, ours, truth, peer):
     """Batches of arrays, of tangents, of both, nested: each is the one at a time."""
     x, v = (np.float32(rng.normal(size=(3, 4, 6))) for _ in range(2))
