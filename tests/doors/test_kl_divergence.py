@@ -650,7 +650,7 @@ def test_second_derivatives_beside_a_class_of_probability_zero(rng, lacking):
 
 
 @pytest.mark.parametrize(
-    "case", few_of([(0.0, ("temperature",)), (0.3, ()), (0.3, ALL), (1.0, ALL)], thorough=1), ids=str
+    "case", few_of([(0.0, ("temperature",)), (0.3, ()), (0.3, ALL), (1.0, ALL)], thorough=0), ids=str
 )
 def test_both_modes_to_second_order(rng, case):
     """JAX's own check, of differences in float64: by both logits, and by the numbers."""
