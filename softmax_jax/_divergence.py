@@ -6,7 +6,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.custom_derivatives import SymbolicZero
 
 from softmax_jax._adjustment import rounded
 from softmax_jax._barrier import apart
@@ -90,21 +89,14 @@ def _divergence(b, a, scale, beta, where, unused, axis, class_axes):
     return _forward(b, a, scale, beta, where, unused, axis, class_axes)[0]
 
 
+@_divergence.defjvp
 def _divergence_jvp(axis, class_axes, primals, tangents):
     check_gradient(class_axes)
     b, a, scale, beta, where, unused = primals
     value, rows = _forward(b, a, scale, beta, where, unused, axis, class_axes)
     inputs, given = (b, a, scale, beta), Given(b, a, where, scale, beta, unused, rows)
     f, transposed = partial(_tangent, axis, class_axes), partial(_cotangent, axis, class_axes)
-    dinputs = jax.tree.map(_instantiated, inputs, tangents[:4])
-    return value, linear_map(f, transposed, given, inputs, value, dinputs)
-
-
-_divergence.defjvp(_divergence_jvp, symbolic_zeros=True)
-
-
-def _instantiated(primal, tangent):
-    return jnp.zeros_like(primal) if isinstance(tangent, SymbolicZero) else tangent
+    return value, linear_map(f, transposed, given, inputs, value, tangents[:4])
 
 
 def _tangent(axis: int, class_axes: Names, given: Given, dinputs: Inputs) -> Array:

@@ -16,6 +16,7 @@ from softmax_jax._barrier import apart
 from softmax_jax._dtypes import floating, upcast
 from softmax_jax._fold import alone, apart_on_cpu, by_neighbours, by_platform, reduced
 from softmax_jax._indexing import classes_last, from_classes_last, is_at
+from softmax_jax._labels import existing
 from softmax_jax._linear_map import linear_map
 from softmax_jax._token_loss import negative_log_likelihood
 from softmax_jax._waist import top_sums
@@ -132,17 +133,15 @@ def _softmax_rule(x: Array, where: Array | None, axes: Axes) -> Array:
     return _softmax_value(x, where, axes)
 
 
+@_softmax_rule.defjvp
 def _softmax_jvp(axes, primals, tangents):
     y, jacobian = _softmax_rule(*primals, axes), partial(_times_jacobian, axes)
     return y, linear_map(jacobian, jacobian, (y, primals[1]), y, y, tangents[0])  # it is symmetric
 
 
-_softmax_rule.defjvp(_softmax_jvp, symbolic_zeros=True)
-
-
 def _times_jacobian(axes, given, g):
     y, where = given
-    return _sloped(y, g if where is None else jnp.where(where, g, 0), axes).astype(y.dtype)
+    return _sloped(y, existing(g, where), axes).astype(y.dtype)
 
 
 def _around_mean(y, g, axes):
@@ -258,27 +257,23 @@ def _probabilities(axis, x, where, kept):
     return jnp.where(at_top, top_p, p), jnp.where(at_top, top_miss, 1 - p)
 
 
-def _existing(v, where):
-    return upcast(v) if where is None else jnp.where(where, upcast(v), 0)
-
-
 def _from_top(axis, given, dx):
     """(dx_v - dx_a, dnll)."""
     x, where, kept = given
-    dx = _existing(dx, where)
+    dx = existing(upcast(dx), where)
     dx = dx - jnp.expand_dims(_at_top(dx, kept[1], axis), axis)
     return dx, jnp.sum(_probabilities(axis, *given)[0] * dx, axis)
 
 
 def _log_softmax_tangent(axis, given, dx):
     dx, dnll = _from_top(axis, given, dx)
-    return _existing(dx - jnp.expand_dims(dnll, axis), given[1]).astype(given[0].dtype)
+    return existing(dx - jnp.expand_dims(dnll, axis), given[1]).astype(given[0].dtype)
 
 
 def _log_softmax_cotangent(axis, given, g):
     x, where, _ = given
-    total = alone(lambda g: jnp.sum(_existing(g, where), axis, keepdims=True), g)
-    (p, miss), g = _probabilities(axis, *given), _existing(g, where)
+    total = alone(lambda g: jnp.sum(existing(upcast(g), where), axis, keepdims=True), g)
+    (p, miss), g = _probabilities(axis, *given), existing(upcast(g), where)
     return (g * miss - p * (total - g)).astype(x.dtype)
 
 
