@@ -8,7 +8,9 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
+from jax.custom_derivatives import SymbolicZero, zero_from_primal
+
+from softmax_jax._sharding import vary, varying
 
 PyTree = Any
 
@@ -21,9 +23,15 @@ def fenced(arrays: PyTree) -> PyTree:
 
 
 def _fenced_jvp(primals, tangents):
-    is_one = lambda t: not isinstance(t, SymbolicZero) and t.dtype != jax.dtypes.float0  # noqa: E731
-    each = jax.tree.map(lambda t: lax.optimization_barrier(t) if is_one(t) else t, tangents[0])
-    return fenced(*primals), each
+    """Each of the type of its array behind the barrier: before JAX 0.11 that varies over the devices of all of them."""
+
+    def tangent(array, t):
+        if isinstance(t, SymbolicZero) or t.dtype == jax.dtypes.float0:
+            return zero_from_primal(array, symbolic_zeros=True)
+        return vary(lax.optimization_barrier(t), varying(array))
+
+    arrays = fenced(*primals)
+    return arrays, jax.tree.map(tangent, arrays, tangents[0])
 
 
 fenced.defjvp(_fenced_jvp, symbolic_zeros=True)

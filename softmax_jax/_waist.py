@@ -151,7 +151,8 @@ def _sums_jvp(axis, asked, class_axes, primals, tangents):
     def of_all(logits, labels, class_weights, adjustment, unused):
         logits, labels, around = apart(logits, labels, m)
         logits, labels, around = _emptied(unused, logits, labels, around, axis)
-        return _of_all(logits, labels, class_weights, adjustment, around, at, axis, asked, class_axes)
+        operands = logits, labels, class_weights, adjustment, around, at
+        return _of_all(*operands, axis, asked, class_axes)._replace(shift=m)
 
     place = {name: jax.tree.map(jnp.zeros_like, getattr(sums, name)) for name in CONSTANT[1:]}
     dsums = tangent_of(of_all, primals, tangents)._replace(**place)

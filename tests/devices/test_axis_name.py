@@ -276,7 +276,6 @@ def test_operands_that_are_the_same_along_data_have_the_sum_of_the_gradients(rng
     assert_equal((0.0, got), (np.float64(0), want))
 
 
-@pytest.mark.thorough
 def test_forward_mode(rng):
     asked = problem(rng, (8, 6, 64), names=("z_loss", "label_smoothing"), reduction="none")
     specs, tangent = asked.specs(P("data"), "model"), rng.normal(size=(8, 6, 64)).astype(np.float32)
@@ -301,7 +300,6 @@ def test_forward_mode(rng):
     assert_equal(got, truth(asked, np.ones((8, 6))))
 
 
-@pytest.mark.thorough
 def test_hessian_vector_product(rng):
     asked = problem(rng, (4, 6, 64), embed=16, bias=False, chunk_size=4, reduction="sum")
     specs = asked.specs(P("data"), "model")
