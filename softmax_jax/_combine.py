@@ -95,7 +95,7 @@ def of_neighbours(some: Sequence[Class], first: Array, label: Array | None, than
 
     No comparison of logits is used twice: XLA would keep it, and read the logits again. So `rest` of the top is the sum
     of all but the largest, which is exactly 1."""
-    m = reduce(jnp.maximum, (v.z for v in some))
+    m, top = _largest([v.z for v in some])
     down = [v.z - _finite(m) for v in some] if len(some) > 1 else [jnp.zeros_like(m)]
     scale = [jnp.exp(z) for z in down]
     weighed = lambda masses: _sum(jnp.where(n == 0, 0, n * z) for n, z in zip(masses, down, strict=True))  # noqa: E731
@@ -109,9 +109,6 @@ def of_neighbours(some: Sequence[Class], first: Array, label: Array | None, than
     if label is not None:
         here = [label - first == i for i in range(len(some))]
         return sums._replace(rest=_without(here, scale), own=_at(here, [v.raw for v in some]))
-    top = jnp.full_like(m, len(some) - 1, jnp.int32)
-    for i, v in list(enumerate(some))[-2::-1]:
-        top = jnp.where(v.z == m, i, top)
     if moment:
         sums = sums._replace(moment=_sum(e * -beyond_exp(z) for e, z in zip(scale, down, strict=True)))
     if some[0].t is not None:
@@ -119,6 +116,15 @@ def of_neighbours(some: Sequence[Class], first: Array, label: Array | None, than
         more = {"mass": _at(here, masses), "rest_mass": _without(here, masses), "label_sum": weighed(masses)}
         sums = sums._replace(**more)
     return sums._replace(rest=_without_largest(scale), top=first + top)
+
+
+def _largest(some: Sequence[Array]) -> tuple[Array, Array]:
+    """The largest and its place, of equals the first. Each is compared with those before it: for a comparison with the
+    largest of all, XLA makes that in a kernel of its own on an A100, and reads the logits twice more."""
+    m, top = some[0], jnp.zeros_like(some[0], jnp.int32)
+    for i, z in enumerate(some[1:], 1):
+        m, top = jnp.maximum(m, z), jnp.where(z > m, i, top)
+    return m, top
 
 
 def _sum(terms: Iterable[Array]) -> Array:
