@@ -171,7 +171,7 @@ def divergence(
 ) -> Array:
     """KL(t ‖ p) of t = softmax(scale · b) and p = softmax(scale · a), or of a number `beta` the mixture, of every
     token; 0 in `unused` rows, whatever they hold. A token without any class must be one of them."""
-    over = varying(b, a, where)
+    over = varying(b, a, where, scale, beta, unused)
     (b, a, where), others = vary((b, a, where), over), tuple(n for n in over if n not in class_axes)
     scale, beta = vary((scale, beta), others)  # numbers of a token's sums are the same on its devices
     return _divergence(b, a, scale, beta, where, unused, axis, class_axes)

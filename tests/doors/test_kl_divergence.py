@@ -10,7 +10,8 @@ import optax
 import pytest
 import reference
 from helpers import PROMISE, assert_within, at_margins, epsilon, few_of, relative_error, unoptimized
-from jax.sharding import NamedSharding
+from jax import lax
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 from meshes import collectives, mesh_of
@@ -839,6 +840,29 @@ def test_a_temperature_of_sharded_classes(rng, beta, how, linear):
     np.testing.assert_allclose(value, want, rtol=PROMISE)
     for got, grad in zip(grads, truths, strict=False):  # not by the identity
         np.testing.assert_allclose(got, grad, rtol=0, atol=PROMISE * np.max(np.abs(grad)))
+
+
+@pytest.mark.parametrize("linear", [False, True], ids=["logits", "states"])
+def test_numbers_that_vary_over_devices_over_which_the_logits_do_not(rng, linear):
+    """The gradients of all devices' losses are added up: a temperature and a β of each, the same logits."""
+    a, b = jnp.float32(rng.normal(size=(2, 3, 5)))
+    temperatures, betas, one = jnp.array([1.3, 2.0]), jnp.array([0.3, 0.6]), jnp.eye(5)
+
+    def loss(a, b, temperature, beta):
+        options = {"temperature": temperature, "beta": beta, "reduction": "sum"}
+        if linear:
+            return linear_kl_divergence(a, one, teacher_x=b, teacher_weight=one, **options)
+        return kl_divergence(a, teacher_logits=b, **options)
+
+    def on_device(a, b, temperature, beta):
+        return lax.psum(loss(a, b, temperature[0], beta[0]), "data")
+
+    mesh, specs = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,)), (P(), P(), P("data"), P("data"))
+    of_all = jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=P())
+    got = jax.jit(jax.grad(of_all, (0, 1, 2, 3)))(a, b, temperatures, betas)
+    each = lambda *operands: jnp.sum(jax.vmap(loss, (None, None, 0, 0))(*operands))  # noqa: E731
+    for one_of, wanted in zip(got, jax.grad(each, (0, 1, 2, 3))(a, b, temperatures, betas), strict=True):
+        np.testing.assert_allclose(one_of, wanted, rtol=0, atol=16 * epsilon(jnp.float32) * np.max(np.abs(wanted)))
 
 
 @pytest.mark.parametrize("beta", few_of([0.0, 0.25]))
