@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from softmax_jax import _divergence_cpu
 from softmax_jax._adjustment import rounded, scaled
@@ -30,7 +30,7 @@ from softmax_jax._indexing import is_at, pick_of_all
 from softmax_jax._sharding import count, offset, psum, vary, varying
 from softmax_jax._sums import once_traced
 from softmax_jax._token_loss import negative_log_likelihood
-from softmax_jax._waist import tangent_of, top_sums
+from softmax_jax._waist import top_sums
 
 
 class Top(NamedTuple):
@@ -46,24 +46,11 @@ def _top(logits: Logits, where, scale, unused, axis, class_axes) -> Top:
     m, top, rest = top_sums(raw, adjustment, axis, class_axes)
     if scale is not None:
         rest = rest_of_scaled(raw, adjustment, scale, m, top, axis=axis, class_axes=class_axes)
+    highest = rounded(pick_of_all(raw, top, adjustment, axis, class_axes), m)
     exists = top < count(raw.shape[axis], class_axes)
-    own = jnp.where(exists, _own(raw, adjustment, m, top, axis, class_axes), 0)
+    own = jnp.where(exists, highest - lax.stop_gradient(highest), 0)  # 0, with the slope that second derivatives need
     nll = negative_log_likelihood(rest, nan_unless(exists, scaled(own, scale), unused))
     return Top(m + own, nll, top)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(4, 5))
-def _own(raw, adjustment, m, top, axis, class_axes):
-    """z - m at the largest z: 0, with the slope that second derivatives need, for which alone it is read."""
-    return m - m
-
-
-def _own_jvp(axis, class_axes, primals, tangents):
-    at_top = lambda raw, adjustment, m, top: pick_of_all(raw, top, adjustment, axis, class_axes)  # noqa: E731
-    return _own(*primals, axis, class_axes), tangent_of(at_top, primals, tangents)
-
-
-_own.defjvp(_own_jvp, symbolic_zeros=True)
 
 
 def shared_by(b: Top, a: Top, scale) -> Shared:
