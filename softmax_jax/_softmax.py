@@ -18,6 +18,7 @@ from softmax_jax._fold import alone, apart_on_cpu, by_neighbours, by_platform, r
 from softmax_jax._indexing import classes_last, from_classes_last, is_at
 from softmax_jax._labels import existing
 from softmax_jax._linear_map import linear_map
+from softmax_jax._sharding import vary_alike
 from softmax_jax._token_loss import negative_log_likelihood
 from softmax_jax._waist import top_sums
 
@@ -87,7 +88,7 @@ def _operands(x: ArrayLike, axis: int | Axes | None, where: ArrayLike | None) ->
     axes = _checks.axes_of("x", x.shape, axis)
     if where is not None:
         where = _checks.mask("where", where, x.shape)
-    return floating(x), where, axes
+    return *vary_alike(floating(x), where), axes
 
 
 # y = exp(x - m) / Σ exp(x - m), and with the whole Jacobian ∂y_v/∂x_u = y_v (δ_uv - y_u), of a tangent or cotangent g,

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import reference
 from helpers import assert_within, at_margins, compilations, epsilon, few_of, relative_error
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 from softmax_jax import _fold, _softmax, log_softmax, softmax
@@ -328,3 +330,22 @@ def test_the_gradient_of_wide_16_bit_rows(rng):
     row = lambda g: np.sum(g, -1, keepdims=True)  # noqa: E731
     kept = p * epsilon(jnp.bfloat16) * (abs(g - row(p * g)) + row(p * abs(g)))  # y is rounded, and so is the result
     assert np.all(abs(np.float64(dx) - p * (g - row(p * g))) <= kept)
+
+
+@doors
+def test_a_mask_that_varies_over_devices_over_which_x_does_not(rng, ours, truth, peer):
+    """The gradients of all devices are added up."""
+    x, v = np.float32(rng.normal(size=(3, 5))), np.float32(rng.normal(size=(2, 3, 5)))
+    where = rng.random((2, 3, 5)) < 0.7
+    where[..., 0] = True
+
+    def loss(f, x, where, v):
+        return jnp.sum(v * finite(f(x, where=where)))
+
+    def on_device(x, where, v):
+        return jax.lax.psum(loss(ours, x, where[0], v[0]), "data")
+
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    of_all = jax.shard_map(on_device, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=P())
+    want = jax.grad(lambda x: sum(loss(peer, x, where[i], v[i]) for i in range(2)))(x)
+    np.testing.assert_allclose(jax.jit(jax.grad(of_all))(x, where, v), want, rtol=0, atol=16 * epsilon(jnp.float32))
