@@ -14,7 +14,7 @@ from softmax_jax._label_statistics import label_statistics as label_statistics
 from softmax_jax._label_statistics import linear_label_statistics as linear_label_statistics
 from softmax_jax._kl_divergence import kl_divergence as kl_divergence
 from softmax_jax._kl_divergence import linear_kl_divergence as linear_kl_divergence
-from softmax_jax._labels import SparseLabels as SparseLabels
+from softmax_jax._sparse_labels import SparseLabels as SparseLabels
 from softmax_jax._sum_over_chunks import sum_over_chunks as sum_over_chunks
 from softmax_jax._optax_names import softmax_cross_entropy as softmax_cross_entropy
 from softmax_jax._optax_names import (

@@ -14,9 +14,10 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from softmax_jax._dtypes import accumulator, nan_unless
-from softmax_jax._labels import Labels, SparseLabels, are_ids
-from softmax_jax._sharding import Names, checks_varying, varying
+from softmax_jax._labels import Dense, Ids, Labels
+from softmax_jax._sharding import Names, PyTree, checks_varying, varying
 from softmax_jax._source import Source
+from softmax_jax._sparse_labels import Sparse, SparseLabels
 
 Reduction = Literal["mean", "sum", "none"]
 Kind = Literal["logits", "probabilities", "states"]  # of what a teacher gives
@@ -119,11 +120,11 @@ def floating(name: str, x: Any) -> Array:
 
 
 def labels_of(labels: Any, logits_shape: tuple[int, ...], axis: int) -> Labels:
-    """Integers in the batch shape, floats in the logits' shape or SparseLabels, as arrays: nothing is broadcast,
-    nothing guessed."""
+    """What labels they are: integers in the batch shape, floats in the logits' shape or SparseLabels. Nothing is
+    broadcast, nothing guessed."""
     batch = logits_shape[:axis] + logits_shape[axis + 1 :]
     if isinstance(labels, SparseLabels):
-        return _sparse_labels(labels, batch)
+        return Sparse(*_sparse_labels(labels, batch))
     if labels is None:
         raise TypeError(
             f"`labels` must be integers (class ids) or floats (probabilities); got None. Pass ids of shape {batch}, or "
@@ -145,7 +146,16 @@ def labels_of(labels: Any, logits_shape: tuple[int, ...], axis: int) -> Labels:
             f"are floats of shape {logits_shape}: cast `labels` to the kind that you mean, or reshape it."
             + (f" They fit classes on axis {fits[0]}." if integer and fits else "")
         )
-    return labels
+    return Ids(labels) if integer else Dense(labels)
+
+
+def ids_of(labels: Any, logits_shape: tuple[int, ...], axis: int, beside: str = "") -> Any:
+    """`labels_of` integers."""
+    labels = labels if isinstance(labels, SparseLabels) else array("labels", labels)
+    if isinstance(labels, SparseLabels) or not jnp.issubdtype(labels.dtype, jnp.integer):
+        of = "SparseLabels" if isinstance(labels, SparseLabels) else f"dtype {labels.dtype}"
+        raise TypeError(f"`labels`{beside} must be integers; got {of}. Pass class ids.")
+    return labels_of(labels, logits_shape, axis)
 
 
 def _sparse_labels(labels: SparseLabels, batch: tuple[int, ...]) -> SparseLabels:
@@ -204,7 +214,7 @@ def one_teacher(
             f"`{given[0]}` must have the shape of the student's logits, {shape}; got {given[0]}.shape={teacher.shape}. "
             "Reshape it, or pass `SparseLabels` for a few classes a token."
         )
-    return "probabilities" if teacher_logits is None else "logits", Source(teacher)
+    return "probabilities" if teacher_logits is None else "logits", Source(Dense(teacher))
 
 
 def mixture(name: str, value: Any, dtype: Any) -> tuple[bool, Array | np.ndarray | None]:
@@ -255,12 +265,12 @@ def unless(neutral: Any, name: str, value: Any, dtype: Any, low: float, high: fl
     return scalar(name, value, dtype, low, high, open_low)
 
 
-def ignored_id(ignore_index: Any, labels: Labels) -> np.ndarray | None:
+def ignored_id(ignore_index: Any, labels: Labels | None) -> np.ndarray | None:
     """`ignore_index` in the labels' dtype; None where no label can equal it."""
     if ignore_index is None:
         return None
-    if isinstance(labels, SparseLabels) or not are_ids(labels):
-        kind = "SparseLabels" if isinstance(labels, SparseLabels) else f"labels of dtype {labels.dtype}"
+    if not isinstance(labels, Ids):
+        kind = f"labels of dtype {labels.values.dtype}" if isinstance(labels, Dense) else "SparseLabels"
         raise ValueError(
             f"`ignore_index` goes with integer labels; got ignore_index={ignore_index!r} and {kind}. "
             "Give those tokens weight 0 with `weights` instead."
@@ -269,11 +279,12 @@ def ignored_id(ignore_index: Any, labels: Labels) -> np.ndarray | None:
         index = operator.index(ignore_index)
     except TypeError:
         raise TypeError(f"`ignore_index` must be an int; got {ignore_index!r}. Use `weights` for a mask.") from None
-    limits = jnp.iinfo(labels.dtype)
-    return np.asarray(index, labels.dtype) if limits.min <= index <= limits.max else None
+    dtype = labels.ids.dtype
+    limits = jnp.iinfo(dtype)
+    return np.asarray(index, dtype) if limits.min <= index <= limits.max else None
 
 
-def options_for(shape: tuple[int, ...], dtype: Any, axis: int, labels: Labels, options: Options) -> Options:
+def options_for(shape: tuple[int, ...], dtype: Any, axis: int, labels: Labels | None, options: Options) -> Options:
     """The options of logits of `shape` and `dtype`, checked; the neutral ones None."""
     where, weights, ignore_index, class_weights, label_smoothing, z_loss, logit_scale, softcap = options
     batch = shape[:axis] + shape[axis + 1 :]
@@ -340,7 +351,7 @@ def mesh_axes(axis_name: Any, forward_mode: bool = False) -> Names:
     return axes
 
 
-def sharded(name: str, array: Array, class_axes: Names) -> None:
+def sharded(name: str, array: PyTree, class_axes: Names) -> None:
     """That `array` holds each device's own classes."""
     same = [axis for axis in class_axes if axis not in varying(array)]
     if same and checks_varying(class_axes):
@@ -387,12 +398,6 @@ def head_size(x: Array, weight: Array, bias: ArrayLike | None, transpose_weight:
                 f"`{bias_name}` must hold one number a class, {(classes,)}; got {bias_name}.shape={bias.shape}, "
                 f"{weight_name}.shape={weight.shape}, {layout}. Reshape it."
             )
-
-
-def ids(labels: Labels, beside: str = "") -> None:
-    if not are_ids(labels):
-        of = "SparseLabels" if isinstance(labels, SparseLabels) else f"dtype {labels.dtype}"
-        raise TypeError(f"`labels`{beside} must be integers; got {of}. Pass class ids.")
 
 
 def multiplied_in(dtype: Any) -> Any:

@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from softmax_jax._checks import Options, Reduction
 from softmax_jax._dtypes import accumulator
 from softmax_jax._head import dealt, over_chunks
-from softmax_jax._labels import Labels, are_ids, in_one_form, label_specs, unused_by
+from softmax_jax._labels import Labels, unused_by
 from softmax_jax._sharding import (
     Names,
     PyTree,
@@ -29,7 +29,6 @@ from softmax_jax._sharding import (
     exactly,
     explicit_mesh,
     fit,
-    offset,
     over_devices,
     pmax,
     psum,
@@ -78,7 +77,7 @@ def _of_device(
     """Of one device's part."""
     shape, axis, class_axes = student.shape, how.axis, how.class_axes
     batch = shape[:axis] + shape[axis + 1 :]
-    labels, weights, options, more = _in_one_form(target.x, options, more, shape, how)
+    labels, weights, options, more = _in_one_form(target, options, more, shape, how)
     summed, numbers = how.reduction != "none", partial(how.numbers, class_axes=class_axes)
     if how.in_chunks or student.weight is not None:
         operands = dealt(student, replace(target, x=labels), weights, options, more, how.dtype, how.chunk_size)
@@ -94,14 +93,14 @@ def _of_device(
     return found, beside
 
 
-def _in_one_form(labels: Any, options: Options, more: PyTree, shape: tuple[int, ...], how: How):
+def _in_one_form(target: Source, options: Options, more: PyTree, shape: tuple[int, ...], how: How):
     """(labels, weights, options, more) in their one form for logits of `shape`: ids int32, arrays of the logits' rank.
 
     `weights` are those of the tokens, 0 where one is ignored or no class of it exists; None is 1 for all. An option
     that is the same for the tokens of all devices is marked as varying here, while it is small: once it is broadcast
     to the logits, its gradient would be summed over devices at that size.
     """
-    axis, class_axes, dtype = how.axis, how.class_axes, accumulator(how.dtype)
+    labels, axis, class_axes, dtype = target.x, how.axis, how.class_axes, accumulator(how.dtype)
     options, more = jax.tree.map(jnp.asarray, (options, more))  # under jax_disable_jit numbers are still NumPy's
     options = vary(options, tuple(name for name in varying(labels, options) if name not in class_axes))
     where, weights, class_weights = options.where, options.weights, options.class_weights
@@ -114,10 +113,11 @@ def _in_one_form(labels: Any, options: Options, more: PyTree, shape: tuple[int, 
     if where is not None:
         kept.append(pmax(jnp.any(where, axis).astype(jnp.int32), class_axes) > 0)
     if options.ignore_index is not None:
-        kept.append(labels != options.ignore_index)
+        kept.append(labels.ids != options.ignore_index)
     for keep in kept:
         weights = jnp.broadcast_to(jnp.where(keep, 1 if weights is None else weights, 0).astype(dtype), batch)
-    labels = in_one_form(labels, unused_by(weights), count(shape[axis], class_axes), dtype, axis)
+    if target.weight is None:
+        labels = labels.in_one_form(unused_by(weights), count(shape[axis], class_axes), dtype, axis)
     return labels, weights, options._replace(class_weights=class_weights, weights=None, ignore_index=None), more
 
 
@@ -134,7 +134,7 @@ def _specs(operands: Operands, axis: int) -> tuple[tuple[Names, ...], Names, tup
         classes = tuple(name for name in classes if name not in sum(batch, ()))
         of_student = _head_specs(student, batch, classes)
     if target.weight is None:
-        of_target = replace(target, x=label_specs(target.x, batch, classes, axis))
+        of_target = replace(target, x=target.x.specs(batch, classes, axis))
     else:
         of_target = _head_specs(target, batch, classes)
     scalars = jax.tree.map(lambda a: fit(a, ()), (normalizer, more))
@@ -162,11 +162,8 @@ def _mean_divisor(
     devices."""
     if normalizer is not None:
         return jnp.asarray(normalizer)
-    if options.class_weights is not None and isinstance(labels, Array) and are_ids(labels):
-        c = options.class_weights.ravel()
-        ids = labels - offset(c.size, how.class_axes)
-        in_range = jnp.clip(ids, 0, c.size - 1)
-        share = psum(jnp.where(in_range == ids, jnp.take(c, in_range), 0), how.class_axes)
+    share = None if options.class_weights is None else labels.share_of_mean(options.class_weights, how.class_axes)
+    if share is not None:
         weights = share if weights is None else weights * share
     return count(tokens, how.token_axes) if weights is None else psum(jnp.sum(weights), how.token_axes)
 

@@ -10,8 +10,8 @@ from softmax_jax import _checks
 from softmax_jax._arguments import hinted
 from softmax_jax._checks import Options, Reduction
 from softmax_jax._core import How, Operands, compute
-from softmax_jax._labels import SparseLabels
 from softmax_jax._source import Source
+from softmax_jax._sparse_labels import SparseLabels
 from softmax_jax._token_loss import weighted_losses
 from softmax_jax._token_statistics import losses_and_statistics
 
@@ -236,13 +236,12 @@ def _loss(
 ) -> Loss:
     """What both have in common, once the logits are known."""
     shape, dtype = student.shape, student.dtype
-    labels = _checks.labels_of(labels, shape, axis)
+    labels_of = partial(_checks.ids_of, beside=" with statistics=True") if statistics else _checks.labels_of
+    labels = labels_of(labels, shape, axis)
     options = _checks.options_for(shape, dtype, axis, labels, options)
     class_axes = _checks.mesh_axes(axis_name, forward_mode)
     _checks.sharded(*student.of_classes(), class_axes)
     divisor = _checks.reduction_of(reduction, normalizer, dtype)
-    if statistics:
-        _checks.ids(labels, " with statistics=True")
     numbers, chunk_size = _NUMBERS[forward_mode, statistics], _checks.chunk_size_of(chunk_size)
     how = How(numbers, dtype, axis, reduction, chunk_size=chunk_size, class_axes=class_axes)
     loss, beside = compute(Operands(student, Source(labels), options, divisor), how)

@@ -48,3 +48,11 @@ def floating(x: Array) -> Array:
     if jnp.issubdtype(x.dtype, jnp.floating):
         return x
     return x.astype(jnp.float64 if x.dtype.itemsize == 8 else jnp.float32)
+
+
+def class_ids(ids: Array, classes: int) -> Array:
+    """Integer labels as int32. Wide ones are clipped to just outside the classes first, never wrapped."""
+    info = jnp.iinfo(ids.dtype)
+    if info.max > jnp.iinfo(jnp.int32).max:
+        ids = jnp.clip(ids, max(info.min, -1), classes)
+    return ids.astype(jnp.int32)

@@ -21,8 +21,9 @@ from softmax_jax._adjustment import Adjustment, adjust, scaled, shifted
 from softmax_jax._barrier import apart
 from softmax_jax._combine import Class, Folded, combine, of_neighbours, of_none, over_devices
 from softmax_jax._dtypes import accumulator, upcast
-from softmax_jax._indexing import is_at, pick
-from softmax_jax._labels import are_dense, are_ids, masses_of_few, of_existing, target, uniform
+from softmax_jax._indexing import if_here, is_at, pick
+from softmax_jax._labels import Dense, Placed, of_existing
+from softmax_jax._masses import uniform
 from softmax_jax._sharding import Names, count, entries_of, offset, pmax, psum, vary, vary_alike, varying
 from softmax_jax._sums import Asked, ClassSums, Top, once_traced
 
@@ -40,8 +41,7 @@ def by_platform(by_passes: Callable, by_fold: Callable, *operands: Any) -> Any:
 
 
 def class_sums(*operands: Any, axis: int, asked: Asked, class_axes: Names) -> tuple[ClassSums, Array]:
-    """(the sums of every token, its pivot) of (logits, labels, class_weights, adjustment, unused, z of the label
-    where its place is asked)."""
+    """(the sums of every token, its pivot) of (logits, labels, class_weights, adjustment, unused)."""
     how = {"axis": axis, "asked": asked, "class_axes": class_axes}
     return by_platform(partial(_fold_cpu.class_sums, **how), partial(_class_sums, **how), *operands)
 
@@ -76,13 +76,12 @@ def rest_of_top(logits, adjustment, scale, m, top, axis, class_axes) -> Array:
 
 
 @once_traced
-def _class_sums(logits, labels, class_weights, adjustment, unused, own_z, axis, asked, class_axes):
-    size, dtype, where = logits.shape[axis], accumulator(logits.dtype), adjustment.where
+def _class_sums(logits, labels, class_weights, adjustment, unused, axis, asked, class_axes):
+    size, dtype, where, label = logits.shape[axis], accumulator(logits.dtype), adjustment.where, labels.pivot
     classes = count(size, class_axes)
-    t = target(labels, class_weights, where, dtype) if are_dense(labels) else None
+    t = labels.target(logits, class_weights, where, axis, class_axes, dtype) if isinstance(labels, Dense) else None
     c = uniform(class_weights, where, jnp.ones_like(logits, dtype)) if asked.prior else None
-    label = labels if are_ids(labels) and not asked.place else None
-    than = (labels, own_z) if asked.place else None
+    than = (labels.ids, labels.z) if isinstance(labels, Placed) else None
     asks = {"moment": asked.moment, "one_by_one": asked.beside}
     found = fold(logits, label, t, c, than, adjustment, axis, class_axes, **asks)
     if label is not None:
@@ -93,23 +92,24 @@ def _class_sums(logits, labels, class_weights, adjustment, unused, own_z, axis, 
     pivot = top if label is None else label
     own = of_existing(m - m, top, unused, classes) if label is None else found.own - m
     of_labels: Any = found.mass, found.rest_mass, found.label_sum
-    if t is None and than is None:
-        here = pivot - offset(size, class_axes)
-        of_few = masses_of_few(logits, labels, class_weights, adjustment, m, here, axis, class_axes)
-        of_labels = psum(of_few, class_axes)
+    if not isinstance(labels, Dense):
+        of = class_weights, adjustment, m, pivot - offset(size, class_axes), unused, axis, class_axes
+        of_labels = psum(labels.masses(logits, *of), class_axes)
     sums = ClassSums(m, rest, own, *of_labels, prior=found.prior, moment=found.moment)
-    if asked.place:
-        ties = pmax((found.top != labels).astype(dtype), class_axes)
+    if isinstance(labels, Placed):
+        ties = pmax((found.top != labels.ids).astype(dtype), class_axes)
         sums = sums._replace(above=found.above, ties=ties, first=found.top.astype(dtype))
     return sums, pivot
 
 
 def _adjusted(own, label, adjustment, size, axis, class_axes):
     """z of a token's label, of its logit as it came; 0 where it is none of the classes here."""
-    here = label - offset(size, class_axes)
-    in_range = jnp.clip(here, 0, size - 1)
-    where = None if adjustment.where is None else pick(adjustment.where, in_range, axis)
-    return jnp.where(in_range == here, upcast(adjust(own, adjustment._replace(where=where))), 0)
+
+    def read(ids):
+        where = None if adjustment.where is None else pick(adjustment.where, ids, axis)
+        return upcast(adjust(own, adjustment._replace(where=where)))
+
+    return if_here(read, label - offset(size, class_axes), size)
 
 
 @once_traced

@@ -15,8 +15,9 @@ from jax import Array, lax
 from softmax_jax._adjustment import Adjustment, adjust, beyond_exp, rounded, row_shift, scaled, shifted
 from softmax_jax._barrier import apart
 from softmax_jax._dtypes import upcast
-from softmax_jax._indexing import pick_logit
-from softmax_jax._labels import are_dense, are_ids, masses_of_few, of_existing, own_mass, target, uniform
+from softmax_jax._indexing import if_here, pick, pick_logit
+from softmax_jax._labels import Dense, Labels, Placed, of_existing
+from softmax_jax._masses import target, uniform
 from softmax_jax._passes_cpu import as_operands, over_classes, sum_over_classes
 from softmax_jax._sharding import Names, count, offset, pmax, pmin, psum, vary, varying
 from softmax_jax._sums import Asked, ClassSums, Top, once_traced
@@ -25,35 +26,32 @@ from softmax_jax._sums import Asked, ClassSums, Top, once_traced
 @once_traced
 def class_sums(
     logits: Array,
-    labels: Any,
+    labels: Labels,
     class_weights: Array | None,
     adjustment: Adjustment,
     unused: Array | None,
-    own_z: Array | None,
     axis: int,
     asked: Asked,
     class_axes: Names,
 ) -> tuple[ClassSums, Array]:
     """(the sums of every token, its pivot)."""
-    size, where = logits.shape[axis], adjustment.where
+    size, pivot = logits.shape[axis], labels.pivot
     (m,) = apart(row_shift(adjust(logits, adjustment), axis, class_axes))
-    pivot = labels if are_ids(labels) and not asked.place else top_class(logits, m, adjustment, axis, class_axes)
+    pivot = top_class(logits, m, adjustment, axis, class_axes) if pivot is None else pivot
     here = pivot - offset(size, class_axes)
-    in_range = jnp.clip(here, 0, size - 1)
-    own = jnp.where(in_range == here, rounded(pick_logit(logits, in_range, adjustment, axis), m) - m, 0)
-    of_labels = None, None, None
-    if are_dense(labels):
-        mass = own_mass(labels, class_weights, where, here, size, axis, m.dtype)
-        of_labels = mass, *dense_sums(logits, labels, class_weights, m, here, adjustment, axis)
-    elif not asked.place:
-        of_labels = masses_of_few(logits, labels, class_weights, adjustment, m, here, axis, class_axes)
+    own = if_here(lambda ids: rounded(pick_logit(logits, ids, adjustment, axis), m) - m, here, size)
+    operands = class_weights, adjustment, m, here
+    if isinstance(labels, Dense):
+        of_labels = dense_sums(logits, labels.values, *operands, axis)
+    else:
+        of_labels = labels.masses(logits, *operands, unused, axis, class_axes)
     rest = sum_of_others(logits, m, here, adjustment, axis)
     prior = _prior(logits, class_weights, m, adjustment, axis) if asked.prior else None
     moment = moment_of_others(logits, m, here, adjustment, axis) if asked.moment else None
     (own,) = apart(of_existing(own, pivot, unused, count(size, class_axes)))
     sums = ClassSums(m, *psum((rest, own, *of_labels, prior, moment), class_axes))
-    if own_z is not None:
-        above, ties = _place_of(logits, labels, own_z, adjustment, axis, class_axes)
+    if isinstance(labels, Placed):
+        above, ties = _place_of(logits, labels.ids, labels.z, adjustment, axis, class_axes)
         sums = sums._replace(above=above, ties=ties, first=_first_of_largest(logits, adjustment, axis, class_axes))
     return sums, pivot
 
@@ -133,9 +131,9 @@ def _prior(logits, class_weights, m, adjustment, axis):
     return sum_over_classes(of_logits, (logits, class_weights, adjustment.where), m, jnp.zeros_like(m, jnp.int32), axis)
 
 
-def dense_sums(logits, labels, class_weights, m, pivot, adjustment, axis):
-    """(rest_mass, label_sum). A factor that is 0 at the pivot leaves it out: 1 elsewhere in the one sum, a half in the
-    other, since the two would share the same constant (see `alone`)."""
+def dense_sums(logits, labels, class_weights, adjustment, m, pivot, axis):
+    """(own_mass, rest_mass, label_sum). A factor that is 0 at the pivot leaves it out: 1 elsewhere in the one sum, a
+    half in the other, since the two would share the same constant (see `alone`)."""
 
     def others(arrays, m, pivot, axis):
         labels, class_weights, where = arrays
@@ -149,7 +147,18 @@ def dense_sums(logits, labels, class_weights, m, pivot, adjustment, axis):
 
     arrays = labels, class_weights, adjustment.where
     rest_mass = sum_over_classes(others, arrays, m, pivot, axis)
-    return rest_mass, 2 * sum_over_classes(of_logits, (logits, *arrays), m, pivot, axis)
+    label_sum = 2 * sum_over_classes(of_logits, (logits, *arrays), m, pivot, axis)
+    return mass_at(pivot, *arrays, axis, m.dtype), rest_mass, label_sum
+
+
+def mass_at(pivot, labels, class_weights, where, axis, dtype):
+    """t_pivot, 0 where the pivot is none of the classes here."""
+
+    def read(ids):
+        there = lambda a: None if a is None else pick(a, ids, axis)  # noqa: E731
+        return target(pick(labels, ids, axis), there(class_weights), there(where), dtype)
+
+    return if_here(read, pivot, labels.shape[axis])
 
 
 def z_of(arrays: Sequence[Any], adjustment: Adjustment, m: Array, axis: int) -> Array:

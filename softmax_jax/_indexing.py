@@ -1,6 +1,7 @@
 """Entries of an array by the class of each token, and several class axes as one."""
 
 import math
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -39,6 +40,12 @@ def pick(array: Array, ids: Array, axis: int) -> Array:
     return jnp.squeeze(at_ids(array, jnp.expand_dims(ids, axis), axis), axis)
 
 
+def if_here(read: Callable[[Array], Array], ids: Array, size: int) -> Array:
+    """read(ids), 0 where they are none of the `size` classes here."""
+    in_range = jnp.clip(ids, 0, size - 1)
+    return jnp.where(in_range == ids, read(in_range), 0)
+
+
 def pick_logit(logits: Array, ids: Array, adjustment: Adjustment, axis: int) -> Array:
     """Each token's z at class `ids`: the logit is read raw and adjusted by itself."""
     where = None if adjustment.where is None else pick(adjustment.where, ids, axis)
@@ -47,9 +54,9 @@ def pick_logit(logits: Array, ids: Array, adjustment: Adjustment, axis: int) -> 
 
 def pick_of_all(logits: Array, ids: Array, adjustment: Adjustment, axis: int, class_axes: Names) -> Array:
     """`pick_logit` at ids of all devices' classes; 0 for what is none of them."""
-    here = ids - offset(logits.shape[axis], class_axes)
-    in_range = jnp.clip(here, 0, logits.shape[axis] - 1)
-    return psum(jnp.where(in_range == here, pick_logit(logits, in_range, adjustment, axis), 0), class_axes)
+    size = logits.shape[axis]
+    read = lambda ids: pick_logit(logits, ids, adjustment, axis)  # noqa: E731
+    return psum(if_here(read, ids - offset(size, class_axes), size), class_axes)
 
 
 def classes_last(x: Array, axes: tuple[int, ...]) -> Array:

@@ -21,10 +21,12 @@ from softmax_jax._cross_entropy import Scalar
 from softmax_jax._divergence import divergence
 from softmax_jax._divergence_terms import Logits
 from softmax_jax._dtypes import accumulator, product_dtype, upcast
-from softmax_jax._labels import SparseLabels, existing, probabilities_of, unused_by
+from softmax_jax._labels import Dense, unused_by
+from softmax_jax._masses import existing
 from softmax_jax._product import emptied
 from softmax_jax._sharding import Names
 from softmax_jax._source import Source
+from softmax_jax._sparse_labels import Sparse, SparseLabels
 
 
 @hinted
@@ -99,7 +101,7 @@ def kl_divergence(
     where = None if where is None else _checks.class_mask("where", where, logits.shape, axis)
     if kind == "probabilities":  # a chunk of tokens has its classes last
         last = lambda a: jnp.moveaxis(a, axis, -1)  # noqa: E731
-        teacher = teacher if isinstance(teacher.x, SparseLabels) else replace(teacher, x=last(teacher.x))
+        teacher = replace(teacher, x=Dense(last(teacher.x.values))) if isinstance(teacher.x, Dense) else teacher
         logits, where, axis = last(logits), None if where is None else last(where), logits.ndim - 1
     numbers = beta, temperature, softcap, teacher_softcap
     student = Source(logits, dtype=logits.dtype)
@@ -186,7 +188,7 @@ def _divergence(
     beta, temperature, *softcaps = numbers
     class_axes = _checks.mesh_axes(axis_name)
     _checks.sharded(*student.of_classes(), class_axes)
-    if not isinstance(teacher.x, SparseLabels):
+    if not isinstance(teacher.x, Sparse):
         name, array = teacher.of_classes()
         _checks.sharded("teacher_probs" if kind == "probabilities" else f"teacher_{name}", array, class_axes)
     dtype = reduce(product_dtype, (dtype for source in (student, teacher) for dtype in source.dtypes()))
@@ -194,7 +196,7 @@ def _divergence(
     scale = None if scale is None else jnp.asarray(1 / scale)
     caps = zip(("softcap", "teacher_softcap"), softcaps, strict=True)
     caps = [_checks.unless(None, name, cap, dtype, 0.0, math.inf, open_low=True) for name, cap in caps]
-    options = _checks.options_for(student.shape, dtype, axis, teacher.x, Options(where, weights))
+    options = _checks.options_for(student.shape, dtype, axis, None, Options(where, weights))
     options = options._replace(softcap=None if caps[0] is None else jnp.asarray(caps[0]))
     if kind == "probabilities":  # which have no temperature
         if caps[1] is not None:
@@ -228,13 +230,12 @@ def _losses(
     """weights · divergence of every token."""
     if kind == "probabilities":
         target = jax.tree.map(lambda a: emptied(a, weights), target)
-        if isinstance(target, SparseLabels):
-            target = probabilities_of(target, options.where, logits.shape[axis], axis, class_axes)
-        target = _log(existing(upcast(target), options.where))
-    dtype = accumulator(product_dtype(logits.dtype, target.dtype))
+        t = target.probabilities(options.where, logits.shape[axis], axis, class_axes)
+        target = Dense(_log(existing(upcast(t), options.where)))
+    dtype = accumulator(product_dtype(logits.dtype, target.values.dtype))
     wide = lambda a: a if accumulator(a.dtype) == dtype else a.astype(dtype)  # noqa: E731
     student = Logits(wide(logits), Adjustment(None, options.logit_scale, options.softcap))
-    teacher = Logits(wide(target), Adjustment(softcap=more.teacher_softcap))
+    teacher = Logits(wide(target.values), Adjustment(softcap=more.teacher_softcap))
     both, unused = (student, teacher) if reverse else (teacher, student), unused_by(weights)
     losses = divergence(*both, options.where, more.scale, more.beta, unused, axis, class_axes)
     return losses if weights is None else weights * losses, None

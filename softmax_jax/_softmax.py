@@ -16,8 +16,8 @@ from softmax_jax._barrier import apart
 from softmax_jax._dtypes import floating, upcast
 from softmax_jax._fold import alone, apart_on_cpu, by_neighbours, by_platform, reduced
 from softmax_jax._indexing import classes_last, from_classes_last, is_at
-from softmax_jax._labels import existing
 from softmax_jax._linear_map import linear_map
+from softmax_jax._masses import existing
 from softmax_jax._sharding import vary_alike
 from softmax_jax._token_loss import negative_log_likelihood
 from softmax_jax._waist import top_sums

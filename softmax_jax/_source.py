@@ -10,6 +10,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from softmax_jax._dtypes import is_floating, product_dtype
+from softmax_jax._sharding import PyTree
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["x", "weight", "bias"], meta_fields=["dtype", "transposed"])
@@ -17,7 +18,7 @@ from softmax_jax._dtypes import is_floating, product_dtype
 class Source:
     """Where a token's logits come from: they are `x`, or x @ weight + bias."""
 
-    x: Any  # of a target also labels
+    x: Any  # of a target without a head `Labels`
     weight: Any = None  # [embed, classes], or [classes, embed] where it is `transposed`
     bias: Any = None
     dtype: Any = None  # in which the two are multiplied
@@ -43,6 +44,6 @@ class Source:
         floats = [a.dtype for a in jax.tree.leaves(self.x) if is_floating(a)]
         return floats if self.weight is None else [self.dtype]
 
-    def of_classes(self) -> tuple[str, Array]:
+    def of_classes(self) -> tuple[str, PyTree]:
         """The operand that holds the classes, by the name that a user knows."""
         return ("logits", self.x) if self.weight is None else ("weight", self.weight)

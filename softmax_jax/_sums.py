@@ -27,7 +27,7 @@ class ClassSums(NamedTuple):
     prior: Array | None = None  # Σ_v c_v (z_v - m), for probability that is spread evenly
     moment: Array | None = None  # Σ_{v≠pivot} exp(z_v - m) (m - z_v), for the entropy
     above: Array | None = None  # how many z are larger than that of the label; no gradient, as of ties
-    ties: Array | None = None  # 0 where no class before the label has its z
+    ties: Array | None = None  # 0 where no class before the label has its z (above, ties and first: of `Placed`)
     first: Array | None = None  # the first class of the largest z
 
 
@@ -36,7 +36,6 @@ class Asked(NamedTuple):
 
     prior: bool = False
     moment: bool = False
-    place: bool = False  # above, ties and first, of ids, whose pivot then is the largest class
     beside: bool = False  # statistics of the same logits, whose pass is this one if both take each class by itself
 
 

@@ -4,7 +4,7 @@ Everything here is plain JAX on per-token numbers, but for the two logarithms, w
 compute by a subtraction that cancels.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,10 @@ from jax.typing import DTypeLike
 from softmax_jax._adjustment import Adjustment, finite
 from softmax_jax._checks import Options
 from softmax_jax._dtypes import accumulator
-from softmax_jax._labels import Labels, SparseLabels, existing, existing_classes, spread_evenly, unused_by
+from softmax_jax._labels import Labels, unused_by
+from softmax_jax._masses import existing, existing_classes
 from softmax_jax._sharding import Names, psum
+from softmax_jax._sparse_labels import spread_evenly
 from softmax_jax._sums import Asked, ClassSums
 from softmax_jax._waist import class_sums
 
@@ -83,19 +85,18 @@ class _Evenly(NamedTuple):
 
 
 def _evenly(
-    labels: Labels, options: Options, classes: int, axis: int, class_axes: Names, dtype: DTypeLike
+    labels: Any, options: Options, classes: int, axis: int, class_axes: Names, dtype: DTypeLike
 ) -> tuple[Labels, _Evenly | None]:
     """(labels without `others`, what is spread); None for nothing."""
     where, class_weights = options.where, options.class_weights
-    sparse = labels if isinstance(labels, SparseLabels) and labels.others is not None else None
-    if options.label_smoothing is None and sparse is None:
+    if options.label_smoothing is None and labels.others is None:
         return labels, None
     number = mass = existing_classes(where, classes, axis, class_axes, dtype)
     if class_weights is not None:
         mass = psum(jnp.sum(existing(class_weights, where), axis), class_axes)
-    if sparse is None:
+    if labels.others is None:
         return labels, _Evenly(number, mass)
-    labels, each = spread_evenly(sparse, where, number, classes, axis, class_axes)
+    labels, each = spread_evenly(labels, where, number, classes, axis, class_axes)
     return labels, _Evenly(number, mass, each)
 
 
@@ -130,8 +131,6 @@ def weighted_losses(
 ) -> tuple[Array, None]:
     """weights · ℓ of every token; with statistics of the same logits `beside`."""
     unused = unused_by(weights)
-    if isinstance(labels, SparseLabels) and labels.others is not None and unused is not None:
-        labels = labels._replace(others=jnp.where(unused, 0, labels.others))
     labels, evenly = _evenly(labels, options, logits.shape[axis], axis, class_axes, accumulator(logits.dtype))
     adjustment = Adjustment(options.where, options.logit_scale, options.softcap)
     operands = logits, labels, options.class_weights, adjustment, unused

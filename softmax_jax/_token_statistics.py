@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 
 from softmax_jax._adjustment import Adjustment
 from softmax_jax._checks import Options
-from softmax_jax._labels import unused_by
+from softmax_jax._labels import Ids, Placed, unused_by
 from softmax_jax._sharding import Names
 from softmax_jax._sums import Asked
 from softmax_jax._token_loss import log_spread, loss_of, negative_log_likelihood, weighted_losses, without
@@ -34,14 +34,14 @@ class LabelStatistics(NamedTuple):
 
 
 def statistics(
-    logits: Array, labels: Array, weights: Array | None, options: Options, _: None, axis: int, class_axes: Names
+    logits: Array, labels: Ids, weights: Array | None, options: Options, _: None, axis: int, class_axes: Names
 ) -> tuple[LabelStatistics, None]:
-    """Of ids in their one form; all 0 for a token of weight 0."""
-    unused = unused_by(weights)
+    """All 0 for a token of weight 0."""
+    unused, placed = unused_by(weights), Placed(labels.ids)
     adjustment = Adjustment(options.where, options.logit_scale, options.softcap)
-    asked = Asked(moment=True, place=True)
+    asked = Asked(moment=True)
     sums: Any = class_sums(
-        logits, labels, None, adjustment, unused, axis=axis, asked=asked, class_axes=class_axes, forward_mode=True
+        logits, placed, None, adjustment, unused, axis=axis, asked=asked, class_axes=class_axes, forward_mode=True
     )
     used = lambda value: value if unused is None else jnp.where(unused, jnp.zeros_like(value), value)  # noqa: E731
     sums = without(unused, sums)
@@ -63,7 +63,7 @@ def statistics(
 
 def losses_and_statistics(
     logits: Array,
-    labels: Array,
+    labels: Ids,
     weights: Array | None,
     options: Options,
     more: None,

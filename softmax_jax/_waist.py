@@ -38,21 +38,11 @@ from softmax_jax import _fold
 from softmax_jax._adjustment import Adjustment, beyond_exp, shifted, weighed
 from softmax_jax._barrier import apart
 from softmax_jax._fold import rest_of_top
-from softmax_jax._indexing import is_at, pick_of_all, with_at_ids
-from softmax_jax._labels import (
-    Labels,
-    SparseLabels,
-    are_dense,
-    are_ids,
-    few,
-    few_weights,
-    masses_of_few,
-    masses_of_one,
-    own_mass,
-    target,
-    uniform,
-)
-from softmax_jax._sharding import Names, check_gradient, count, offset, psum, vary, varying
+from softmax_jax._indexing import is_at, with_at_ids
+from softmax_jax._labels import Labels, Placed
+from softmax_jax._masses import target, uniform
+from softmax_jax._sharding import Names, check_gradient, offset, psum, vary, varying
+from softmax_jax._sparse_labels import Sparse, few, few_weights
 from softmax_jax._sums import Asked, ClassSums, Top
 
 LABELS = ("own_mass", "rest_mass", "label_sum")
@@ -102,43 +92,31 @@ def _emptied(unused, logits, labels, m, axis):
     return empty(logits), jax.tree.map(empty, labels), jnp.where(unused, 0, m)
 
 
-def _of_classes(logits, labels, class_weights, adjustment, m, pivot, axis, asked, **more) -> ClassSums:
-    """Of all classes here, but for what only SparseLabels have."""
-    where, at_pivot, t = adjustment.where, is_at(pivot, logits, axis), None
-    if asked.place:
-        t = is_at(labels, logits, axis).astype(m.dtype)
-    elif labels is not None and are_dense(labels):
-        t = target(labels, class_weights, where, m.dtype)
+def _of_classes(logits, labels, class_weights, adjustment, m, pivot, axis, asked, class_axes, **more) -> ClassSums:
+    """Of all classes here."""
+    where, at_pivot = adjustment.where, is_at(pivot, logits, axis)
+    t = None if labels is None else labels.target(logits, class_weights, where, axis, class_axes, m.dtype)
     c = uniform(class_weights, where, jnp.ones_like(logits, m.dtype)) if asked.prior else None
     sums = _written(logits, adjustment, t, c, m, at_pivot, axis, asked, **more)
-    if labels is None or asked.place or not are_ids(labels):
+    if labels is None or t is not None:
         return sums
-    mass = own_mass(labels, class_weights, where, pivot, logits.shape[axis], axis, m.dtype)
-    return sums._replace(own_mass=mass)
+    of_labels = labels.masses(logits, class_weights, adjustment, m, pivot, None, axis, class_axes)
+    return sums._replace(**dict(zip(LABELS, of_labels, strict=True)))
 
 
 def _of_all(logits, labels, class_weights, adjustment, m, pivot, axis, asked, class_axes) -> ClassSums:
     """Of all classes of all devices."""
-    first, sparse = offset(logits.shape[axis], class_axes), isinstance(labels, SparseLabels)
-    here, labels = pivot - first, labels - first if are_ids(labels) else labels
-    operands = class_weights, adjustment, m, here, axis
-    sums = _of_classes(logits, None if sparse else labels, *operands, asked)
-    if sparse:
-        of_labels = masses_of_few(logits, labels, *operands, class_axes)
-        sums = sums._replace(**dict(zip(LABELS, of_labels, strict=True)))
+    here = pivot - offset(logits.shape[axis], class_axes)
+    sums = _of_classes(logits, labels, class_weights, adjustment, m, here, axis, asked, class_axes)
     return psum(sums._replace(shift=None), class_axes)._replace(shift=m)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(5, 6, 7))
 def _sums(logits, labels, class_weights, adjustment, unused, axis, asked, class_axes):
     """ClassSums, and the pivot. One that no class is makes its row NaN, if it is used."""
-    own_z = pick_of_all(logits, labels, adjustment, axis, class_axes) if asked.place else None
-    operands = logits, labels, class_weights, adjustment, unused, own_z
-    sums, pivot = _fold.class_sums(*operands, axis=axis, asked=asked, class_axes=class_axes)
-    if own_z is not None:
-        of_one = masses_of_one(labels, own_z, sums.shift, pivot, unused, count(logits.shape[axis], class_axes))
-        sums = sums._replace(**dict(zip(LABELS, of_one, strict=True)))
-    return sums, pivot
+    labels = labels.read(logits, adjustment, axis, class_axes) if isinstance(labels, Placed) else labels
+    operands = logits, labels, class_weights, adjustment, unused
+    return _fold.class_sums(*operands, axis=axis, asked=asked, class_axes=class_axes)
 
 
 def _sums_jvp(axis, asked, class_axes, primals, tangents):
@@ -196,25 +174,24 @@ def _class_sums_bwd(axis, asked, class_axes, residuals, cotangents):
     logits, labels, m = _emptied(unused, logits, labels, m, axis)
     cotangents = cotangents._replace(rest=drest)
     operands = logits, labels, class_weights, adjustment, m, pivot - first, axis, asked, cotangents
-    if not isinstance(labels, SparseLabels):
+    if not isinstance(labels, Sparse):
         dlogits, dlabels, dclass_weights, dscales = _pull_classes(*operands)
         return dlogits, dlabels, dclass_weights, Adjustment(None, *dscales), None
     dlogits, _, *shared = _pull_classes(logits, None, *operands[2:])
     at_few, dprobs, *of_labels = _pull_few(*operands, first)
     dclass_weights, dscales = jax.tree.map(jnp.add, shared, of_labels)
     dlogits = with_at_ids(dlogits, *at_few, axis)
-    return dlogits, SparseLabels(None, dprobs), dclass_weights, Adjustment(None, *dscales), None
+    return dlogits, Sparse(None, dprobs), dclass_weights, Adjustment(None, *dscales), None
 
 
 def _pull_classes(logits, labels, class_weights, adjustment, m, pivot, axis, asked, cotangents):
     """The gradients of (logits, labels, class_weights, (scale, softcap))."""
-    where, ids = adjustment.where, labels is not None and are_ids(labels)
 
-    def sums(logits, floats, class_weights, scales):
-        of = logits, labels if ids else floats, class_weights, Adjustment(where, *scales), m, pivot, axis, asked
-        return _of_classes(*of, cotangents=cotangents)
+    def sums(logits, labels, class_weights, scales):
+        of = logits, labels, class_weights, Adjustment(adjustment.where, *scales), m, pivot, axis, asked
+        return _of_classes(*of, class_axes=(), cotangents=cotangents)
 
-    return _pulled(sums, cotangents, logits, None if ids else labels, class_weights, [*adjustment[1:]])
+    return _pulled(sums, cotangents, logits, labels, class_weights, [*adjustment[1:]])
 
 
 def _pull_few(logits, labels, class_weights, adjustment, m, pivot, axis, asked, cotangents, first):
@@ -270,10 +247,9 @@ def class_sums(
     `custom_jvp`.
     """
     over = varying(logits, labels, class_weights, adjustment, unused)
-    of_tokens = tuple(name for name in over if name not in class_axes)
     logits, class_weights, adjustment = vary((logits, class_weights, adjustment), over)
-    labels, unused = vary(labels, of_tokens if are_ids(labels) else over), vary(unused, of_tokens)
-    operands = logits, labels, class_weights, adjustment, unused
+    unused = vary(unused, tuple(name for name in over if name not in class_axes))
+    operands = logits, labels.vary(over, class_axes), class_weights, adjustment, unused
     if forward_mode:
         return _sums(*operands, axis, asked, class_axes)[0]
     return _class_sums(*operands, axis, asked, class_axes)

@@ -6,31 +6,25 @@ import numpy as np
 import pytest
 import reference
 
-from softmax_jax import SparseLabels, _labels
+from softmax_jax import _sparse_labels
 from softmax_jax._adjustment import Adjustment, adjust, row_shift
-from softmax_jax._fold_cpu import dense_sums, moment_of_others, sum_of_others, top_class
+from softmax_jax._fold_cpu import dense_sums, mass_at, moment_of_others, sum_of_others, top_class
 from softmax_jax._indexing import pick_of_all
-from softmax_jax._labels import (
-    existing_classes,
-    few,
-    own_mass,
-    probabilities_of,
-    sparse_sums,
-    spread_evenly,
-)
+from softmax_jax._masses import existing_classes
+from softmax_jax._sparse_labels import Sparse, few, spread_evenly, sums_of_few
 
 INF, NONE = np.inf, Adjustment(None, None, None)
-merged = jax.jit(_labels.merged, static_argnums=2)
+merged = jax.jit(_sparse_labels.merged, static_argnums=3)
 largest = jax.jit(lambda z, adjustment, axis: row_shift(adjust(z, adjustment), axis), static_argnums=2)
 top = jax.jit(top_class, static_argnums=3)
 sum_others, moment_others = (jax.jit(f, static_argnums=4) for f in (sum_of_others, moment_of_others))
 dense_of, number_of = (
-    jax.jit(probabilities_of, static_argnums=(2, 3, 4)),
+    jax.jit(Sparse.probabilities, static_argnums=(2, 3, 4)),
     jax.jit(existing_classes, static_argnums=(1, 2, 3, 4)),
 )
 spread = jax.jit(spread_evenly, static_argnums=(3, 4, 5))
-sparse_rest, few_of_shard = jax.jit(sparse_sums, static_argnums=5), jax.jit(few, static_argnums=5)
-own, dense_rest = jax.jit(own_mass, static_argnums=(4, 5, 6)), jax.jit(dense_sums, static_argnums=6)
+sparse_rest, few_of_shard = jax.jit(sums_of_few, static_argnums=5), jax.jit(few, static_argnums=5)
+own, dense_of_all = jax.jit(mass_at, static_argnums=(4, 5)), jax.jit(dense_sums, static_argnums=6)
 
 
 def top_of(z, adjustment=NONE, axis=-1):
@@ -98,7 +92,7 @@ def test_pick_of_all(rng):
 
 def in_one_form(ids, probs):
     """{id: probability} of each row, of 6 classes."""
-    ids, probs, _ = merged(SparseLabels(jnp.int32(ids), jnp.float32(probs)), None, 6)
+    ids, probs = merged(jnp.int32(ids), jnp.float32(probs), None, 6)
     assert np.all(np.asarray(probs)[np.asarray(ids) == -1] == 0)
     found = [[(int(i), float(p)) for i, p in zip(*row, strict=True) if i != -1] for row in zip(ids, probs, strict=True)]
     assert all(len(dict(row)) == len(row) for row in found)  # each id once
@@ -116,18 +110,18 @@ def test_merged_entries():
     assert in_one_form([[2], [0]], [[0.5], [0]]) == [{2: 0.5}, {}]
     assert in_one_form([[0, 0], [1, 2]], [[0.5, 0.25], [-0.5, 1]]) == [{0: 0.75}, {1: -0.5, 2: 1}]
     for bad in (-1, 6):
-        labels = SparseLabels(jnp.int32([[0, bad], [0, 5]]), jnp.full((2, 2), 0.5, jnp.float32))
+        labels = jnp.int32([[0, bad], [0, 5]]), jnp.full((2, 2), 0.5, jnp.float32)
         for unused, row in ((None, True), ([False, False], True), ([True, False], False), ([False, True], True)):
-            got = merged(labels, None if unused is None else jnp.array(unused), 6).probs
+            _, got = merged(*labels, None if unused is None else jnp.array(unused), 6)
             np.testing.assert_array_equal(np.isnan(got).any(-1), [row, False])
-        boxed = merged(SparseLabels(labels.ids[None], labels.probs[None]), None, 6).probs
+        _, boxed = merged(*(a[None] for a in labels), None, 6)
         np.testing.assert_array_equal(np.isnan(boxed).any(-1), [[True, False]])
-    flat = merged(SparseLabels(jnp.int32(ids), jnp.float32(probs)), None, 6)
+    flat = merged(jnp.int32(ids), jnp.float32(probs), None, 6)
     for shape in ((2, 2, 5), (4, 1, 5)):
-        boxed = merged(SparseLabels(jnp.int32(ids).reshape(shape), jnp.float32(probs).reshape(shape)), None, 6)
-        np.testing.assert_array_equal(boxed.ids.reshape(4, 5), flat.ids)
-        np.testing.assert_array_equal(boxed.probs.reshape(4, 5), flat.probs)
-    one = merged(SparseLabels(jnp.int32([[0], [6]]), jnp.float32([[1], [1]])), None, 6).probs
+        boxed = merged(jnp.int32(ids).reshape(shape), jnp.float32(probs).reshape(shape), None, 6)
+        for got, want in zip(boxed, flat, strict=True):
+            np.testing.assert_array_equal(got.reshape(4, 5), want)
+    _, one = merged(jnp.int32([[0], [6]]), jnp.float32([[1], [1]]), None, 6)
     np.testing.assert_array_equal(np.isnan(one), [[False], [True]])
 
 
@@ -143,7 +137,7 @@ def test_others_are_spread_over_the_classes_without_an_entry(hidden, axis):
     each = np.float32([0.3 / 3, 0.6 / 5, 0, 0.7] if hidden else [0.3 / 4, 0.6 / 5, 0.4 / 4, 0.7 / 4])
     want = reference.dense_labels(ids, probs, others, where)
     turn = lambda a: jnp.asarray(a if axis == 1 else a.T)  # noqa: E731
-    labels = SparseLabels(turn(ids), turn(probs), jnp.asarray(others))
+    labels = Sparse(turn(ids), turn(probs), jnp.asarray(others))
     exists = turn(where) if hidden else None
     np.testing.assert_allclose(dense_of(labels, exists, 6, axis, ()), turn(want), rtol=1e-6)
 
@@ -182,14 +176,14 @@ def test_masses_and_sums_of_dense_and_of_few_labels(rng, weighted):
     c, exists = jnp.asarray(weights)[None] if weighted else None, jnp.asarray(where)
     adjustment = Adjustment(exists, None, None)
     labels, logits, place = jnp.asarray(labels), jnp.asarray(z), jnp.asarray(pivot)
-    at_pivot = lambda pivot: own(labels, c, exists, pivot, 6, 1, jnp.float32)  # noqa: E731
-    dense = at_pivot(place), *dense_rest(logits, labels, c, jnp.asarray(m), place, adjustment, 1)
+    at_pivot = lambda pivot: own(pivot, labels, c, exists, 1, jnp.float32)  # noqa: E731
+    dense = dense_of_all(logits, labels, c, adjustment, jnp.asarray(m), place, 1)
     for got, truth in zip(dense, want, strict=True):
         np.testing.assert_allclose(got, truth, rtol=1e-6, atol=1e-7)
     assert np.asarray(at_pivot(jnp.full(4, 5, jnp.int32)))[1] == 0
     assert not np.any(at_pivot(place + 6)) and not np.any(at_pivot(place - 6))
 
-    sparse, total = SparseLabels(jnp.asarray(ids), jnp.asarray(probs)), np.zeros((3, 4))
+    sparse, total = Sparse(jnp.asarray(ids), jnp.asarray(probs)), np.zeros((3, 4))
     for first, size in ((0, 2), (2, 4)):  # two shards
         here = slice(first, first + size)
         of_shard = None if c is None else c[:, here]
@@ -202,6 +196,6 @@ def test_masses_and_sums_of_dense_and_of_few_labels(rng, weighted):
 def test_the_references_dense_labels_are_those(rng):
     ids = rng.integers(0, 6, (5, 3)).astype(np.int32)
     probs = rng.uniform(0.1, 1, (5, 3)).astype(np.float32)
-    labels = merged(SparseLabels(jnp.asarray(ids), jnp.asarray(probs), jnp.full(5, 0.2, jnp.float32)), None, 6)
+    labels = Sparse(*merged(jnp.asarray(ids), jnp.asarray(probs), None, 6), jnp.full(5, 0.2, jnp.float32))
     want = reference.dense_labels(ids, probs, np.full(5, 0.2), np.ones((5, 6), bool))
     np.testing.assert_allclose(dense_of(labels, None, 6, 1, ()), want, rtol=1e-6)

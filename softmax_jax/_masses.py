@@ -1,0 +1,34 @@
+"""What a class weighs: 0 where it does not exist, its class weight, its target."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from softmax_jax._sharding import Names, count, psum
+
+
+def existing(array: Any, where: Array | None) -> Any:
+    """0 for a class that `where` hides, which may hold NaN."""
+    return array if array is None or where is None else jnp.where(where, array, 0)
+
+
+def target(probs: Array, class_weights: Array | None, where: Array | None, dtype: DTypeLike) -> Array:
+    """t_v of probabilities. What `where` hides may be NaN."""
+    probs, class_weights = existing(probs.astype(dtype), where), existing(class_weights, where)
+    return probs if class_weights is None else class_weights * probs
+
+
+def uniform(class_weights: Array | None, where: Array | None, z: Array) -> Array:
+    """c_v of every class that exists."""
+    each = jnp.ones_like(z) if class_weights is None else jnp.broadcast_to(class_weights, z.shape)
+    return existing(each, where)
+
+
+def existing_classes(where: Array | None, classes: int, axis: int, class_axes: Names, dtype: DTypeLike) -> Array:
+    """K, how many classes of a token exist, on all devices."""
+    if where is None:
+        return jnp.asarray(count(classes, class_axes), dtype)
+    width = classes if where.shape[axis] == 1 else 1
+    return psum(jnp.sum(where, axis, dtype=dtype) * width, class_axes)
