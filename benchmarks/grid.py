@@ -11,8 +11,9 @@ LINEAR = ((2048, 512, 32000), (1024, 1024, 128256), (8192, 256, 8192))
 LINEAR_GPU = (*((8192, embed, 50304) for embed in (1024, 2048)), *((n, 4096, 128256) for n in (4096, 8192, 16384)))
 """Tokens x embed x classes."""
 
-STEP = ((2048, 256, 32000), (16384, 256, 1000))
-STEP_GPU = ((8192, 1024, 128256),)
+STEP = (((2048,), 256, 32000), ((8, 256), 256, 8192), ((16384,), 256, 1000))
+STEP_GPU = (((8192,), 1024, 128256),)
+"""Batch shape, embed, classes."""
 
 GROWTH = {
     "cross_entropy, tokens": tuple((tokens, 0, 1000) for tokens in (64, 256, 1024, 4096, 16384, 65536)),
@@ -26,7 +27,8 @@ MARGINS = tuple(range(0, 101, 5))
 
 QUICK_DTYPES = ("float32", "bfloat16")
 QUICK_LOGITS = ((16, 100),)
-QUICK_LINEAR = QUICK_STEP = ((64, 8, 100),)
+QUICK_LINEAR = ((64, 8, 100),)
+QUICK_STEP = (((64,), 8, 100), ((8, 8), 8, 100))
 QUICK_GROWTH = {
     "cross_entropy, tokens": ((4, 0, 10), (16, 0, 10), (64, 0, 10)),
     "linear_cross_entropy, classes": ((8, 4, 10), (8, 4, 100), (8, 4, 1000)),

@@ -22,7 +22,7 @@ OPTIMIZER = optax.adamw(1e-3)
 
 class Cell(NamedTuple):
     what: str
-    tokens: int
+    batch: tuple
     embed: int
     classes: int
     dtype: str
@@ -40,7 +40,7 @@ def record(cell: Cell, pace: Pace) -> dict[str, Any]:
     return {
         "what": cell.what,
         "passes": "step",
-        "cell": f"{cell.tokens} x {cell.embed} x {cell.classes} {cell.dtype}",
+        "cell": f"{cell.batch[0] if len(cell.batch) == 1 else cell.batch} x {cell.embed} x {cell.classes} {cell.dtype}",
         **compare(subjects, pace),
         "memory": {OPTAX: all_bytes(programs[OURS]) / all_bytes(programs[OPTAX])},
     }
@@ -70,7 +70,7 @@ def operands_of(cell: Cell) -> tuple[Any, ...]:
     def make(keys: Array) -> tuple[Any, ...]:
         named = zip(keys[2:], shapes.items(), strict=True)
         params = {name: jax.random.normal(key, shape, cell.dtype) * e**-0.5 for key, (name, shape) in named}
-        ids, labels = (jax.random.randint(key, (cell.tokens,), 0, v, jnp.int32) for key in keys[:2])
+        ids, labels = (jax.random.randint(key, cell.batch, 0, v, jnp.int32) for key in keys[:2])
         return params, OPTIMIZER.init(params), ids, labels
 
     return make(jax.random.split(jax.random.key(0), 2 + len(shapes)))

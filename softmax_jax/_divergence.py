@@ -23,6 +23,7 @@ from softmax_jax._divergence_terms import (
     z_of,
 )
 from softmax_jax._dtypes import nan_unless
+from softmax_jax._fold import made_once
 from softmax_jax._indexing import is_at
 from softmax_jax._linear_map import linear_map
 from softmax_jax._sharding import Names, check_gradient, offset, psum, same_on_devices, vary, varying
@@ -117,6 +118,7 @@ def _cotangent(axis: int, class_axes: Names, given: Given, cotangent: Array) -> 
     z_of_both, inputs, slopes = _linearized(given, cotangent, axis, class_axes)
     _, pull = jax.vjp(z_of_both, *inputs)
     db, da, dscale = pull(tuple(jnp.expand_dims(cotangent, axis) * slope for slope in slopes))
+    db, da = (d._replace(raw=made_once(d.raw)) for d in (db, da))
     return db, da, jax.tree.map(same_on_devices, dscale, scale), dbeta
 
 

@@ -63,6 +63,11 @@ def apart_on_cpu(*arrays: Any) -> tuple:
     return by_platform(apart, lambda *arrays: arrays, *arrays)
 
 
+def made_once(gradient: Any) -> Any:
+    """The same gradient of logits."""
+    return by_platform(_passes_cpu.made_once, lambda gradient: gradient, gradient)
+
+
 def alone(f: Callable, *operands: Any) -> Any:
     """f(*operands), a reduction, which the CPU's compiler makes together with nothing else."""
     return by_platform(partial(_passes_cpu.alone, f), f, *operands)

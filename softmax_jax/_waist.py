@@ -176,7 +176,7 @@ def _class_sums_bwd(axis, asked, class_axes, residuals, cotangents):
     operands = logits, labels, class_weights, adjustment, m, pivot - first, axis, asked, cotangents
     if not isinstance(labels, Sparse):
         dlogits, dlabels, dclass_weights, dscales = _pull_classes(*operands)
-        return dlogits, dlabels, dclass_weights, Adjustment(None, *dscales), None
+        return _fold.made_once(dlogits), dlabels, dclass_weights, Adjustment(None, *dscales), None
     dlogits, _, *shared = _pull_classes(logits, None, *operands[2:])
     at_few, dprobs, *of_labels = _pull_few(*operands, first)
     dclass_weights, dscales = jax.tree.map(jnp.add, shared, of_labels)
