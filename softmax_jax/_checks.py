@@ -150,10 +150,12 @@ def labels_of(labels: Any, logits_shape: tuple[int, ...], axis: int) -> Labels:
 
 
 def ids_of(labels: Any, logits_shape: tuple[int, ...], axis: int, beside: str = "") -> Any:
-    """`labels_of` integers."""
-    labels = labels if isinstance(labels, SparseLabels) else array("labels", labels)
-    if isinstance(labels, SparseLabels) or not jnp.issubdtype(labels.dtype, jnp.integer):
-        of = "SparseLabels" if isinstance(labels, SparseLabels) else f"dtype {labels.dtype}"
+    """`labels_of`, for what takes ids alone."""
+    of = "SparseLabels" if isinstance(labels, SparseLabels) else None
+    if of is None and labels is not None:
+        labels = array("labels", labels)
+        of = None if jnp.issubdtype(labels.dtype, jnp.integer) else f"dtype {labels.dtype}"
+    if of is not None:
         raise TypeError(f"`labels`{beside} must be integers; got {of}. Pass class ids.")
     return labels_of(labels, logits_shape, axis)
 

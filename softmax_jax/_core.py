@@ -162,6 +162,7 @@ def _mean_divisor(
     devices."""
     if normalizer is not None:
         return jnp.asarray(normalizer)
+    # (Only labels have class weights: those of a teacher are None.)
     share = None if options.class_weights is None else labels.share_of_mean(options.class_weights, how.class_axes)
     if share is not None:
         weights = share if weights is None else weights * share

@@ -84,6 +84,7 @@ def rest_of_top(logits, adjustment, scale, m, top, axis, class_axes) -> Array:
 def _class_sums(logits, labels, class_weights, adjustment, unused, axis, asked, class_axes):
     size, dtype, where, label = logits.shape[axis], accumulator(logits.dtype), adjustment.where, labels.pivot
     classes = count(size, class_axes)
+    # (Of `Placed` the masses are the same without an array of the logits' size.)
     t = labels.target(logits, class_weights, where, axis, class_axes, dtype) if isinstance(labels, Dense) else None
     c = uniform(class_weights, where, jnp.ones_like(logits, dtype)) if asked.prior else None
     than = (labels.ids, labels.z) if isinstance(labels, Placed) else None

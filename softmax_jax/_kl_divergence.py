@@ -231,11 +231,13 @@ def _losses(
     if kind == "probabilities":
         target = jax.tree.map(lambda a: emptied(a, weights), target)
         t = target.probabilities(options.where, logits.shape[axis], axis, class_axes)
-        target = Dense(_log(existing(upcast(t), options.where)))
-    dtype = accumulator(product_dtype(logits.dtype, target.values.dtype))
+        of_teacher = _log(existing(upcast(t), options.where))
+    else:
+        of_teacher = target.values
+    dtype = accumulator(product_dtype(logits.dtype, of_teacher.dtype))
     wide = lambda a: a if accumulator(a.dtype) == dtype else a.astype(dtype)  # noqa: E731
     student = Logits(wide(logits), Adjustment(None, options.logit_scale, options.softcap))
-    teacher = Logits(wide(target.values), Adjustment(softcap=more.teacher_softcap))
+    teacher = Logits(wide(of_teacher), Adjustment(softcap=more.teacher_softcap))
     both, unused = (student, teacher) if reverse else (teacher, student), unused_by(weights)
     losses = divergence(*both, options.where, more.scale, more.beta, unused, axis, class_axes)
     return losses if weights is None else weights * losses, None

@@ -111,11 +111,11 @@ def _of_source(
 ) -> LabelStatistics:
     """What both have in common. A row to ignore has weight 0."""
     shape, dtype = student.shape, student.dtype
-    ids = _checks.ids_of(labels, shape, axis)
-    ignored = _checks.ignored_id(ignore_index, ids)
-    options = options._replace(weights=None if ignored is None else ids.ids != ignored)
-    options = _checks.options_for(shape, dtype, axis, ids, options)
+    checked = _checks.ids_of(labels, shape, axis)
+    ignored = _checks.ignored_id(ignore_index, checked)
+    options = options._replace(weights=None if ignored is None else checked.ids != ignored)
+    options = _checks.options_for(shape, dtype, axis, checked, options)
     class_axes = _checks.mesh_axes(axis_name)
     _checks.sharded(*student.of_classes(), class_axes)
     how = How(statistics, dtype, axis, chunk_size=_checks.chunk_size_of(chunk_size), class_axes=class_axes)
-    return compute(Operands(student, Source(ids), options), how)[0]
+    return compute(Operands(student, Source(checked), options), how)[0]

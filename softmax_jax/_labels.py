@@ -21,39 +21,45 @@ from jax import Array
 from softmax_jax._adjustment import Adjustment, rounded
 from softmax_jax._dtypes import class_ids, nan_unless
 from softmax_jax._indexing import if_here, is_at, pick, pick_of_all
-from softmax_jax._masses import target
+from softmax_jax._masses import weighted
 from softmax_jax._sharding import Names, PyTree, count, fit, offset, psum, vary
 
 
 class Labels:
-    """What all kinds have, where a kind does not say otherwise."""
+    """What all kinds have, and what most of them answer."""
 
     pivot: Any = None  # the class that is left out; None: the largest
     others: Any = None  # probability that is spread evenly over all other classes
 
     def specs(self, batch: tuple[Names, ...], classes: Names, axis: int) -> PyTree:
         """How they lie over devices, for logits of that layout."""
-        raise NotImplementedError
-
-    def in_one_form(self, unused: Array | None, classes: int, dtype: Any, axis: int) -> Any:
-        """As the sums take them."""
-        return self
 
     def vary(self, over: Names, class_axes: Names) -> Any:
         """Marked as varying over those mesh axes, as far as they may."""
         return vary(self, over)
 
+    def in_one_form(self, unused: Array | None, classes: int, dtype: Any, axis: int) -> Any:
+        """As the sums take them."""
+        return self
+
     def share_of_mean(self, class_weights: Array, class_axes: Names) -> Array | None:
         """What the mean's divisor counts of a token; None: 1."""
+
+    def read(self, logits: Array, adjustment: Adjustment, axis: int, class_axes: Names) -> Any:
+        """With what they need of the logits before the sums."""
+        return self
 
     def target(self, logits: Array, class_weights, where, axis: int, class_axes: Names, dtype) -> Any:
         """t_v of every class here; None: `masses` makes the sums."""
 
     def masses(
         self, logits, class_weights, adjustment: Adjustment, m, pivot, unused, axis: int, class_axes: Names
-    ) -> tuple[Any, Any, Any]:
-        """(own_mass, rest_mass, label_sum) of the classes here, of which `pivot` counts; None: 1, 0 and 0."""
-        return None, None, None
+    ) -> Any:
+        """(own_mass, rest_mass, label_sum) of the classes here, of whose ids `pivot` is one; None: 1, 0 and 0. Without
+        a pass over the classes: of all but `Dense`."""
+
+    def probabilities(self, where: Array | None, size: int, axis: int, class_axes: Names) -> Any:
+        """Of all `size` classes here: an array of the logits' size. Not of ids."""
 
 
 @jax.tree_util.register_dataclass
@@ -64,7 +70,7 @@ class Ids(Labels):
     ids: Any  # [*batch]
 
     @property
-    def pivot(self) -> Array:
+    def pivot(self) -> Any:
         return self.ids
 
     def specs(self, batch, classes, axis):
@@ -88,16 +94,16 @@ class Ids(Labels):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Placed(Labels):
-    """Ids, in their one form, whose place among all classes is asked."""
+class Placed(Ids):
+    """Ids in their one form, whose place among all classes is asked."""
 
-    ids: Any  # [*batch]
     z: Any = None  # once it is `read`
 
-    def vary(self, over, class_axes):
-        return vary(self, tuple(name for name in over if name not in class_axes))
+    @property
+    def pivot(self) -> Any:
+        return None
 
-    def read(self, logits: Array, adjustment: Adjustment, axis: int, class_axes: Names) -> "Placed":
+    def read(self, logits, adjustment, axis, class_axes):
         return replace(self, z=pick_of_all(logits, self.ids, adjustment, axis, class_axes))
 
     def target(self, logits, class_weights, where, axis, class_axes, dtype):
@@ -106,10 +112,10 @@ class Placed(Labels):
     def masses(self, logits, class_weights, adjustment, m, pivot, unused, axis, class_axes):
         size = logits.shape[axis]
         ids = self.ids - offset(size, class_axes)
-        here, top = (ids >= 0) & (ids < size), ids == pivot
-        mass, others = (here & top).astype(m.dtype), here & ~top
+        exists, top = (ids >= 0) & (ids < size), ids == pivot
+        mass, beside = (exists & top).astype(m.dtype), exists & ~top
         mass = of_existing(mass, self.ids, unused, count(size, class_axes))
-        return mass, others.astype(m.dtype), jnp.where(others, rounded(self.z, m) - m, 0)
+        return mass, beside.astype(m.dtype), jnp.where(beside, rounded(self.z, m) - m, 0)
 
 
 @jax.tree_util.register_dataclass
@@ -123,9 +129,9 @@ class Dense(Labels):
         return Dense(fit(self.values, (*batch[:axis], classes, *batch[axis:])))
 
     def target(self, logits, class_weights, where, axis, class_axes, dtype):
-        return target(self.values, class_weights, where, dtype)
+        return weighted(self.values, class_weights, where, dtype)
 
-    def probabilities(self, where: Array | None, size: int, axis: int, class_axes: Names) -> Array:
+    def probabilities(self, where, size, axis, class_axes):
         return self.values
 
 

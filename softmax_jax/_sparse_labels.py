@@ -1,4 +1,4 @@
-"""Probabilities of a few classes a token: what is read of the logits at them alone, and written over there."""
+"""Probabilities of a few classes a token: of the logits those are read alone, and there the gradient is written."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from softmax_jax._adjustment import shifted, weighed
 from softmax_jax._dtypes import class_ids, nan_unless
 from softmax_jax._indexing import at_ids, with_at_ids
 from softmax_jax._labels import Labels
-from softmax_jax._masses import existing, existing_classes, target
+from softmax_jax._masses import existing, existing_classes, weighted
 from softmax_jax._sharding import Names, fit, offset, psum
 
 
@@ -34,9 +34,8 @@ class SparseLabels(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Sparse(Labels):
-    """`SparseLabels`. In one form they have int32 ids along the classes' axis, each id once a token and -1 for what
-    does not count, and `others` is the probability of each of the other classes. So that a class has one gradient,
-    which is written once."""
+    """`SparseLabels`. In one form they have int32 ids along the classes' axis, -1 for what does not count, and each id
+    once a token: a class has one gradient, which is written once."""
 
     ids: Any
     probs: Any
@@ -58,8 +57,7 @@ class Sparse(Labels):
         mass, *others = sums_of_few(z, self.probs, at.class_weights, at, pivot, axis)
         return nan_unless(~jnp.any(jnp.isnan(self.probs), axis), mass), *others
 
-    def probabilities(self, where: Array | None, size: int, axis: int, class_axes: Names) -> Array:
-        """Those of all `size` classes here: an array of the logits' size, for a chunk of tokens."""
+    def probabilities(self, where, size, axis, class_axes):
         ids, _ = _ids_here(self, where, size, offset(size, class_axes), axis)
         valid, dtype = ~jnp.any(jnp.isnan(self.probs), axis), self.probs.dtype
         each = jnp.zeros(valid.shape, dtype)
@@ -122,7 +120,7 @@ def _ids_here(labels, where, size, first, axis):
 
 def sums_of_few(z, probs, class_weights, at: Few, pivot, axis):
     """(own_mass, rest_mass, label_sum), of z at the ids."""
-    t = target(probs, class_weights, at.where, z.dtype)
+    t = weighted(probs, class_weights, at.where, z.dtype)
     is_pivot = at.ids == jnp.expand_dims(pivot, axis)
     rest = jnp.where(is_pivot, 0, t)
     return tuple(jnp.sum(terms, axis) for terms in (jnp.where(is_pivot, t, 0), rest, weighed(rest, z)))

@@ -39,8 +39,8 @@ from softmax_jax._adjustment import Adjustment, beyond_exp, shifted, weighed
 from softmax_jax._barrier import apart
 from softmax_jax._fold import rest_of_top
 from softmax_jax._indexing import is_at, with_at_ids
-from softmax_jax._labels import Labels, Placed
-from softmax_jax._masses import target, uniform
+from softmax_jax._labels import Labels
+from softmax_jax._masses import uniform, weighted
 from softmax_jax._sharding import Names, check_gradient, offset, psum, vary, varying
 from softmax_jax._sparse_labels import Sparse, few, few_weights
 from softmax_jax._sums import Asked, ClassSums, Top
@@ -114,8 +114,7 @@ def _of_all(logits, labels, class_weights, adjustment, m, pivot, axis, asked, cl
 @partial(jax.custom_jvp, nondiff_argnums=(5, 6, 7))
 def _sums(logits, labels, class_weights, adjustment, unused, axis, asked, class_axes):
     """ClassSums, and the pivot. One that no class is makes its row NaN, if it is used."""
-    labels = labels.read(logits, adjustment, axis, class_axes) if isinstance(labels, Placed) else labels
-    operands = logits, labels, class_weights, adjustment, unused
+    operands = logits, labels.read(logits, adjustment, axis, class_axes), class_weights, adjustment, unused
     return _fold.class_sums(*operands, axis=axis, asked=asked, class_axes=class_axes)
 
 
@@ -202,7 +201,7 @@ def _pull_few(logits, labels, class_weights, adjustment, m, pivot, axis, asked, 
 
     def sums(x, probs, class_weights, scales):
         c = few_weights(class_weights, at.ids, axis)
-        t = target(probs, c, at.where, m.dtype)
+        t = weighted(probs, c, at.where, m.dtype)
         c = uniform(c, at.where, t) if asked.prior else None
         return _written(x, Adjustment(at.where, *scales), t, c, m, at_pivot, axis, asked, cotangents)
 

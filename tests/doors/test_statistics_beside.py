@@ -154,3 +154,5 @@ def test_other_labels_than_ids_are_refused():
     for labels in (dense, SparseLabels(np.zeros((3, 1), int), np.ones((3, 1), np.float32))):
         with pytest.raises(TypeError, match="`labels` with statistics=True must be integers.*Pass class ids"):
             cross_entropy(dense, labels, statistics=True)
+    with pytest.raises(TypeError, match="`labels` must be integers.*got None. Pass ids of shape .3,."):
+        cross_entropy(dense, None, statistics=True)
