@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from softmax_jax._checks import Options, Reduction
 from softmax_jax._dtypes import accumulator
 from softmax_jax._head import dealt, over_chunks
-from softmax_jax._labels import Labels, unused_by
+from softmax_jax._labels import unused_by
 from softmax_jax._sharding import (
     Names,
     PyTree,
@@ -156,13 +156,13 @@ def _option_specs(options: Options, batch: tuple[Names, ...], classes: Names, ax
 
 
 def _mean_divisor(
-    labels: Labels, weights: Array | None, options: Options, tokens: int, normalizer: Any, how: How
+    labels: Any, weights: Array | None, options: Options, tokens: int, normalizer: Any, how: How
 ) -> Array | int:
     """The `normalizer`, else Σ weights · c_y for integer labels or Σ weights for dense ones, of the tokens on all
     devices."""
     if normalizer is not None:
         return jnp.asarray(normalizer)
-    # (Only labels have class weights: those of a teacher are None.)
+    # (Of a teacher with a head `labels` are hidden states: there are no class weights.)
     share = None if options.class_weights is None else labels.share_of_mean(options.class_weights, how.class_axes)
     if share is not None:
         weights = share if weights is None else weights * share
