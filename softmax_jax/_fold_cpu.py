@@ -17,7 +17,7 @@ from softmax_jax._barrier import apart
 from softmax_jax._dtypes import upcast
 from softmax_jax._indexing import if_here, pick, pick_logit
 from softmax_jax._labels import Dense, Labels, Placed, of_existing
-from softmax_jax._masses import uniform, weighted
+from softmax_jax._masses import target_of, uniform
 from softmax_jax._passes_cpu import as_operands, over_classes, sum_over_classes
 from softmax_jax._sharding import Names, count, offset, pmax, pmin, psum, vary, varying
 from softmax_jax._sums import Asked, ClassSums, Top, once_traced
@@ -137,13 +137,13 @@ def dense_sums(logits, labels, class_weights, adjustment, m, pivot, axis):
 
     def others(arrays, m, pivot, axis):
         labels, class_weights, where = arrays
-        t = weighted(labels, class_weights, where, m.dtype)
+        t = target_of(labels, class_weights, where, m.dtype)
         return t * jnp.minimum(distance(pivot, t, axis), 1)
 
     def of_logits(arrays, m, pivot, axis):
         logits, labels, class_weights, where = arrays
         z = z_of((logits, where), adjustment, m, axis)
-        return times(weighted(labels, class_weights, where, m.dtype), z * jnp.minimum(distance(pivot, z, axis), 0.5))
+        return times(target_of(labels, class_weights, where, m.dtype), z * jnp.minimum(distance(pivot, z, axis), 0.5))
 
     arrays = labels, class_weights, adjustment.where
     rest_mass = sum_over_classes(others, arrays, m, pivot, axis)
@@ -156,7 +156,7 @@ def mass_at(pivot, labels, class_weights, where, axis, dtype):
 
     def read(ids):
         there = lambda a: None if a is None else pick(a, ids, axis)  # noqa: E731
-        return weighted(pick(labels, ids, axis), there(class_weights), there(where), dtype)
+        return target_of(pick(labels, ids, axis), there(class_weights), there(where), dtype)
 
     return if_here(read, pivot, labels.shape[axis])
 

@@ -21,7 +21,7 @@ from jax import Array
 from softmax_jax._adjustment import Adjustment, rounded
 from softmax_jax._dtypes import class_ids, nan_unless
 from softmax_jax._indexing import if_here, is_at, pick, pick_of_all
-from softmax_jax._masses import weighted
+from softmax_jax._masses import target_of
 from softmax_jax._sharding import Names, PyTree, count, fit, offset, psum, vary
 
 
@@ -129,7 +129,7 @@ class Dense(Labels):
         return Dense(fit(self.values, (*batch[:axis], classes, *batch[axis:])))
 
     def target(self, logits, class_weights, where, axis, class_axes, dtype):
-        return weighted(self.values, class_weights, where, dtype)
+        return target_of(self.values, class_weights, where, dtype)
 
     def probabilities(self, where, size, axis, class_axes):
         return self.values

@@ -14,7 +14,7 @@ def existing(array: Any, where: Array | None) -> Any:
     return array if array is None or where is None else jnp.where(where, array, 0)
 
 
-def weighted(probs: Array, class_weights: Array | None, where: Array | None, dtype: DTypeLike) -> Array:
+def target_of(probs: Array, class_weights: Array | None, where: Array | None, dtype: DTypeLike) -> Array:
     """t_v of probabilities. What `where` hides may be NaN."""
     probs, class_weights = existing(probs.astype(dtype), where), existing(class_weights, where)
     return probs if class_weights is None else class_weights * probs

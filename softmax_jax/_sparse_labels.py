@@ -11,7 +11,7 @@ from softmax_jax._adjustment import shifted, weighed
 from softmax_jax._dtypes import class_ids, nan_unless
 from softmax_jax._indexing import at_ids, with_at_ids
 from softmax_jax._labels import Labels
-from softmax_jax._masses import existing, existing_classes, weighted
+from softmax_jax._masses import existing, existing_classes, target_of
 from softmax_jax._sharding import Names, fit, offset, psum
 
 
@@ -120,7 +120,7 @@ def _ids_here(labels, where, size, first, axis):
 
 def sums_of_few(z, probs, class_weights, at: Few, pivot, axis):
     """(own_mass, rest_mass, label_sum), of z at the ids."""
-    t = weighted(probs, class_weights, at.where, z.dtype)
+    t = target_of(probs, class_weights, at.where, z.dtype)
     is_pivot = at.ids == jnp.expand_dims(pivot, axis)
     rest = jnp.where(is_pivot, 0, t)
     return tuple(jnp.sum(terms, axis) for terms in (jnp.where(is_pivot, t, 0), rest, weighed(rest, z)))

@@ -40,7 +40,7 @@ from softmax_jax._barrier import apart
 from softmax_jax._fold import rest_of_top
 from softmax_jax._indexing import is_at, with_at_ids
 from softmax_jax._labels import Labels
-from softmax_jax._masses import uniform, weighted
+from softmax_jax._masses import target_of, uniform
 from softmax_jax._sharding import Names, check_gradient, offset, psum, vary, varying
 from softmax_jax._sparse_labels import Sparse, few, few_weights
 from softmax_jax._sums import Asked, ClassSums, Top
@@ -201,7 +201,7 @@ def _pull_few(logits, labels, class_weights, adjustment, m, pivot, axis, asked, 
 
     def sums(x, probs, class_weights, scales):
         c = few_weights(class_weights, at.ids, axis)
-        t = weighted(probs, c, at.where, m.dtype)
+        t = target_of(probs, c, at.where, m.dtype)
         c = uniform(c, at.where, t) if asked.prior else None
         return _written(x, Adjustment(at.where, *scales), t, c, m, at_pivot, axis, asked, cotangents)
 
