@@ -334,22 +334,18 @@ def reduction_of(reduction: Any, normalizer: Any, dtype: Any) -> Array | np.ndar
     return scalar("normalizer", normalizer, dtype, -math.inf, math.inf)
 
 
-def mesh_axes(axis_name: Any, forward_mode: bool = False) -> Names:
+def mesh_axes(axis_name: Any) -> Names:
     """`axis_name`, a name, several or None, as the tuple of mesh axes that the classes are sharded over."""
     axes = () if axis_name is None else tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
     if len(set(axes)) != len(axes):
         raise ValueError(f"`axis_name` names a mesh axis twice: {axis_name!r}. Name each axis once.")
     try:
-        checked = checks_varying(axes)
+        checks_varying(axes)
     except (NameError, TypeError, ValueError, KeyError):
         raise ValueError(
             f"`axis_name` must name mesh axes of the `jax.shard_map` around the call; got {axis_name!r}. Call it "
             "inside one, or leave `axis_name` out: under `jit` sharded classes need none."
         ) from None
-    if forward_mode and not checked:
-        raise ValueError(
-            f"`forward_mode` with axis_name={axis_name!r} needs `jax.shard_map(..., check_vma=True)`, its default."
-        )
     return axes
 
 

@@ -31,10 +31,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
-from jax.custom_derivatives import SymbolicZero
+from jax.custom_derivatives import zero_from_primal
 from jax.typing import ArrayLike
 
 from softmax_jax._dtypes import accumulator, is_floating, upcast
+from softmax_jax._linear_map import Leaves, at, linear_map, moving, tangent_of
 from softmax_jax._product import Product, kept_in
 from softmax_jax._sharding import buffer_for, same_on_devices, vary, varying, zeros_as
 
@@ -219,7 +220,15 @@ def _of_sum(value: tuple[Array, PyTree]) -> PyTree:
     return jnp.ones_like(value[0]), jax.tree.map(none, value[1])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+# The rules. Forward mode goes through the chunks once more, by what has a tangent alone.
+
+
+def _along(f: Callable, operands: Operands, dinputs: Leaves, index: ArrayLike) -> PyTree:
+    """The tangent of f of one chunk."""
+    return tangent_of(partial(_of_index, f, index), operands, dinputs)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _sum(f, super_chunks, *operands):
     products, _, chunks = operands
     count = _count(products, chunks)
@@ -227,52 +236,76 @@ def _sum(f, super_chunks, *operands):
     return _loop(of_index, _nothing(_zeros(f, *operands), count), count)
 
 
-def _sum_fwd(f, super_chunks, *operands):
-    total, *found = _pull(f, super_chunks, operands, None)
-    return total, (operands, *found)
+def _sum_jvp(f, super_chunks, operands, tangents):
+    (total, beside), *found = _sum_and_gradients(f, super_chunks, *operands)
+    inputs, dinputs = moving(operands, tangents)
+    along, back = partial(_sum_along, f), partial(_sum_back, super_chunks, tuple(inputs))
+    dtotal = linear_map(along, back, (operands, found), inputs, total, dinputs)
+    return (total, beside), (dtotal, zero_from_primal(beside, symbolic_zeros=True))
 
 
-def _sum_bwd(f, super_chunks, residuals, cotangent):
-    operands, dshared, dchunks, of_products = residuals
-    return _gradients(super_chunks, operands, dshared, dchunks, of_products, cotangent[0])
+_sum.defjvp(_sum_jvp, symbolic_zeros=True)
 
 
-_sum.defvjp(_sum_fwd, _sum_bwd)
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _sum_and_gradients(f, super_chunks, *operands):
+    """A rule of its own, since JAX 0.10 takes those inside out of a loop that it meets in a rule."""
+    return _pull(f, super_chunks, operands, None)
 
 
-def _map_loop(of_index, f, *operands):
-    products, _, chunks = operands
-    count = _count(products, chunks)
-    init = _for_all(_zeros(f, *operands), count)
-    return _loop(lambda index, out: _put(out, of_index(index, *operands), index), init, count)
+@_sum_and_gradients.defjvp
+def _sum_and_gradients_jvp(f, super_chunks, operands, tangents):
+    return jax.jvp(lambda *operands: _pull(f, super_chunks, operands, None), operands, tangents)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _sum_along(f, given, dinputs):
+    (operands, _), f = given, partial(_first, f)
+    count = _count(operands[0], operands[2])
+    return _loop(lambda index, sum_: sum_ + _along(f, operands, dinputs, index), _zeros(f, *operands), count)
+
+
+def _first(f, *operands):
+    return f(*operands)[0]
+
+
+def _sum_back(super_chunks, places, given, cotangent):
+    operands, (dshared, dchunks, of_products) = given
+    return at(places, operands, _gradients(super_chunks, operands, dshared, dchunks, of_products, cotangent))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _map(f, super_chunks, *operands):
-    return _map_loop(partial(_of_index, f), f, *operands)
+    return _of_all(f, operands, partial(_of_index, f))
 
 
-def _map_fwd(f, super_chunks, *operands):
-    operands = jax.tree.map(lambda a: a.value, operands, is_leaf=lambda a: hasattr(a, "perturbed"))
-
-    def of_index(index, products, shared, chunks):
-        """By way of jax.vjp, since rules inside f that are called plainly have no second derivative."""
-        return _vjp(f, shared, _take(chunks, index), [product.logits(index) for product in products])[0]
-
-    return _map_loop(of_index, f, *operands), operands
+def _of_all(f, operands, of_index):
+    """of_index(index, *operands), of the types of f of a chunk, of every chunk."""
+    count, init = _count(operands[0], operands[2]), _zeros(f, *operands)
+    return _loop(lambda index, out: _put(out, of_index(index, *operands), index), _for_all(init, count), count)
 
 
-def _map_bwd(f, super_chunks, operands, cotangents):
-    # Integers and what nobody uses have none.
-    given = lambda c: not isinstance(c, SymbolicZero) and c.dtype != jax.dtypes.float0  # noqa: E731
-    used = {i: c for i, c in enumerate(jax.tree.leaves(cotangents)) if given(c)}
+def _map_jvp(f, super_chunks, operands, tangents):
+    value, floats = _map(f, super_chunks, *operands), partial(_floats_of, f)
+    inputs, dinputs = moving(operands, tangents)
+    along, back = partial(_map_along, floats), partial(_map_back, floats, super_chunks, tuple(inputs))
+    dfloats = linear_map(along, back, operands, inputs, _floats(value), dinputs)
+    return value, _with_floats(value, dfloats, partial(zero_from_primal, symbolic_zeros=True))
 
-    def of_used(*of_chunk):
-        results = jax.tree.leaves(f(*of_chunk))
-        return {i: results[i] for i in used}
 
+_map.defjvp(_map_jvp, symbolic_zeros=True)
+
+
+def _floats_of(f, *operands):
+    return _floats(f(*operands))
+
+
+def _map_along(f, operands, dinputs):
+    return _of_all(f, operands, lambda index, *_: _along(f, operands, dinputs, index))
+
+
+def _map_back(f, super_chunks, places, operands, cotangents):
+    """By those results that have a cotangent."""
+    used = {i: c for i, c in enumerate(cotangents) if c is not None}
+    of_used = lambda *of_chunk: {i: result for i, result in enumerate(f(*of_chunk)) if i in used}  # noqa: E731
     _, dshared, dchunks, of_products = _pull(of_used, super_chunks, operands, used)
-    return _gradients(super_chunks, operands, dshared, dchunks, of_products)
-
-
-_map.defvjp(_map_fwd, _map_bwd, symbolic_zeros=True)
+    return at(places, operands, _gradients(super_chunks, operands, dshared, dchunks, of_products))

@@ -81,9 +81,8 @@ def cross_entropy(
         Gradients need check_vma=True, the default. Under plain `jit` sharded arrays need no `axis_name`. Leave it out
         where the tokens are sharded: each device's would count as further classes of the same tokens, a wrong number
         that no type tells. To see it, look at the loss of `0 * logits`: it must be the log of the number of classes.
-      forward_mode: True makes `jax.jvp`, `jax.jacfwd` and `jax.linearize` work, which JAX refuses for a function with a
-        reverse rule ("can't apply forward-mode autodiff (jvp) to a custom_vjp function"). The same values;
-        `jax.grad` works too, but makes more passes over the logits.
+      forward_mode: without effect, for code that has it: derivatives work in both modes (`jax.jvp`, `jax.jacfwd`,
+        `jax.linearize` too).
       statistics: True returns (loss, `LabelStatistics`): what `label_statistics` says of every token, without a
         gradient, on a GPU from the same pass; for `jax.value_and_grad(..., has_aux=True)`. Only what is used is
         computed. Of integer labels; 0 where the weight is. With `weights` w, a step's accuracy is Σ w · correct / Σ w,
@@ -121,7 +120,6 @@ def cross_entropy(
         reduction,
         normalizer,
         axis_name,
-        forward_mode=bool(forward_mode),
         statistics=bool(statistics),
     )
 
@@ -203,23 +201,12 @@ def linear_cross_entropy(
     2.45191
     >>> dx, dweight = jax.grad(linear_cross_entropy, argnums=(0, 1))(x, weight, labels)
 
-    Forward mode (`jax.jvp`, `jax.jacfwd`): use `cross_entropy(x @ weight, labels, forward_mode=True)`.
-
     Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", ICLR 2025; Hsu et al., "Liger Kernel", 2024.
     """
     head = _checks.head(x, weight, bias, transpose_weight, dtype)
     options = Options(where, weights, ignore_index, class_weights, label_smoothing, z_loss, logit_scale, softcap)
     how = reduction, normalizer, axis_name, chunk_size
     return _loss(head, labels, len(head.shape) - 1, options, *how, statistics=bool(statistics))
-
-
-# By (forward_mode, statistics); one function for each, since JAX keeps programs by it.
-_NUMBERS = {
-    (False, False): weighted_losses,
-    (True, False): partial(weighted_losses, forward_mode=True),
-    (False, True): losses_and_statistics,
-    (True, True): partial(losses_and_statistics, forward_mode=True),
-}
 
 
 def _loss(
@@ -231,7 +218,6 @@ def _loss(
     normalizer: Any,
     axis_name: Any,
     chunk_size: Any = None,
-    forward_mode: bool = False,
     statistics: bool = False,
 ) -> Loss:
     """What both have in common, once the logits are known."""
@@ -239,10 +225,10 @@ def _loss(
     labels_of = partial(_checks.ids_of, beside=" with statistics=True") if statistics else _checks.labels_of
     labels = labels_of(labels, shape, axis)
     options = _checks.options_for(shape, dtype, axis, labels, options)
-    class_axes = _checks.mesh_axes(axis_name, forward_mode)
+    class_axes = _checks.mesh_axes(axis_name)
     _checks.sharded(*student.of_classes(), class_axes)
     divisor = _checks.reduction_of(reduction, normalizer, dtype)
-    numbers, chunk_size = _NUMBERS[forward_mode, statistics], _checks.chunk_size_of(chunk_size)
+    numbers, chunk_size = losses_and_statistics if statistics else weighted_losses, _checks.chunk_size_of(chunk_size)
     how = How(numbers, dtype, axis, reduction, chunk_size=chunk_size, class_axes=class_axes)
     loss, beside = compute(Operands(student, Source(labels), options, divisor), how)
     return (loss, beside) if statistics else loss

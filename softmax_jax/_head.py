@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import DTypeLike
 
 from softmax_jax._checks import Options, fixed_sizes
@@ -65,7 +65,8 @@ def dealt(
     heads = [source for source in (student, target) if source.weight is not None]
     logits, labels = (None if source.weight is not None else source.x for source in (student, target))
     each = deal(Each(logits, labels, weights, row_of))
-    products = (Product(deal(s.x), s.weight, each.weights, s.dtype, s.transposed) for s in heads)
+    weights = lax.stop_gradient(each.weights)  # a product asks which are 0
+    products = (Product(deal(s.x), s.weight, weights, s.dtype, s.transposed) for s in heads)
     options = options._replace(where=where, class_weights=_row(options.class_weights))
     shared = Shared(student.bias, target.bias, rows, options, more)
     return Dealt((tuple(products), shared, each), super_chunks)

@@ -75,8 +75,7 @@ def kl_divergence(
 
     Gradients flow to the teacher too: `jax.lax.stop_gradient` it, unless you mean that. inf where one has probability
     0 and the other, which weights it, has not; the gradient of the logits that weight is NaN there. Under `jit`, a
-    gradient that is not used is not computed. Forward mode (`jax.jvp`) works with `teacher_logits`, be they
-    `jnp.log(teacher_probs)`; of `teacher_probs`, which go through in chunks, JAX refuses it.
+    gradient that is not used is not computed.
 
     Returns:
       A scalar, or the batch shape for `reduction="none"`.
@@ -141,7 +140,7 @@ def linear_kl_divergence(
     The two may have hidden states of different sizes and heads of different layouts: `transpose_weight` and
     `teacher_transpose_weight` say `[classes, embed]`. The other arguments are those of the two functions; there is one
     teacher, of `teacher_probs`, `teacher_logits` and `teacher_x` with `teacher_weight`. A teacher of whom no gradient
-    is asked costs one matrix product. Forward mode: `kl_divergence` of the logits `x @ weight`.
+    is asked costs one matrix product.
 
     >>> import jax, jax.numpy as jnp
     >>> from softmax_jax import linear_kl_divergence

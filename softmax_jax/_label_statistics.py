@@ -86,8 +86,7 @@ def linear_label_statistics(
 ) -> LabelStatistics:
     """`label_statistics(x @ weight + bias, labels, ...)` without ever holding the logits, as `linear_cross_entropy`.
 
-    Its backward pass makes each chunk's logits again. The arguments are those of the two. Forward mode (`jax.jvp`),
-    which JAX refuses here: `label_statistics(x @ weight, ...)`.
+    Its backward pass makes each chunk's logits again. The arguments are those of the two.
 
     >>> import jax.numpy as jnp
     >>> from softmax_jax import linear_label_statistics

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import PartitionSpec
@@ -20,6 +21,7 @@ from softmax_jax._sharding import vary, varying
 
 PyTree = Any
 Map = Callable[[PyTree, PyTree], PyTree]
+Leaves = dict[int, Any]  # those of a pytree, by their place
 
 
 class Side(NamedTuple):
@@ -41,6 +43,14 @@ class How(NamedTuple):
     def turned(self) -> "How":
         return How(self.transposed, self.f, self.given, self.target, self.source)
 
+    def of(self, used: Sequence[bool]) -> "How":
+        """For those of the results alone: None stands for the others."""
+        if all(used):
+            return self
+        types = tuple(kind for kind, one in zip(self.target.types, used, strict=True) if one)
+        tree = jax.tree.structure(_only(used, self.target.tree.unflatten(used)))
+        return self._replace(f=partial(_some, self.f, used), target=Side(tree, types))
+
     def split(self, operands: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         count = self.given.num_leaves
         return [*operands[:count]], [*operands[count:]]
@@ -48,7 +58,8 @@ class How(NamedTuple):
 
 def linear_map(f: Map, transposed: Map, given: PyTree, inputs: PyTree, output: PyTree, v: PyTree) -> PyTree:
     """f(given, v), linear in v: of the types of `output`, as v is of those of `inputs`, of which nothing but their
-    types is used. transposed(given, g) is its transpose. Both have derivatives by `given`."""
+    types is used. transposed(given, g) is its transpose; for what of g is known to be 0 stands None. Both have
+    derivatives by `given`."""
     v = jax.tree.map(lambda v, a: vary(v, varying(a)), v, inputs)
     (given, tree), source, target = jax.tree.flatten(given), _side(inputs), _side(output)
     found = _map.bind(*given, *jax.tree.leaves(v), how=How(f, transposed, tree, source, target))
@@ -61,7 +72,7 @@ def _side(arrays: PyTree) -> Side:
 
 
 def _applied(*operands: Any, how: How) -> list[Any]:
-    given, v = how.split(operands)
+    given, v = how.split([*map(jnp.asarray, operands)])  # zeros may be NumPy's
     return jax.tree.leaves(how.f(how.given.unflatten(given), how.source.tree.unflatten(v)))
 
 
@@ -83,7 +94,9 @@ def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, how: How) -> tuple[
 
 def _transpose(cotangents: Sequence[Any], *operands: Any, how: How) -> Sequence[Any]:
     given, v = how.split(operands)
-    found = _map.bind(*given, *map(ad.instantiate_zeros, cotangents), how=how.turned())
+    used = [type(cotangent) is not ad.Zero for cotangent in cotangents]
+    g = [cotangent for cotangent, one in zip(cotangents, used, strict=True) if one]
+    found = _map.bind(*given, *g, how=how.of(used).turned())
     of_v = [g if ad.is_undefined_primal(a) else None for a, g in zip(v, found, strict=True)]
     return [None] * len(given) + of_v
 
@@ -95,10 +108,10 @@ def _batched(operands: Sequence[Any], axes: Sequence[int | None], *, how: How) -
     v = [_at_front(a, axis, size, entry) for a, axis in zip(v, v_axes, strict=True)]
     of_all = partial(_of_all, axes=(how.given.unflatten(given_axes), 0))
     how = how._replace(f=partial(of_all, how.f), transposed=partial(of_all, how.transposed))
+    of_each = jax.make_jaxpr(partial(jax.tree.map, lambda kind: _at_front(kind, None, size, entry)))(how.target.types)
     source = how.source._replace(types=tuple(map(jax.typeof, v)))
-    found = jax.make_jaxpr(partial(_applied, how=how))(*given, *v).out_avals
-    how = how._replace(source=source, target=how.target._replace(types=tuple(found)))
-    return _map.bind(*given, *v, how=how), [0] * len(found)
+    how = how._replace(source=source, target=how.target._replace(types=tuple(of_each.out_avals)))
+    return _map.bind(*given, *v, how=how), [0] * len(how.target.types)
 
 
 def _at_front(a: Array, axis: int | None, size: int, entry: Any) -> Array:
@@ -113,6 +126,15 @@ def _of_all(f: Map, given: PyTree, v: PyTree, axes: Any) -> PyTree:
     return jax.vmap(f, axes)(given, v)
 
 
+def _some(f: Map, used: Sequence[bool], given: PyTree, v: PyTree) -> PyTree:
+    return _only(used, f(given, v))
+
+
+def _only(used: Sequence[bool], tree: PyTree) -> PyTree:
+    leaves, structure = jax.tree.flatten(tree)
+    return structure.unflatten([leaf if one else None for leaf, one in zip(leaves, used, strict=True)])
+
+
 def _types(*_: Any, how: How) -> tuple[Any, ...]:
     return how.target.types
 
@@ -125,3 +147,29 @@ mlir.register_lowering(_map, mlir.lower_fun(_applied, multiple_results=True))
 ad.primitive_jvps[_map] = _jvp
 ad.primitive_transposes[_map] = _transpose
 batching.primitive_batchers[_map] = _batched
+
+
+# For rules of several operands, of which those are linear that have a tangent.
+
+
+def moving(primals: PyTree, tangents: PyTree) -> tuple[Leaves, Leaves]:
+    """(the leaves that have a tangent, their tangents), in a rule with `symbolic_zeros`."""
+    leaves, tree = jax.tree.flatten(primals)
+    found = {i: t for i, t in enumerate(tree.flatten_up_to(tangents)) if not isinstance(t, SymbolicZero)}
+    return {i: leaves[i] for i in found}, found
+
+
+def tangent_of(f: Callable, primals: PyTree, dinputs: Leaves) -> PyTree:
+    """The tangent of f(*primals), by that of some leaves."""
+    leaves, tree = jax.tree.flatten(primals)
+
+    def of_inputs(some):
+        return f(*tree.unflatten([some.get(i, leaf) for i, leaf in enumerate(leaves)]))
+
+    return jax.jvp(of_inputs, ({i: leaves[i] for i in dinputs},), (dinputs,))[1]
+
+
+def at(places: Sequence[int], primals: PyTree, gradients: PyTree) -> Leaves:
+    """The gradients of the leaves at these places."""
+    leaves = jax.tree.structure(primals).flatten_up_to(gradients)
+    return {i: leaves[i] for i in places}

@@ -27,7 +27,7 @@ def sum_over_chunks(f: Callable[[PyTree, PyTree], Array], shared: PyTree, chunks
     Floating arrays come to `f` as float32 where they are 16-bit, so that their gradient is summed in float32 and cast
     once, at the end; `f` casts back where it wants to multiply in 16 bits. Inside `shard_map`, an operand that is the
     same on devices over which the sum varies has the sum of their gradients. Under `jit` a gradient that is not used
-    is dead code. Forward mode (`jax.jvp`): use a `jax.lax.scan` over the chunks.
+    is dead code. Forward mode (`jax.jvp`) works where it does for `f`.
 
     Returns:
       A scalar, float32 where `f` gives that.

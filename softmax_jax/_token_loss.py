@@ -126,7 +126,6 @@ def weighted_losses(
     _: None,
     axis: int,
     class_axes: Names,
-    forward_mode: bool = False,
     beside: bool = False,
 ) -> tuple[Array, None]:
     """weights · ℓ of every token; with statistics of the same logits `beside`."""
@@ -135,7 +134,7 @@ def weighted_losses(
     adjustment = Adjustment(options.where, options.logit_scale, options.softcap)
     operands = logits, labels, options.class_weights, adjustment, unused
     asked = Asked(prior=evenly is not None, beside=beside)
-    sums = class_sums(*operands, axis=axis, asked=asked, class_axes=class_axes, forward_mode=forward_mode)
+    sums = class_sums(*operands, axis=axis, asked=asked, class_axes=class_axes)
     if weights is None or unused is None:
         return loss_of(sums, evenly, options), None
     return jnp.where(unused, 0, weights * loss_of(without(unused, sums), evenly, options)), None

@@ -40,9 +40,7 @@ def statistics(
     unused, placed = unused_by(weights), Placed(labels.ids)
     adjustment = Adjustment(options.where, options.logit_scale, options.softcap)
     asked = Asked(moment=True)
-    sums: Any = class_sums(
-        logits, placed, None, adjustment, unused, axis=axis, asked=asked, class_axes=class_axes, forward_mode=True
-    )
+    sums: Any = class_sums(logits, placed, None, adjustment, unused, axis=axis, asked=asked, class_axes=class_axes)
     used = lambda value: value if unused is None else jnp.where(unused, jnp.zeros_like(value), value)  # noqa: E731
     sums = without(unused, sums)
     nll, spread = negative_log_likelihood(sums.rest, sums.own), log_spread(sums.rest, sums.own)
@@ -69,9 +67,8 @@ def losses_and_statistics(
     more: None,
     axis: int,
     class_axes: Names,
-    forward_mode: bool = False,
 ) -> tuple[Array, LabelStatistics]:
     """weights · ℓ of every token, and what there is beside it, which has no gradient."""
-    losses, _ = weighted_losses(logits, labels, weights, options, more, axis, class_axes, forward_mode, beside=True)
+    losses, _ = weighted_losses(logits, labels, weights, options, more, axis, class_axes, beside=True)
     constant = lax.stop_gradient((logits, labels, weights, options._replace(label_smoothing=None, z_loss=None)))
     return losses, statistics(*constant, more, axis, class_axes)[0]

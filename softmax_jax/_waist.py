@@ -26,13 +26,14 @@ The waist is also where devices meet: of classes that are sharded over the mesh 
 own, with a pivot that may be none of them, and one psum adds the sums up.
 """
 
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.custom_derivatives import SymbolicZero, zero_from_primal
+from jax.custom_derivatives import zero_from_primal
 
 from softmax_jax import _fold
 from softmax_jax._adjustment import Adjustment, beyond_exp, shifted, weighed
@@ -40,6 +41,7 @@ from softmax_jax._barrier import apart
 from softmax_jax._fold import rest_of_top
 from softmax_jax._indexing import is_at, with_at_ids
 from softmax_jax._labels import Labels
+from softmax_jax._linear_map import Leaves, at, linear_map, moving, tangent_of
 from softmax_jax._masses import target_of, uniform
 from softmax_jax._sharding import Names, check_gradient, offset, psum, vary, varying
 from softmax_jax._sparse_labels import Sparse, few, few_weights
@@ -104,83 +106,75 @@ def _of_classes(logits, labels, class_weights, adjustment, m, pivot, axis, asked
     return sums._replace(**dict(zip(LABELS, of_labels, strict=True)))
 
 
-def _of_all(logits, labels, class_weights, adjustment, m, pivot, axis, asked, class_axes) -> ClassSums:
-    """Of all classes of all devices."""
-    here = pivot - offset(logits.shape[axis], class_axes)
-    sums = _of_classes(logits, labels, class_weights, adjustment, m, here, axis, asked, class_axes)
-    return psum(sums._replace(shift=None), class_axes)._replace(shift=m)
+# The rule: around a given m and pivot, the tangent and the gradient of the sums as they are written. The gradient is
+# pulled back through `adjust`, where it is cast once. Kept: the operands as they came, m and the pivot, one number each
+# per token. Made again: z and its exponential.
+
+
+class Given(NamedTuple):
+    """What a derivative is made of."""
+
+    operands: tuple[Any, ...]  # (logits, labels, class_weights, adjustment, unused)
+    m: Array
+    pivot: Array
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(5, 6, 7))
-def _sums(logits, labels, class_weights, adjustment, unused, axis, asked, class_axes):
+def _class_sums(logits, labels, class_weights, adjustment, unused, axis, asked, class_axes):
     """ClassSums, and the pivot. One that no class is makes its row NaN, if it is used."""
     operands = logits, labels.read(logits, adjustment, axis, class_axes), class_weights, adjustment, unused
     return _fold.class_sums(*operands, axis=axis, asked=asked, class_axes=class_axes)
 
 
-def _sums_jvp(axis, asked, class_axes, primals, tangents):
-    """Nothing is kept for it but the operands, m and the pivot."""
+def _class_sums_jvp(axis, asked, class_axes, primals, tangents):
     check_gradient(class_axes)
-    sums, pivot = _sums(*primals, axis, asked, class_axes)
-    m, at = lax.stop_gradient((sums.shift, pivot))
-
-    @partial(jax.checkpoint, prevent_cse=False)
-    def of_all(logits, labels, class_weights, adjustment, unused):
-        logits, labels, around = apart(logits, labels, m)
-        logits, labels, around = _emptied(unused, logits, labels, around, axis)
-        operands = logits, labels, class_weights, adjustment, around, at
-        return _of_all(*operands, axis, asked, class_axes)._replace(shift=m)
-
-    place = {name: jax.tree.map(jnp.zeros_like, getattr(sums, name)) for name in CONSTANT[1:]}
-    dsums = tangent_of(of_all, primals, tangents)._replace(**place)
-    return (sums, pivot), (dsums, zero_from_primal(pivot, symbolic_zeros=True))
+    sums, pivot = _class_sums(*primals, axis, asked, class_axes)
+    inputs, dinputs = moving(primals, tangents)
+    given = Given(primals, *lax.stop_gradient((sums.shift, pivot)))
+    along, back = (partial(f, axis, asked, class_axes) for f in (_tangent, _gradients))
+    back = partial(back, tuple(inputs))
+    dsums = linear_map(along, back, given, inputs, sums._replace(**dict.fromkeys(CONSTANT)), dinputs)
+    constant = {name: jax.tree.map(jnp.zeros_like, getattr(sums, name)) for name in CONSTANT}
+    return (sums, pivot), (dsums._replace(**constant), zero_from_primal(pivot, symbolic_zeros=True))
 
 
-_sums.defjvp(_sums_jvp, symbolic_zeros=True)
+_class_sums.defjvp(_class_sums_jvp, symbolic_zeros=True)
 
 
-def tangent_of(f, primals, tangents):
-    """The tangent of f(*primals), by what has a tangent alone."""
-    leaves, tree = jax.tree.flatten(primals)
-    tangents = tree.flatten_up_to(tangents)
-    moving = [i for i, tangent in enumerate(tangents) if not isinstance(tangent, SymbolicZero)]
+def _tangent(axis, asked, class_axes, given: Given, dinputs: Leaves) -> ClassSums:
+    """Of the sums that have a derivative."""
 
-    def of_moving(some):
-        return f(*tree.unflatten([some.get(i, leaf) for i, leaf in enumerate(leaves)]))
+    def sums(logits, labels, class_weights, adjustment, unused):
+        logits, labels, m = _emptied(unused, *apart(logits, labels, given.m), axis)
+        here = given.pivot - offset(logits.shape[axis], class_axes)
+        found = _of_classes(logits, labels, class_weights, adjustment, m, here, axis, asked, class_axes)
+        return psum(found._replace(**dict.fromkeys(CONSTANT)), class_axes)
 
-    some, theirs = ({i: of[i] for i in moving} for of in (leaves, tangents))
-    return jax.jvp(of_moving, (some,), (theirs,))[1]
+    return tangent_of(sums, given.operands, dinputs)
 
 
-# The rule: the gradient of the sums as they are written, pulled back through `adjust`, where it is cast once. Kept: the
-# operands as they came, m and the pivot, one number each per token. Made again: z and its exponential.
-#
 # The few classes of SparseLabels come after: what their gradient is as a whole is computed for them alone, and written
 # over what all classes have.
 
 
-def _class_sums_fwd(logits, labels, class_weights, adjustment, unused, axis, asked, class_axes):
-    check_gradient(class_axes)
-    sums, pivot = _sums(logits, labels, class_weights, adjustment, unused, axis, asked, class_axes)
-    return sums, (logits, labels, class_weights, adjustment, unused, sums.shift, pivot)
-
-
-def _class_sums_bwd(axis, asked, class_axes, residuals, cotangents):
-    logits, labels, class_weights, adjustment, unused, m, pivot = residuals
+def _gradients(axis, asked, class_axes, places, given: Given, cotangents: ClassSums) -> Leaves:
+    (logits, labels, class_weights, adjustment, unused), m, pivot = given
     cotangents = vary(cotangents, varying(logits))
     first = offset(logits.shape[axis], class_axes)
     logits, labels, m, drest = apart(logits, labels, m, cotangents.rest)
     logits, labels, m = _emptied(unused, logits, labels, m, axis)
     cotangents = cotangents._replace(rest=drest)
     operands = logits, labels, class_weights, adjustment, m, pivot - first, axis, asked, cotangents
-    if not isinstance(labels, Sparse):
-        dlogits, dlabels, dclass_weights, dscales = _pull_classes(*operands)
-        return _fold.made_once(dlogits), dlabels, dclass_weights, Adjustment(None, *dscales), None
-    dlogits, _, *shared = _pull_classes(logits, None, *operands[2:])
-    at_few, dprobs, *of_labels = _pull_few(*operands, first)
-    dclass_weights, dscales = jax.tree.map(jnp.add, shared, of_labels)
-    dlogits = with_at_ids(dlogits, *at_few, axis)
-    return dlogits, Sparse(None, dprobs), dclass_weights, Adjustment(None, *dscales), None
+    if isinstance(labels, Sparse):
+        dlogits, _, *shared = _pull_classes(logits, None, *operands[2:])
+        at_few, dprobs, *of_labels = _pull_few(*operands, first)
+        dlabels, others = replace(labels, probs=dprobs), jax.tree.map(jnp.add, shared, of_labels)
+        dlogits = with_at_ids(dlogits, *at_few, axis)
+    else:
+        dlogits, dlabels, *others = _pull_classes(*operands)
+        dlogits = _fold.made_once(dlogits)
+    dclass_weights, dscales = others
+    return at(places, given.operands, (dlogits, dlabels, dclass_weights, Adjustment(adjustment.where, *dscales), None))
 
 
 def _pull_classes(logits, labels, class_weights, adjustment, m, pivot, axis, asked, cotangents):
@@ -196,35 +190,27 @@ def _pull_classes(logits, labels, class_weights, adjustment, m, pivot, axis, ask
 def _pull_few(logits, labels, class_weights, adjustment, m, pivot, axis, asked, cotangents, first):
     """Of SparseLabels: (ids, the whole gradient of their logits), and what the labels' part adds to the gradients of
     (probs, class_weights, (scale, softcap))."""
-    at = few(logits, labels, class_weights, adjustment.where, first, axis)
-    at_pivot = at.ids == jnp.expand_dims(pivot, axis)
+    here = few(logits, labels, class_weights, adjustment.where, first, axis)
+    at_pivot = here.ids == jnp.expand_dims(pivot, axis)
 
     def sums(x, probs, class_weights, scales):
-        c = few_weights(class_weights, at.ids, axis)
-        t = target_of(probs, c, at.where, m.dtype)
-        c = uniform(c, at.where, t) if asked.prior else None
-        return _written(x, Adjustment(at.where, *scales), t, c, m, at_pivot, axis, asked, cotangents)
+        c = few_weights(class_weights, here.ids, axis)
+        t = target_of(probs, c, here.where, m.dtype)
+        c = uniform(c, here.where, t) if asked.prior else None
+        return _written(x, Adjustment(here.where, *scales), t, c, m, at_pivot, axis, asked, cotangents)
 
-    operands = at.logits, labels.probs, class_weights, [*adjustment[1:]]
-    of_labels = jax.tree.map(jnp.zeros_like, cotangents)
-    of_labels = of_labels._replace(**{name: getattr(cotangents, name) for name in LABELS})
-    return (at.ids, _pulled(sums, cotangents, *operands)[0]), *_pulled(sums, of_labels, *operands)[1:]
+    operands = here.logits, labels.probs, class_weights, [*adjustment[1:]]
+    of_labels = NO_COTANGENTS._replace(**{name: getattr(cotangents, name) for name in LABELS})
+    return (here.ids, _pulled(sums, cotangents, *operands)[0]), *_pulled(sums, of_labels, *operands)[1:]
 
 
 def _pulled(sums, cotangents, *operands):
-    """The gradients of the operands by the cotangents of those sums that there are."""
-    moving = lambda sums: sums._replace(**dict.fromkeys(CONSTANT))  # noqa: E731
-    found, pull = jax.vjp(lambda *operands: moving(sums(*operands)), *operands)
-    those: Any = (None if sum_ is None else c for sum_, c in zip(found, cotangents, strict=True))
-    return pull(ClassSums(*those))
+    """The gradients of the operands by the sums that have a cotangent."""
 
-
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _class_sums(logits, labels, class_weights, adjustment, unused, axis, asked, class_axes):
-    return _sums(logits, labels, class_weights, adjustment, unused, axis, asked, class_axes)[0]
-
-
-_class_sums.defvjp(_class_sums_fwd, _class_sums_bwd)
+    given = {name: cotangent for name, cotangent in cotangents._asdict().items() if cotangent is not None}
+    of_given = lambda sums: {name: getattr(sums, name) for name in given if getattr(sums, name) is not None}  # noqa: E731
+    found, pull = jax.vjp(lambda *operands: of_given(sums(*operands)), *operands)
+    return pull({name: given[name] for name in found})
 
 
 def class_sums(
@@ -237,21 +223,17 @@ def class_sums(
     axis: int,
     asked: Asked,
     class_axes: Names,
-    forward_mode: bool,
 ) -> ClassSums:
     """The sums of every token over the classes on `axis` and on the mesh axes `class_axes`.
 
     `labels` are in their one form; `class_weights` and `adjustment.where` broadcast to the logits; the sums of
-    `unused` rows (None: there are none) must have cotangent 0. With `forward_mode` the same derivatives are those of a
-    `custom_jvp`.
+    `unused` rows (None: there are none) must have cotangent 0.
     """
     over = varying(logits, labels, class_weights, adjustment, unused)
     logits, class_weights, adjustment = vary((logits, class_weights, adjustment), over)
     unused = vary(unused, tuple(name for name in over if name not in class_axes))
     operands = logits, labels.vary(over, class_axes), class_weights, adjustment, unused
-    if forward_mode:
-        return _sums(*operands, axis, asked, class_axes)[0]
-    return _class_sums(*operands, axis, asked, class_axes)
+    return _class_sums(*operands, axis, asked, class_axes)[0]
 
 
 # The same around the largest z alone, of which m and the top are constants.
@@ -267,7 +249,8 @@ def _top_sums_jvp(axis, class_axes, primals, tangents):
     m, top, _ = lax.stop_gradient(sums)
     of = partial(rest_of_top, scale=None, m=m, top=top, axis=axis, class_axes=class_axes)
     of = jax.checkpoint(of, prevent_cse=False)
-    return sums, Top(jnp.zeros_like(m), zero_from_primal(top, symbolic_zeros=True), tangent_of(of, primals, tangents))
+    drest = tangent_of(of, primals, moving(primals, tangents)[1])
+    return sums, Top(jnp.zeros_like(m), zero_from_primal(top, symbolic_zeros=True), drest)
 
 
 top_sums.defjvp(_top_sums_jvp, symbolic_zeros=True)

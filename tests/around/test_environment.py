@@ -34,7 +34,6 @@ def results(dtype, reduction, every):
     how = {"reduction": reduction, **({"normalizer": 3} if reduction == "mean" else {})}
     cases["plain"] = lambda z: cross_entropy(z, ids, **how), z
     cases["dense"] = lambda z, t: cross_entropy(z, t, **how, **arrays), z, t
-    cases["forward"] = lambda z: cross_entropy(z, ids, forward_mode=True, **how, **arrays), z
     head = lambda x, v, b: linear_cross_entropy(x, v, ids, bias=b, chunk_size=3, **how, **arrays)  # noqa: E731
     cases["linear"] = head, x, weight, bias
 

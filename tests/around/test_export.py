@@ -22,7 +22,6 @@ def doors(rng, dtype, dense):
     del options["axis"]
     x, weight = (rng.normal(size=shape).astype(dtype) for shape in ((TOKENS, EMBED), (EMBED, CLASSES)))
     yield "cross_entropy", lambda z: softmax_jax.cross_entropy(z, labels, **options), (logits,)
-    yield "forward_mode", lambda z: softmax_jax.cross_entropy(z, labels, forward_mode=True, **options), (logits,)
     head = lambda x, w: softmax_jax.linear_cross_entropy(x, w, labels, chunk_size=4, **options)  # noqa: E731
     yield "linear_cross_entropy", head, (x, weight)
     losses = lambda x, w: softmax_jax.linear_cross_entropy(  # noqa: E731
@@ -63,7 +62,7 @@ def doors(rng, dtype, dense):
 
 
 DOORS = [(dense, name) for dense in (False, True) for name, *_ in doors(np.random.default_rng(0), jnp.float32, dense)]
-FIRST = ("forward_mode", "linear_cross_entropy, none", "log_softmax", "linear_label_statistics", "SparseLabels")
+FIRST = ("linear_cross_entropy, none", "log_softmax", "linear_label_statistics", "SparseLabels")
 DOORS.sort(key=lambda door: door[0] or door[1] not in (*FIRST, "kl_divergence"))
 
 
@@ -106,7 +105,6 @@ def symbolic(batch, classes):
     yield "every option", every, (z, y, weights, where, of_class)
     yield "dense labels", sj.cross_entropy, (z, t)
     yield "SparseLabels", few, (z, y)
-    yield "forward_mode", lambda z, y: sj.cross_entropy(z, y, forward_mode=True), (z, y)
     yield "softmax", lambda z: sj.softmax(z)[:, 0], (z,)
     yield "log_softmax", lambda z: sj.log_softmax(z)[:, 0], (z,)
     yield "label_statistics", statistics, (z, y)

@@ -152,8 +152,6 @@ def other_doors(rng):
     few = SparseLabels(few, np.float32([[0.6, 0.3]] * 6), np.float32([0.1] * 6))
     weighted = {"where": where, "weights": weights}
     yield "SparseLabels", lambda x: cross_entropy(x, few, **weighted), (finite,)
-    forward = {"forward_mode": True, "ignore_index": -100, **weighted}
-    yield "forward_mode", lambda x: cross_entropy(x, labels, **forward), (logits,)
 
     for beta in 0.0, 0.25, 1.0:
         of_logits = lambda a, b, beta=beta: kl_divergence(  # noqa: E731
@@ -176,7 +174,6 @@ FIRST = [
     "label_statistics",
     "log_softmax",
     "SparseLabels",
-    "forward_mode",
     "kl_divergence 0.25",
     "linear_kl_divergence",
 ]

@@ -1,4 +1,6 @@
-"""`forward_mode=True`: the same values, and jvp, jacfwd, linearize and hessian that agree with the reverse rule."""
+"""Forward mode: jvp, jacfwd, linearize and hessian, which agree with the gradient."""
+
+from functools import partial
 
 import chex
 import jax
@@ -7,7 +9,15 @@ import numpy as np
 import pytest
 from helpers import ALONE, FLOATS, epsilon, few_of, random_case
 
-from softmax_jax import cross_entropy
+from softmax_jax import (
+    SparseLabels,
+    cross_entropy,
+    kl_divergence,
+    linear_cross_entropy,
+    linear_kl_divergence,
+    linear_label_statistics,
+    sum_over_chunks,
+)
 
 # Both go through the same sums; their derivatives are at most a few dozen products and sums of them.
 BUDGET = 64 * epsilon(jnp.float32)
@@ -16,8 +26,8 @@ BUDGET = 64 * epsilon(jnp.float32)
 DIFFERENTIABLE = ("weights", "class_weights", *FLOATS)
 
 
-def both_modes(rng, dense, what=""):
-    """f(point, forward_mode), and a point of all operands that have a gradient; `what` the logits are or hold."""
+def differentiable(rng, dense, what=""):
+    """f(point), and a point of all operands that have a gradient; `what` the logits are or hold."""
     left_out = ["ignore_index"] * dense + ["softcap", "label_smoothing"] * (
         what == "-inf"
     )  # else a -softcap, or a loss of inf
@@ -38,9 +48,9 @@ def both_modes(rng, dense, what=""):
     if dense:
         floats["labels"] = jnp.asarray(labels)
 
-    def f(point, forward_mode):
+    def f(point):
         rest = {"labels": jnp.asarray(labels)} | point
-        return cross_entropy(rest.pop("logits"), rest.pop("labels"), forward_mode=forward_mode, **options, **rest)
+        return cross_entropy(rest.pop("logits"), rest.pop("labels"), **options, **rest)
 
     return f, floats
 
@@ -51,61 +61,153 @@ def assert_close(got, want, atol=BUDGET):
     chex.assert_trees_all_close(scaled(got), scaled(want), rtol=0, atol=atol)
 
 
+@pytest.mark.parametrize("dense", [True, False], ids=["dense", "integer"])
+def test_derivatives_along_a_direction_are_those_of_the_gradient(rng, dense):
+    f, point = differentiable(rng, dense)
+    direction = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape), jnp.float32), point)
+
+    @jax.jit
+    def both_modes(point, direction):
+        along = jax.jvp(f, (point,), (direction,)), jax.linearize(f, point)[1](direction)
+        of_logits = lambda x: f(point | {"logits": x})  # noqa: E731
+        return along, jax.jacfwd(of_logits)(point["logits"]), jax.value_and_grad(f)(point)
+
+    along, jacobian, (value, gradient) = both_modes(point, direction)
+    want = sum(jax.tree.leaves(jax.tree.map(jnp.vdot, gradient, direction)))
+    assert_close((along, jacobian), (((value, want), want), gradient["logits"]))
+
+
+def in_chunks(rng):
+    """name: (f(point), point) of every function whose tokens go through in chunks, of which the last is not full."""
+    logits, labels, options = random_case(rng, (10, 7), names=ALONE)
+    del options["axis"]
+    floats = {name: jnp.asarray(options.pop(name)) for name in DIFFERENTIABLE}
+    head = {name: jnp.float32(rng.normal(size=size)) for name, size in {"x": (10, 4), "weight": (4, 7)}.items()}
+    bias, teacher, few = jnp.float32(rng.normal(size=7)), rng.dirichlet(np.ones(7), 10), rng.integers(0, 7, (10, 3))
+    probs, of_few = jnp.float32(teacher), jnp.float32(teacher[:, :3])
+
+    def loss(p, reduction="mean"):
+        found = linear_cross_entropy(labels=labels, reduction=reduction, chunk_size=4, **options, **p)
+        return jnp.sum(jnp.sin(found))
+
+    def divergence(p):
+        teacher = {"teacher_x": p["x"] * p["x"], "teacher_weight": p["weight"]}
+        return linear_kl_divergence(p["x"], p["weight"], **teacher, beta=0.3, chunk_size=4)
+
+    def statistics(p):
+        told = linear_label_statistics(**p, labels=labels, chunk_size=4)
+        return jnp.sum(told.log_prob * told.entropy)
+
+    def of_head(p):
+        of_chunk = lambda weight, chunk: cross_entropy(jnp.tanh(chunk[0]) @ weight, chunk[1], reduction="sum")  # noqa: E731
+        return sum_over_chunks(of_chunk, p["weight"], (p["x"].reshape(-1, 2, 4), labels.reshape(-1, 2)))
+
+    yield "linear", loss, {**floats, **head, "bias": bias}
+    yield "linear, none", partial(loss, reduction="none"), {**floats, **head}
+    z, t, k = jnp.asarray(logits), {"probs": probs}, {"probs": of_few}
+    yield "probabilities", lambda p: kl_divergence(p["z"], teacher_probs=p["probs"], chunk_size=4), {"z": z, **t}
+    of_sparse = lambda p: kl_divergence(p["z"], teacher_probs=SparseLabels(few, p["probs"]), chunk_size=4)  # noqa: E731
+    yield "few probabilities", of_sparse, {"z": z, **k}
+    yield "linear divergence", divergence, head
+    yield "linear statistics", statistics, head
+    yield "head", of_head, head
+
+
+CHUNKED = [name for name, *_ in in_chunks(np.random.default_rng(0))]
+
+
+@pytest.mark.parametrize("name", few_of(CHUNKED, 3))
+def test_chunk_by_chunk(rng, name):
+    """The value along a direction, and again after a gradient was asked for; second derivatives, by both orders."""
+    f, point = next((f, point) for of, f, point in in_chunks(rng) if of == name)
+    direction = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape), jnp.float32), point)
+    along = lambda p: jax.jvp(f, (p,), (direction,))[1]  # noqa: E731
+
+    @jax.jit
+    def both_modes(point):
+        by_slope = jax.grad(along)(point), jax.jvp(jax.grad(f), (point,), (direction,))[1]
+        return along(point), jax.grad(f)(point), along(point), by_slope
+
+    first, gradient, again, (reverse_of_forward, forward_of_reverse) = both_modes(point)
+    want = sum(jax.tree.leaves(jax.tree.map(jnp.vdot, gradient, direction)))
+    assert_close((first, again), (want, want))
+    assert_close(reverse_of_forward, forward_of_reverse)
+    only = {name: direction[name] for name in list(point)[:1]}
+    of_one = lambda some: f({**point, **some})  # noqa: E731
+    of_first = jax.jit(lambda p: jax.jvp(of_one, (p,), (only,))[1])({name: point[name] for name in only})
+    assert_close(of_first, sum(jnp.vdot(gradient[name], only[name]) for name in only))
+
+
+@jax.custom_vjp
+def reverse_only(x):
+    return jnp.sin(x)
+
+
+reverse_only.defvjp(lambda x: (jnp.sin(x), x), lambda x, g: (jnp.cos(x) * g,))
+
+
+def test_a_head_that_has_no_forward_mode_has_its_gradient(rng):
+    """Under vmap too: nothing of forward mode is traced for a gradient."""
+    weights, chunks = (jnp.float32(rng.normal(size=size)) for size in ((3, 5), (4, 2, 5)))
+    f = lambda w: sum_over_chunks(lambda w, chunk: jnp.sum(reverse_only(chunk * w[None])), w, chunks)  # noqa: E731
+    got = jax.jit(jax.vmap(jax.grad(f)))(weights)
+    want = jax.vmap(jax.grad(lambda w: jnp.sum(jnp.sin(chunks * w[None, None]))))(weights)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    with pytest.raises(TypeError, match="custom_vjp"):
+        jax.jit(lambda w: jax.jvp(f, (w,), (w,)))(weights[0])
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("dense", few_of([True, False], thorough=0), ids=["dense", "integer"])
-def test_first_and_second_derivatives_are_those_of_the_reverse_rule(rng, dense):
-    f, point = both_modes(rng, dense)
-    direction = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape), jnp.float32), point)
-    of_logits = lambda mode: lambda x: f(point | {"logits": x}, mode)  # noqa: E731
+def test_second_derivatives_are_the_same_in_every_order(rng, dense):
+    f, point = differentiable(rng, dense)
 
     @jax.jit
-    def by_reverse_mode(point):
-        return *jax.value_and_grad(f)(point, False), jax.hessian(of_logits(False))(point["logits"])
+    def hessians(x):
+        of_logits = lambda x: f(point | {"logits": x})  # noqa: E731
+        orders = (
+            (jax.jacfwd, jax.jacrev),
+            (jax.jacrev, jax.jacfwd),
+            (jax.jacfwd, jax.jacfwd),
+            (jax.jacrev, jax.jacrev),
+        )
+        return [outer(inner(of_logits))(x) for outer, inner in orders]
 
-    @jax.jit
-    def by_forward_mode(point, direction):
-        forward = lambda p: f(p, True)  # noqa: E731
-        along = jax.jvp(forward, (point,), (direction,)), jax.linearize(forward, point)[1](direction)
-        x = point["logits"]
-        return along, jax.grad(forward)(point), jax.jacfwd(of_logits(True))(x), jax.hessian(of_logits(True))(x)
-
-    value, gradient, hessian = by_reverse_mode(point)
-    along = sum(jax.tree.leaves(jax.tree.map(jnp.vdot, gradient, direction)))
-    want = ((value, along), along), gradient, gradient["logits"], hessian
-    for got, want_it in zip(by_forward_mode(point, direction), want, strict=True):
-        assert_close(got, want_it)
+    want, *others = hessians(point["logits"])
+    for got in others:
+        assert_close(got, want)
 
 
 @pytest.mark.diagonal
 @pytest.mark.nan
 @pytest.mark.parametrize("dense", few_of([False, True]), ids=["integer", "dense"])
 @pytest.mark.parametrize("what", few_of(["-inf", "bfloat16", "hidden NaN", "other axis", "float16"], thorough=3))
-def test_derivatives_of_awkward_logits_are_those_of_the_reverse_rule(rng, what, dense):
+def test_derivatives_of_awkward_logits_are_those_of_the_gradient(rng, what, dense):
     """Of the same numbers in float32: a gradient of 16-bit logits is rounded once more."""
-    f, point = both_modes(rng, dense, what)
+    f, point = differentiable(rng, dense, what)
     direction = jax.tree.map(lambda a: np.asarray(rng.normal(size=a.shape), a.dtype), point)
     widened = lambda tree: jax.tree.map(lambda a: np.asarray(a, np.float32), tree)  # noqa: E731
-    value, gradient = jax.jit(jax.value_and_grad(f), static_argnums=1)(widened(point), False)
+    value, gradient = jax.jit(jax.value_and_grad(f))(widened(point))
     chex.assert_tree_all_finite((value, gradient))
     along = sum(jax.tree.leaves(jax.tree.map(np.vdot, gradient, widened(direction))))
 
     @jax.jit
-    def by_forward_mode(point, direction):
-        forward = lambda p: f(p, True)  # noqa: E731
-        return jax.jvp(forward, (point,), (direction,)), jax.grad(forward)(point)
+    def both_modes(point, direction):
+        return jax.jvp(f, (point,), (direction,)), jax.grad(f)(point)
 
-    along_forward, gradient_forward = by_forward_mode(point, direction)
-    assert_close(along_forward, (value, along))
-    assert_close(widened(gradient_forward), gradient, BUDGET + epsilon(point["logits"].dtype) / 2)
+    along_direction, rounded = both_modes(point, direction)
+    assert_close(along_direction, (value, along))
+    assert_close(widened(rounded), gradient, BUDGET + epsilon(point["logits"].dtype) / 2)
 
 
 @pytest.mark.parametrize("dense", few_of([False, True]), ids=["integer", "dense"])
 def test_a_row_of_weight_zero_that_holds_nan_has_derivative_zero(rng, dense):
-    f, point = both_modes(rng, dense, "NaN row")
-    gradient, reverse = (jax.jit(jax.grad(f), static_argnums=1)(point, mode) for mode in (True, False))
-    chex.assert_tree_all_finite(gradient)
+    f, point = differentiable(rng, dense, "NaN row")
+    direction = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape), jnp.float32), point)
+    along, gradient = jax.jit(lambda p, d: (jax.jvp(f, (p,), (d,)), jax.grad(f)(p)))(point, direction)
+    chex.assert_tree_all_finite((along, gradient))
     np.testing.assert_array_equal(gradient["logits"][1], 0)
-    assert_close(gradient, reverse)
+    assert_close(along[1], sum(jax.tree.leaves(jax.tree.map(jnp.vdot, gradient, direction))))
 
 
 @pytest.mark.optimized
@@ -113,7 +215,7 @@ def test_exact_in_the_tail():
     logits = np.float32([[0, 0], [40, 0], [60, 0]])
     odds = np.exp(-np.array([0.0, 40, 60]))
     labels = jnp.zeros(3, jnp.int32)
-    f = lambda z: cross_entropy(z, labels, reduction="none", forward_mode=True)  # noqa: E731
+    f = lambda z: cross_entropy(z, labels, reduction="none")  # noqa: E731
     direction = np.float32([[1, 0]] * 3)
     value, tangent = jax.jit(lambda z: jax.jvp(f, (z,), (direction,)))(logits)
     np.testing.assert_allclose(value, np.log1p(odds), rtol=1e-5)
@@ -126,7 +228,7 @@ def test_keeps_no_array_of_logits_size_but_the_operands(rng, names, dense):
     """Logits, the mask, dense labels as they came, class weights twice; 8 numbers a token, and 8 more for options."""
     names = [name for name in names if not (dense and name == "ignore_index")]
     logits, labels, options = random_case(rng, (32, 512), -1, jnp.float32, dense, names)
-    _, pull = jax.vjp(lambda x: cross_entropy(x, labels, forward_mode=True, **options), jnp.asarray(logits))
+    _, pull = jax.vjp(lambda x: cross_entropy(x, labels, **options), jnp.asarray(logits))
     kept = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(pull))
     operands = logits.nbytes + labels.nbytes * dense
     operands += options["where"].nbytes + 2 * options["class_weights"].nbytes if names else 0
@@ -137,19 +239,22 @@ def test_along_the_labels_alone(rng):
     """Σ_v dt_v (log_normalizer - z_v); the logits have no tangent."""
     logits, labels, _ = random_case(rng, (4, 9), -1, jnp.float32, True, [])
     direction = rng.normal(size=labels.shape).astype(np.float32)
-    f = lambda t: cross_entropy(logits, t, reduction="none", forward_mode=True)  # noqa: E731
+    f = lambda t: cross_entropy(logits, t, reduction="none")  # noqa: E731
     tangent = jax.jit(lambda t, dt: jax.jvp(f, (t,), (dt,))[1])(labels, direction)
     terms = -direction * np.asarray(jax.nn.log_softmax(np.float64(logits)), np.float64)
     np.testing.assert_allclose(tangent, terms.sum(-1), atol=16 * 1.2e-7 * np.abs(terms).sum(-1).max(), rtol=0)
 
 
-def test_without_it_forward_mode_is_refused(rng):
-    logits, labels, _ = random_case(rng, (3, 5))
-    with pytest.raises(TypeError, match="custom_vjp"):
-        jax.jvp(lambda x: cross_entropy(x, labels), (jnp.asarray(logits),), (jnp.asarray(logits),))
+def test_the_argument_is_without_effect():
+    z, y = jnp.zeros((3, 5)), jnp.zeros(3, int)
+    traced = [str(jax.make_jaxpr(partial(cross_entropy, labels=y, **how))(z)) for how in ({}, {"forward_mode": True})]
+    assert traced[0] == traced[1]
 
 
-def test_an_infinite_dense_loss_has_the_gradient_of_the_reverse_rule():
-    z = np.float32([[0, -np.inf, 0], [0, 0, 0]])
-    loss = lambda z, mode: cross_entropy(z, jnp.full((2, 3), 1 / 3), reduction="none", forward_mode=mode)[0]  # noqa: E731
-    np.testing.assert_allclose(*jax.jit(lambda z: [jax.grad(loss)(z, mode) for mode in (True, False)])(z), rtol=1e-6)
+def test_along_logits_of_which_one_is_infinite_in_a_dense_loss():
+    """The loss is inf, and its slope by what is not infinite too; by what has no tangent it is not asked."""
+    z, t = np.float32([[0, -np.inf, 0]]), np.float32([[1 / 3] * 3])
+    loss = lambda z: cross_entropy(z, t, reduction="none")[0]  # noqa: E731
+    along, gradient = jax.jit(lambda z: (jax.jvp(loss, (z,), (np.float32([[1, 0, 0]]),)), jax.grad(loss)(z)))(z)
+    assert along[0] == np.inf
+    np.testing.assert_allclose(along[1], gradient[0, 0], rtol=1e-6)

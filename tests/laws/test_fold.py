@@ -132,7 +132,6 @@ SIDES = {
     "dense": lambda z, y, t: cross_entropy(z, t, reduction="none", label_smoothing=0.1),
     "mixture": lambda z, y, t: kl_divergence(z, teacher_logits=t, temperature=2.0, beta=0.3, reduction="none"),
     "integer": lambda z, y, t: cross_entropy(z, y, reduction="none"),
-    "forward_mode": lambda z, y, t: cross_entropy(z, y, reduction="none", forward_mode=True),
     "divergence": lambda z, y, t: kl_divergence(z, teacher_logits=2 * t, reduction="none"),
 }
 

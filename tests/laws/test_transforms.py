@@ -129,9 +129,3 @@ def test_a_donated_buffer_changes_nothing(rng):
     assert given.is_deleted() and not kept.is_deleted()
     for g, w in zip(got, want, strict=True):
         np.testing.assert_array_equal(g, w)
-
-
-def test_forward_mode_is_refused_by_jax(rng):
-    logits, labels, _ = random_case(rng, (5, 7))
-    with pytest.raises(TypeError, match="custom_vjp"):
-        jax.jvp(lambda x: cross_entropy(x, labels), (logits,), (logits,))
