@@ -1,6 +1,6 @@
 """From raw logits to what their exponential is taken of: z - m, and products with what may be infinite."""
 
-from functools import reduce
+from functools import partial, reduce
 from typing import NamedTuple
 
 import jax
@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
+from softmax_jax._classes import Classes
 from softmax_jax._dtypes import upcast
-from softmax_jax._sharding import Names, pmax
+from softmax_jax._sharding import Names, pmax, psum
 
 
 class Adjustment(NamedTuple):
@@ -56,9 +57,21 @@ def rounded(z: Array, of_row: Array) -> Array:
     return z + (of_row - of_row)
 
 
-def row_shift(z: Array, axis: int | tuple[int, ...], class_axes: Names = ()) -> Array:
+def z_at(ids: Array, logits: Array, adjustment: Adjustment, classes: Classes) -> Array:
+    """Each token's z at a class: the logit is read raw and adjusted by itself."""
+    where = None if adjustment.where is None else classes.pick(ids, adjustment.where)
+    return upcast(adjust(classes.pick(ids, logits), adjustment._replace(where=where)))
+
+
+def z_at_of_all(ids: Array, logits: Array, adjustment: Adjustment, classes: Classes) -> Array:
+    """The same of ids among all devices' classes; 0 for what is none of them."""
+    read = partial(z_at, logits=logits, adjustment=adjustment, classes=classes)
+    return psum(classes.if_here(read, ids - classes.first(logits), logits), classes.over)
+
+
+def row_shift(z: Array, axis: int | tuple[int, ...], over: Names = ()) -> Array:
     """m = max_v z_v as a constant; 0 for a row whose every logit is -inf, since -inf - -inf is NaN."""
-    highest = pmax(upcast(jnp.max(z, axis=axis, initial=-jnp.inf)), class_axes)
+    highest = pmax(upcast(jnp.max(z, axis=axis, initial=-jnp.inf)), over)
     return jnp.where(highest == -jnp.inf, 0, highest)
 
 

@@ -35,11 +35,10 @@ from jax.custom_derivatives import zero_from_primal
 from jax.typing import ArrayLike
 
 from softmax_jax._dtypes import accumulator, is_floating, upcast
-from softmax_jax._linear_map import Leaves, at, linear_map, moving, tangent_of
+from softmax_jax._linear_map import Leaves, Places, at, linear_map, moving, tangent_of
 from softmax_jax._product import Product, kept_in
-from softmax_jax._sharding import buffer_for, same_on_devices, vary, varying, zeros_as
+from softmax_jax._sharding import PyTree, buffer_for, same_on_devices, vary, varying, zeros_as
 
-PyTree = Any
 Products = tuple[Product, ...]
 Operands = tuple[Products, PyTree, PyTree]  # products, shared, chunks
 
@@ -63,7 +62,7 @@ def map_over(f: Callable[..., PyTree], operands: Operands, super_chunks: int = 1
     return _map(f, super_chunks, *operands)
 
 
-def refuse_closure(f, *operands) -> PyTree:
+def refuse_closure(f: Callable, *operands: PyTree) -> PyTree:
     """What f returns, as shapes."""
     jaxpr, shapes = _traced(f, *operands)
     if any(isinstance(const, Tracer) for const in jaxpr.consts):
@@ -74,12 +73,12 @@ def refuse_closure(f, *operands) -> PyTree:
     return shapes
 
 
-def _traced(f, *operands):
+def _traced(f: Callable, *operands: PyTree) -> tuple[Any, PyTree]:
     """f of one chunk, as (a jaxpr, the pytree of its results)."""
     return jax.make_jaxpr(partial(_of_index, f, 0), return_shape=True)(*operands)
 
 
-def _of_index(f, index, products, shared, chunks):
+def _of_index(f: Callable, index: ArrayLike, products: Products, shared: PyTree, chunks: PyTree) -> PyTree:
     return f(_up(shared), _up(_take(chunks, index)), *(product.logits(index) for product in products))
 
 
@@ -107,7 +106,7 @@ def _loop(body: Callable, init: PyTree, count: int) -> PyTree:
     return lax.scan(lambda carry, index: (body(index, carry), None), init, jnp.arange(count))[0]
 
 
-def _zeros(f, *operands) -> PyTree:
+def _zeros(f: Callable, *operands: PyTree) -> PyTree:
     """What f returns for a chunk, all 0."""
     jaxpr, shapes = _traced(f, *operands)
     return jax.tree.unflatten(jax.tree.structure(shapes), [zeros_as(kind) for kind in jaxpr.out_avals])
@@ -125,13 +124,13 @@ def _with_floats(tree: PyTree, floats: list[Array], others: Callable = lambda a:
     return jax.tree.map(lambda a: next(rest) if is_floating(a) else others(a), tree)
 
 
-def _vjp(f, shared, chunk, logits):
+def _vjp(f: Callable, shared: PyTree, chunk: PyTree, logits: list[Array]) -> tuple[PyTree, Callable]:
     """f of one chunk, and its pullback to the floats of `shared` and `chunk` and to the logits."""
     of = lambda s, c, logits: f(_with_floats(shared, s), _with_floats(chunk, c), *logits)  # noqa: E731
     return jax.vjp(of, _floats(_up(shared)), _floats(_up(chunk)), logits)
 
 
-def _pull(f, super_chunks, operands: Operands, cotangents: PyTree | None) -> tuple:
+def _pull(f: Callable, super_chunks: int, operands: Operands, cotangents: PyTree | None) -> tuple:
     """One loop for value and gradients, all in float32: (the sum and what is beside it, or None, d(shared), d(chunks),
     those of the products); the last are dlogits where there is one super-chunk, else (dx, dweight).
 
@@ -180,7 +179,14 @@ def _pull(f, super_chunks, operands: Operands, cotangents: PyTree | None) -> tup
     return *sums, of_products
 
 
-def _gradients(super_chunks, operands, dshared, dchunks, of_products, factor: Array | float = 1.0):
+def _gradients(
+    super_chunks: int,
+    operands: Operands,
+    dshared: list[Array],
+    dchunks: list[Array],
+    of_products: list[Any],
+    factor: Array | float = 1.0,
+) -> Operands:
     """What `_pull` found, as the gradients of all operands: multiplied by `factor`, summed over the devices that share
     an operand, and cast once."""
     products, shared, chunks = operands
@@ -225,18 +231,18 @@ def _of_sum(value: tuple[Array, PyTree]) -> PyTree:
 
 def _along(f: Callable, operands: Operands, dinputs: Leaves, index: ArrayLike) -> PyTree:
     """The tangent of f of one chunk."""
-    return tangent_of(partial(_of_index, f, index), operands, dinputs)
+    return tangent_of(lambda operands: _of_index(f, index, *operands), operands, dinputs)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _sum(f, super_chunks, *operands):
+def _sum(f: Callable, super_chunks: int, *operands: PyTree) -> tuple[Array, PyTree]:
     products, _, chunks = operands
     count = _count(products, chunks)
     of_index = lambda index, sums: _added(sums, _of_index(f, index, *operands), index)  # noqa: E731
     return _loop(of_index, _nothing(_zeros(f, *operands), count), count)
 
 
-def _sum_jvp(f, super_chunks, operands, tangents):
+def _sum_jvp(f: Callable, super_chunks: int, operands: Operands, tangents: PyTree) -> tuple[PyTree, PyTree]:
     (total, beside), *found = _sum_and_gradients(f, super_chunks, *operands)
     inputs, dinputs = moving(operands, tangents)
     along, back = partial(_sum_along, f), partial(_sum_back, super_chunks, tuple(inputs))
@@ -248,43 +254,43 @@ _sum.defjvp(_sum_jvp, symbolic_zeros=True)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _sum_and_gradients(f, super_chunks, *operands):
+def _sum_and_gradients(f: Callable, super_chunks: int, *operands: PyTree) -> tuple:
     """A rule of its own, since JAX 0.10 takes those inside out of a loop that it meets in a rule."""
     return _pull(f, super_chunks, operands, None)
 
 
 @_sum_and_gradients.defjvp
-def _sum_and_gradients_jvp(f, super_chunks, operands, tangents):
+def _sum_and_gradients_jvp(f: Callable, super_chunks: int, operands: Operands, tangents: PyTree) -> tuple:
     return jax.jvp(lambda *operands: _pull(f, super_chunks, operands, None), operands, tangents)
 
 
-def _sum_along(f, given, dinputs):
+def _sum_along(f: Callable, given: tuple[Operands, PyTree], dinputs: Leaves) -> Array:
     (operands, _), f = given, partial(_first, f)
     count = _count(operands[0], operands[2])
     return _loop(lambda index, sum_: sum_ + _along(f, operands, dinputs, index), _zeros(f, *operands), count)
 
 
-def _first(f, *operands):
+def _first(f: Callable, *operands: PyTree) -> Array:
     return f(*operands)[0]
 
 
-def _sum_back(super_chunks, places, given, cotangent):
+def _sum_back(super_chunks: int, places: Places, given: tuple[Operands, PyTree], cotangent: Array) -> Leaves:
     operands, (dshared, dchunks, of_products) = given
     return at(places, operands, _gradients(super_chunks, operands, dshared, dchunks, of_products, cotangent))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _map(f, super_chunks, *operands):
+def _map(f: Callable, super_chunks: int, *operands: PyTree) -> PyTree:
     return _of_all(f, operands, partial(_of_index, f))
 
 
-def _of_all(f, operands, of_index):
+def _of_all(f: Callable, operands: Operands, of_index: Callable) -> PyTree:
     """of_index(index, *operands), of the types of f of a chunk, of every chunk."""
     count, init = _count(operands[0], operands[2]), _zeros(f, *operands)
     return _loop(lambda index, out: _put(out, of_index(index, *operands), index), _for_all(init, count), count)
 
 
-def _map_jvp(f, super_chunks, operands, tangents):
+def _map_jvp(f: Callable, super_chunks: int, operands: Operands, tangents: PyTree) -> tuple[PyTree, PyTree]:
     value, floats = _map(f, super_chunks, *operands), partial(_floats_of, f)
     inputs, dinputs = moving(operands, tangents)
     along, back = partial(_map_along, floats), partial(_map_back, floats, super_chunks, tuple(inputs))
@@ -295,15 +301,17 @@ def _map_jvp(f, super_chunks, operands, tangents):
 _map.defjvp(_map_jvp, symbolic_zeros=True)
 
 
-def _floats_of(f, *operands):
+def _floats_of(f: Callable, *operands: PyTree) -> list[Array]:
     return _floats(f(*operands))
 
 
-def _map_along(f, operands, dinputs):
+def _map_along(f: Callable, operands: Operands, dinputs: Leaves) -> list[Array]:
     return _of_all(f, operands, lambda index, *_: _along(f, operands, dinputs, index))
 
 
-def _map_back(f, super_chunks, places, operands, cotangents):
+def _map_back(
+    f: Callable, super_chunks: int, places: Places, operands: Operands, cotangents: list[Array | None]
+) -> Leaves:
     """By those results that have a cotangent."""
     used = {i: c for i, c in enumerate(cotangents) if c is not None}
     of_used = lambda *of_chunk: {i: result for i, result in enumerate(f(*of_chunk)) if i in used}  # noqa: E731

@@ -18,6 +18,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from softmax_jax._checks import Options, Reduction
+from softmax_jax._classes import Classes
 from softmax_jax._dtypes import accumulator
 from softmax_jax._head import dealt, over_chunks
 from softmax_jax._labels import unused_by
@@ -49,14 +50,13 @@ class Operands(NamedTuple):
 class How(NamedTuple):
     """Static arguments."""
 
-    numbers: Callable  # (logits, target, weights, options, more, axis, class_axes) -> ([*batch], what is beside)
+    numbers: Callable  # (logits, target, weights, options, more, classes) -> ([*batch], what is beside)
     dtype: DTypeLike  # of the logits
-    axis: int  # of the classes
+    classes: Classes
     reduction: Reduction = "none"
     in_chunks: bool = False  # where no head asks for them too
     chunk_size: int | None = None
-    class_axes: Names = ()  # the mesh axes of the classes
-    token_axes: Names = ()  # those of the tokens, where the loss is one of all devices
+    token_axes: Names = ()  # the mesh axes of the tokens, where the loss is one of all devices
 
 
 @partial(jax.jit, static_argnames="how")
@@ -65,8 +65,8 @@ def compute(operands: Operands, how: How) -> tuple[PyTree, PyTree]:
     mesh = explicit_mesh(operands)
     if mesh is None:
         return _of_device(*operands, how=how)
-    batch, classes, specs = _specs(operands, how.axis)
-    f = partial(_of_device, how=how._replace(class_axes=how.class_axes + classes, token_axes=sum(batch, ())))
+    batch, classes, specs = _specs(operands, how.classes)
+    f = partial(_of_device, how=how._replace(classes=classes, token_axes=sum(batch, ())))
     reduced = batch if how.reduction == "none" else ()
     return over_devices(f, mesh, tuple(operands), specs, (exactly(reduced), exactly(batch)))
 
@@ -75,15 +75,15 @@ def _of_device(
     student: Source, target: Source, options: Options, normalizer: Any, more: PyTree, how: How
 ) -> tuple[PyTree, PyTree]:
     """Of one device's part."""
-    shape, axis, class_axes = student.shape, how.axis, how.class_axes
+    shape, axis, summed = student.shape, how.classes.axis, how.reduction != "none"
     batch = shape[:axis] + shape[axis + 1 :]
     labels, weights, options, more = _in_one_form(target, options, more, shape, how)
-    summed, numbers = how.reduction != "none", partial(how.numbers, class_axes=class_axes)
     if how.in_chunks or student.weight is not None:
         operands = dealt(student, replace(target, x=labels), weights, options, more, how.dtype, how.chunk_size)
-        found, beside = over_chunks(partial(numbers, axis=1), operands, batch, summed)
+        numbers = partial(how.numbers, classes=replace(how.classes, axis=1))
+        found, beside = over_chunks(numbers, operands, batch, summed)
     else:
-        found, beside = numbers(student.x, labels, weights, options, more, axis=axis)
+        found, beside = how.numbers(student.x, labels, weights, options, more, how.classes)
         found = jnp.sum(found) if summed else found
     if not summed:
         return found, beside
@@ -100,9 +100,9 @@ def _in_one_form(target: Source, options: Options, more: PyTree, shape: tuple[in
     that is the same for the tokens of all devices is marked as varying here, while it is small: once it is broadcast
     to the logits, its gradient would be summed over devices at that size.
     """
-    labels, axis, class_axes, dtype = target.x, how.axis, how.class_axes, accumulator(how.dtype)
+    labels, classes, axis, dtype = target.x, how.classes, how.classes.axis, accumulator(how.dtype)
     options, more = jax.tree.map(jnp.asarray, (options, more))  # under jax_disable_jit numbers are still NumPy's
-    options = vary(options, tuple(name for name in varying(labels, options) if name not in class_axes))
+    options = vary(options, tuple(name for name in varying(labels, options) if name not in classes.over))
     where, weights, class_weights = options.where, options.weights, options.class_weights
     batch = shape[:axis] + shape[axis + 1 :]
     if class_weights is not None:
@@ -111,47 +111,49 @@ def _in_one_form(target: Source, options: Options, more: PyTree, shape: tuple[in
         weights = jnp.broadcast_to(weights.astype(dtype), batch)
     kept = []
     if where is not None:
-        kept.append(pmax(jnp.any(where, axis).astype(jnp.int32), class_axes) > 0)
+        kept.append(pmax(jnp.any(where, axis).astype(jnp.int32), classes.over) > 0)
     if options.ignore_index is not None:
         kept.append(labels.ids != options.ignore_index)
     for keep in kept:
         weights = jnp.broadcast_to(jnp.where(keep, 1 if weights is None else weights, 0).astype(dtype), batch)
     if target.weight is None:
-        labels = labels.in_one_form(unused_by(weights), count(shape[axis], class_axes), dtype, axis)
+        labels = labels.in_one_form(unused_by(weights), count(shape[axis], classes.over), dtype, classes)
     return labels, weights, options._replace(class_weights=class_weights, weights=None, ignore_index=None), more
 
 
-def _specs(operands: Operands, axis: int) -> tuple[tuple[Names, ...], Names, tuple]:
+def _specs(operands: Operands, classes: Classes) -> tuple[tuple[Names, ...], Classes, tuple]:
     """How the tokens, the classes and the operands lie over devices in explicit sharding."""
     student, target, options, normalizer, more = operands
-    every = entries_of(student.x)
+    every, axis = entries_of(student.x), classes.axis
     if student.weight is None:
-        batch, classes = every[:axis] + every[axis + 1 :], every[axis]
+        batch, over = every[:axis] + every[axis + 1 :], every[axis]
         of_student = replace(student, x=exactly(every))
     else:
         batch = every[:-1]
-        classes = entries_of(student.weight)[0 if student.transposed else 1]
-        classes = tuple(name for name in classes if name not in sum(batch, ()))
-        of_student = _head_specs(student, batch, classes)
+        over = entries_of(student.weight)[0 if student.transposed else 1]
+        over = tuple(name for name in over if name not in sum(batch, ()))
+        of_student = _head_specs(student, batch, over)
+    classes = replace(classes, over=over)
     if target.weight is None:
-        of_target = replace(target, x=target.x.specs(batch, classes, axis))
+        of_target = replace(target, x=target.x.specs(batch, classes))
     else:
-        of_target = _head_specs(target, batch, classes)
+        of_target = _head_specs(target, batch, over)
     scalars = jax.tree.map(lambda a: fit(a, ()), (normalizer, more))
-    return batch, classes, (of_student, of_target, _option_specs(options, batch, classes, axis), *scalars)
+    return batch, classes, (of_student, of_target, _option_specs(options, batch, classes), *scalars)
 
 
-def _head_specs(source: Source, batch: tuple[Names, ...], classes: Names) -> Source:
-    weight = exactly((classes, ()) if source.transposed else ((), classes))
-    return replace(source, x=exactly((*batch, ())), weight=weight, bias=fit(source.bias, (classes,)))
+def _head_specs(source: Source, batch: tuple[Names, ...], over: Names) -> Source:
+    weight = exactly((over, ()) if source.transposed else ((), over))
+    return replace(source, x=exactly((*batch, ())), weight=weight, bias=fit(source.bias, (over,)))
 
 
-def _option_specs(options: Options, batch: tuple[Names, ...], classes: Names, axis: int) -> Options:
+def _option_specs(options: Options, batch: tuple[Names, ...], classes: Classes) -> Options:
+    over, axis = classes.over, classes.axis
     scalars = jax.tree.map(lambda a: fit(a, ()), options._replace(where=None, weights=None, class_weights=None))
     return scalars._replace(
-        where=fit(options.where, (*batch[:axis], classes, *batch[axis:])),
+        where=fit(options.where, (*batch[:axis], over, *batch[axis:])),
         weights=fit(options.weights, batch),
-        class_weights=fit(options.class_weights, (classes,)),
+        class_weights=fit(options.class_weights, (over,)),
     )
 
 
@@ -163,7 +165,7 @@ def _mean_divisor(
     if normalizer is not None:
         return jnp.asarray(normalizer)
     # (Of a teacher with a head `labels` are hidden states: there are no class weights.)
-    share = None if options.class_weights is None else labels.share_of_mean(options.class_weights, how.class_axes)
+    share = None if options.class_weights is None else labels.share_of_mean(options.class_weights, how.classes)
     if share is not None:
         weights = share if weights is None else weights * share
     return count(tokens, how.token_axes) if weights is None else psum(jnp.sum(weights), how.token_axes)

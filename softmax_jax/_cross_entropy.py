@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Num
 from softmax_jax import _checks
 from softmax_jax._arguments import hinted
 from softmax_jax._checks import Options, Reduction
+from softmax_jax._classes import Classes
 from softmax_jax._core import How, Operands, compute
 from softmax_jax._source import Source
 from softmax_jax._sparse_labels import SparseLabels
@@ -229,6 +230,6 @@ def _loss(
     _checks.sharded(*student.of_classes(), class_axes)
     divisor = _checks.reduction_of(reduction, normalizer, dtype)
     numbers, chunk_size = losses_and_statistics if statistics else weighted_losses, _checks.chunk_size_of(chunk_size)
-    how = How(numbers, dtype, axis, reduction, chunk_size=chunk_size, class_axes=class_axes)
+    how = How(numbers, dtype, Classes(axis, class_axes), reduction, chunk_size=chunk_size)
     loss, beside = compute(Operands(student, Source(labels), options, divisor), how)
     return (loss, beside) if statistics else loss

@@ -1,7 +1,8 @@
 """The divergence of two softmaxes as one function of their logits, with its gradient by a rule."""
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,12 @@ from jax import Array
 
 from softmax_jax._adjustment import rounded
 from softmax_jax._barrier import apart
+from softmax_jax._classes import Classes
 from softmax_jax._divergence_sums import Half, Rows, rows_of
 from softmax_jax._divergence_terms import (
     At,
     Logits,
+    Pair,
     bounds_of,
     exchanged,
     log_mixture,
@@ -24,12 +27,11 @@ from softmax_jax._divergence_terms import (
 )
 from softmax_jax._dtypes import nan_unless
 from softmax_jax._fold import made_once
-from softmax_jax._indexing import is_at
 from softmax_jax._linear_map import linear_map
-from softmax_jax._sharding import Names, check_gradient, offset, psum, same_on_devices, vary, varying
+from softmax_jax._sharding import PyTree, check_gradient, psum, same_on_devices, vary, varying
 
 
-def _value(rows: Rows, beta):
+def _value(rows: Rows, beta: Any) -> Array:
     if rows.of_p is None:
         return rows.of_t.divergence
     return beta * rows.of_t.divergence + (1 - beta) * rows.of_p.divergence
@@ -46,12 +48,12 @@ def _value(rows: Rows, beta):
 # came, and a few numbers a token.
 
 
-def _weighing(t, log, here, half: Half):
+def _weighing(t: Array, log: Array, here: Array, half: Half) -> Array:
     """-t (log + K), in which the logarithm is exact at the top."""
     return jnp.where(here, half.moment + half.miss * half.divergence, -t * (log + half.divergence))
 
 
-def _slopes(at: At, rows: Rows, beta, place):
+def _slopes(at: At, rows: Rows, beta: Array | None, place: Callable[[Half], Array]) -> tuple[Array, Array]:
     """(db, da)."""
     shares = shares_of(beta)
     r = jnp.where(at.t == 0, 0, at.r)  # 0 · inf is NaN in a derivative
@@ -66,58 +68,57 @@ def _slopes(at: At, rows: Rows, beta, place):
 class Given(NamedTuple):
     """What a derivative is made of."""
 
-    b: Logits
-    a: Logits
-    where: Array | None
-    scale: Array | None
-    beta: Array | None
-    unused: Array | None
+    pair: Pair
     rows: Rows
 
 
-Inputs = tuple[Logits, Logits, Array | None, Array | None]  # b, a, scale, beta
-
-
-def _forward(b, a, scale, beta, where, unused, axis, class_axes) -> tuple[Array, Rows]:
-    rows = rows_of(b, a, where, scale, beta, unused, axis, class_axes)
+def _forward(pair: Pair, classes: Classes) -> tuple[Array, Rows]:
+    rows, unused = rows_of(pair, classes), pair.unused
     if unused is not None:
         rows = jax.tree.map(lambda row: jnp.where(unused, jnp.zeros_like(row), row), rows)
-    return _value(rows, beta), rows
+    return _value(rows, pair.beta), rows
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(6, 7))
-def _divergence(b, a, scale, beta, where, unused, axis, class_axes):
-    return _forward(b, a, scale, beta, where, unused, axis, class_axes)[0]
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _divergence(pair: Pair, classes: Classes) -> Array:
+    return _forward(pair, classes)[0]
 
 
 @_divergence.defjvp
-def _divergence_jvp(axis, class_axes, primals, tangents):
-    check_gradient(class_axes)
-    b, a, scale, beta, where, unused = primals
-    value, rows = _forward(b, a, scale, beta, where, unused, axis, class_axes)
-    inputs, given = (b, a, scale, beta), Given(b, a, where, scale, beta, unused, rows)
-    f, transposed = partial(_tangent, axis, class_axes), partial(_cotangent, axis, class_axes)
-    return value, linear_map(f, transposed, given, inputs, value, tangents[:4])
+def _divergence_jvp(classes: Classes, primals: tuple[Pair], tangents: PyTree) -> tuple[Array, Array]:
+    check_gradient(classes.over)
+    (pair,), (dpair,) = primals, tangents
+    value, rows = _forward(pair, classes)
+    f, transposed = partial(_tangent, classes), partial(_cotangent, classes)
+    return value, linear_map(f, transposed, Given(pair, rows), _inputs(pair), value, _inputs(dpair))
 
 
-def _tangent(axis: int, class_axes: Names, given: Given, dinputs: Inputs) -> Array:
+Inputs = tuple[Logits, Logits, Array | None, Array | None]
+
+
+def _inputs(pair: Pair) -> PyTree:
+    """What has a derivative."""
+    return pair.b, pair.a, pair.scale, pair.beta
+
+
+def _tangent(classes: Classes, given: Given, dinputs: Inputs) -> Array:
     """Σ_v db_v · dz_b,v + da_v · dz_a,v, of all devices' classes."""
-    z_of_both, inputs, slopes = _linearized(given, jnp.ones_like(given.rows.of_t.divergence), axis, class_axes)
+    z_of_both, inputs, slopes = _linearized(given, jnp.ones_like(given.rows.of_t.divergence), classes)
     db, da, dscale, dbeta = dinputs
-    dscale = vary(dscale, varying((given.b, given.a)))
+    dscale = vary(dscale, varying((given.pair.b, given.pair.a)))
     dz = jax.jvp(z_of_both, inputs, (db, da, dscale))[1]
-    change = sum(jnp.sum(jnp.where(slope == 0, 0, slope * d), axis) for slope, d in zip(slopes, dz, strict=True))
-    change = psum(change, class_axes)
+    terms = (jnp.where(slope == 0, 0, slope * d) for slope, d in zip(slopes, dz, strict=True))
+    change = psum(sum(jnp.sum(of_one, classes.axis) for of_one in terms), classes.over)
     return change if dbeta is None else change + dbeta * _by_beta(given.rows)
 
 
-def _cotangent(axis: int, class_axes: Names, given: Given, cotangent: Array) -> Inputs:
-    scale, beta = given.scale, given.beta
+def _cotangent(classes: Classes, given: Given, cotangent: Array) -> Inputs:
+    b, a, scale, beta = _inputs(given.pair)
     dbeta = None if beta is None else jnp.sum(cotangent * _by_beta(given.rows))
-    cotangent = vary(cotangent, varying((given.b, given.a)))
-    z_of_both, inputs, slopes = _linearized(given, cotangent, axis, class_axes)
+    cotangent = vary(cotangent, varying((b, a)))
+    z_of_both, inputs, slopes = _linearized(given, cotangent, classes)
     _, pull = jax.vjp(z_of_both, *inputs)
-    db, da, dscale = pull(tuple(jnp.expand_dims(cotangent, axis) * slope for slope in slopes))
+    db, da, dscale = pull(tuple(classes.along(cotangent) * slope for slope in slopes))
     db, da = (d._replace(raw=made_once(d.raw)) for d in (db, da))
     return db, da, jax.tree.map(same_on_devices, dscale, scale), dbeta
 
@@ -127,20 +128,20 @@ def _by_beta(rows: Rows) -> Array:
     return rows.of_t.divergence - rows.of_p.divergence
 
 
-def _linearized(given: Given, cotangent: Array, axis: int, class_axes: Names):
+def _linearized(given: Given, cotangent: Array, classes: Classes) -> tuple[Callable, tuple, tuple[Array, Array]]:
     """(a function that makes z of both of (b, a, scale), those, the slopes of the divergence by both z)."""
-    b, a, where, scale, beta, unused, rows = given
+    (b, a, where, scale, beta, unused), rows = given
     bounds = bounds_of(cotangent.dtype)
     rows = rows._replace(of_t=_finite(rows.of_t, cotangent), of_p=_finite(rows.of_p, cotangent))
     b_raw, a_raw, rows = apart(b.raw, a.raw, rows)
-    rows = jax.tree.map(lambda row: jnp.expand_dims(row, axis), rows)
+    rows = jax.tree.map(classes.along, rows)
     if unused is not None:
-        b_raw, a_raw = (jnp.where(jnp.expand_dims(unused, axis), 0, raw) for raw in (b_raw, a_raw))
+        b_raw, a_raw = (jnp.where(classes.along(unused), 0, raw) for raw in (b_raw, a_raw))
 
     b, a, here = b._replace(raw=b_raw), a._replace(raw=a_raw), vary(scale, varying((b, a)))
     z_b, z_a = (rounded(z_of(x, where), rows.shared.b_m) for x in (b, a))
-    shared, first = rows.shared, offset(z_b.shape[axis], class_axes)
-    place = lambda half: is_at(jnp.squeeze(half.top, axis) - first, z_b, axis)  # noqa: E731
+    shared, first = rows.shared, classes.first(z_b)
+    place = lambda half: classes.is_at(jnp.squeeze(half.top, classes.axis) - first, z_b)  # noqa: E731
     t, p = probabilities(z_b, z_a, scale, shared, shared.b_top, shared.a_top)
     lowest = lowest_ratio(bounds, beta is not None)
     r = log_ratio(z_b, z_a, scale, shared, lowest, bounds.log_highest, bounds.lowest)
@@ -149,31 +150,22 @@ def _linearized(given: Given, cotangent: Array, axis: int, class_axes: Names):
     return z_of_both, (b, a, here), _slopes(at, rows, beta, place)
 
 
-def _finite(half: Half | None, cotangent):
+def _finite(half: Half | None, cotangent: Array) -> Half | None:
     if half is None:
         return None
     return Half(half.top, half.miss, _if_finite(half.divergence, cotangent), _if_finite(half.moment, cotangent))
 
 
-def _if_finite(sum_, cotangent):
+def _if_finite(sum_: Array, cotangent: Array) -> Array:
     """What is infinite is 0 beside a cotangent of 0, else NaN: -t (r + K) has no value there."""
     finite = jnp.isfinite(sum_)
     return nan_unless(finite | (cotangent == 0), jnp.where(finite, sum_, 0))
 
 
-def divergence(
-    b: Logits,
-    a: Logits,
-    where: Array | None,
-    scale: Array | None,
-    beta: Array | None,
-    unused: Array | None,
-    axis: int,
-    class_axes: Names,
-) -> Array:
+def divergence(pair: Pair, classes: Classes) -> Array:
     """KL(t ‖ p) of t = softmax(scale · b) and p = softmax(scale · a), or of a number `beta` the mixture, of every
     token; 0 in `unused` rows, whatever they hold. A token without any class must be one of them."""
-    over = varying(b, a, where, scale, beta, unused)
-    (b, a, where), others = vary((b, a, where), over), tuple(n for n in over if n not in class_axes)
-    scale, beta = vary((scale, beta), others)  # numbers of a token's sums are the same on its devices
-    return _divergence(b, a, scale, beta, where, unused, axis, class_axes)
+    over = varying(pair)
+    (b, a, where), others = vary((pair.b, pair.a, pair.where), over), tuple(n for n in over if n not in classes.over)
+    scale, beta = vary((pair.scale, pair.beta), others)  # numbers of a token's sums are the same on its devices
+    return _divergence(Pair(b, a, where, scale, beta, pair.unused), classes)

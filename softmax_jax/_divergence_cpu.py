@@ -9,9 +9,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
-from softmax_jax._divergence_terms import At, Shares, first_moment, log_mixture, log_ratio, probabilities, z_of
+from softmax_jax._classes import Classes
+from softmax_jax._divergence_terms import (
+    At,
+    Pair,
+    Shared,
+    Shares,
+    first_moment,
+    log_mixture,
+    log_ratio,
+    probabilities,
+    z_of,
+)
 from softmax_jax._fold_cpu import distance
 from softmax_jax._passes_cpu import as_operands, sum_over_classes
 from softmax_jax._sums import once_traced
@@ -43,7 +54,7 @@ def _numbers_of(dtype) -> Numbers:
     return Numbers(0, near, -near, highest, -highest, log, math.exp(log), tuple(series))
 
 
-def _term(at: At, shares: Shares | None, n: Numbers):
+def _term(at: At, shares: Shares | None, n: Numbers) -> Array:
     """t ψ(log(m/t)), and m where t = 0."""
     r = log_mixture(at.r, shares)
     near = jnp.minimum(jnp.maximum(r, n.minus_near), n.near)
@@ -54,14 +65,16 @@ def _term(at: At, shares: Shares | None, n: Numbers):
 
 
 @once_traced
-def divergence_sums(axis, b, a, where, scale, shared, shares, pivot, top):
+def divergence_sums(
+    classes: Classes, pair: Pair, shared: Shared, shares: Shares | None, pivot: Array, top: Array
+) -> tuple[Array, Array]:
     """(Σ_{v≠pivot} t_v ψ(log(m_v/t_v)), Σ_{v≠top} t_v log(m_v/t_v)). r is 0 where t is: 0 · inf is NaN, in a derivative
     too."""
 
     def others(f, arrays, shared, pivot, axis):
         b_raw, a_raw, where, scale, shares, n = arrays
         shared = jax.tree.map(lambda row: jnp.expand_dims(row, axis), shared)
-        z_b, z_a = z_of(b._replace(raw=b_raw), where), z_of(a._replace(raw=a_raw), where)
+        z_b, z_a = z_of(pair.b._replace(raw=b_raw), where), z_of(pair.a._replace(raw=a_raw), where)
         if shares is None:  # `rounded`, in one step less; a mixture has none left
             z_b, z_a = z_b + n.zero, z_a + n.zero
         away = distance(pivot, z_b, axis)  # 0 at the pivot, else at least 1
@@ -73,8 +86,8 @@ def divergence_sums(axis, b, a, where, scale, shared, shares, pivot, top):
         return f(At(t, p, log_ratio(z_b, z_a, scale, shared, lowest, highest, n.lowest)), shares, n)
 
     def sum_of(f, n, place):
-        arrays = b.raw, a.raw, where, scale, shares, as_operands(shared.b_m.dtype, n)
-        return sum_over_classes(partial(others, f), arrays, shared, place, axis)
+        arrays = pair.b.raw, pair.a.raw, pair.where, pair.scale, shares, as_operands(shared.b_m.dtype, n)
+        return sum_over_classes(partial(others, f), arrays, shared, place, classes.axis)
 
     n = _numbers_of(shared.b_m.dtype)
     of_ratio = n._replace(near=None, minus_near=None, e_log_highest=None, series=())

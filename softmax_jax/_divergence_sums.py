@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from softmax_jax import _divergence_cpu
-from softmax_jax._adjustment import rounded, scaled
+from softmax_jax._adjustment import rounded, scaled, z_at_of_all
+from softmax_jax._classes import Classes
 from softmax_jax._divergence_terms import (
     At,
-    Bounds,
-    Logits,
+    Pair,
     Shared,
+    Shares,
     bounds_of,
     exchanged,
     first_moment,
@@ -26,8 +27,7 @@ from softmax_jax._divergence_terms import (
 )
 from softmax_jax._dtypes import nan_unless
 from softmax_jax._fold import by_platform, rest_of_scaled
-from softmax_jax._indexing import is_at, pick_of_all
-from softmax_jax._sharding import count, offset, psum, vary, varying
+from softmax_jax._sharding import psum, vary, varying
 from softmax_jax._sums import once_traced
 from softmax_jax._token_loss import negative_log_likelihood
 from softmax_jax._waist import top_sums
@@ -41,19 +41,20 @@ class Top(NamedTuple):
     place: Array
 
 
-def _top(logits: Logits, where, scale, unused, axis, class_axes) -> Top:
-    raw, adjustment = logits.raw, logits.adjustment._replace(where=where)
-    m, top, rest = top_sums(raw, adjustment, axis, class_axes)
-    if scale is not None:
-        rest = rest_of_scaled(raw, adjustment, scale, m, top, axis=axis, class_axes=class_axes)
-    highest = rounded(pick_of_all(raw, top, adjustment, axis, class_axes), m)
-    exists = top < count(raw.shape[axis], class_axes)
+def _top(pair: Pair, classes: Classes) -> Top:
+    """Of b."""
+    raw, adjustment = pair.b.raw, pair.b.adjustment._replace(where=pair.where)
+    m, top, rest = top_sums(raw, adjustment, classes)
+    if pair.scale is not None:
+        rest = rest_of_scaled(raw, adjustment, pair.scale, m, top, classes=classes)
+    highest = rounded(z_at_of_all(top, raw, adjustment, classes), m)
+    exists = top < classes.of_all(raw)
     own = jnp.where(exists, highest - lax.stop_gradient(highest), 0)  # 0, with the slope that second derivatives need
-    nll = negative_log_likelihood(rest, nan_unless(exists, scaled(own, scale), unused))
+    nll = negative_log_likelihood(rest, nan_unless(exists, scaled(own, pair.scale), pair.unused))
     return Top(m + own, nll, top)
 
 
-def shared_by(b: Top, a: Top, scale) -> Shared:
+def shared_by(b: Top, a: Top, scale: Array | None) -> Shared:
     size = jnp.maximum(jnp.abs(a.m), jnp.abs(b.m))
     of_a = jnp.abs(a.m) >= jnp.abs(b.m)
     shift = ((a.m - b.m) + size) - size  # on the grid of the larger, which loses nothing by it
@@ -62,34 +63,39 @@ def shared_by(b: Top, a: Top, scale) -> Shared:
     return Shared(b.m, a.m, jnp.exp(-b.nll), jnp.exp(-a.nll), b_shift, a_shift, gap)
 
 
-def _at_pivot(b: Top, a: Top, logits: Logits, where, scale, axis, class_axes) -> At:
-    there = pick_of_all(logits.raw, b.place, logits.adjustment._replace(where=where), axis, class_axes)
-    nll = a.nll + jnp.where(b.place == a.place, 0, scaled(a.m - rounded(there, a.m), scale))
+def _at_pivot(b: Top, a: Top, pair: Pair, classes: Classes) -> At:
+    there = z_at_of_all(b.place, pair.a.raw, pair.a.adjustment._replace(where=pair.where), classes)
+    nll = a.nll + jnp.where(b.place == a.place, 0, scaled(a.m - rounded(there, a.m), pair.scale))
     return At(jnp.exp(-b.nll), jnp.exp(-nll), b.nll - nll)
 
 
-def _sums(bounds: Bounds, b: Logits, a: Logits, where, scale, shared: Shared, shares, pivot, top, axis, class_axes):
+def _sums(
+    pair: Pair, shared: Shared, shares: Shares | None, pivot: Array, top: Array, classes: Classes
+) -> tuple[Array, Array]:
     """(Σ_{v≠pivot} t_v ψ(log(m_v/t_v)), Σ_{v≠top} t_v log(m_v/t_v))."""
-    first = offset(b.raw.shape[axis], class_axes)
-    operands = b, a, where, vary(scale, varying(b.raw)), shared, shares, pivot - first, top - first
-    by_passes, written = partial(_divergence_cpu.divergence_sums, axis), partial(_written, bounds, axis)
-    return psum(by_platform(by_passes, written, *operands), class_axes)
+    raw, first = pair.b.raw, classes.first(pair.b.raw)
+    pair = pair._replace(scale=vary(pair.scale, varying(raw)), beta=None, unused=None)
+    by_passes, written = (partial(f, classes) for f in (_divergence_cpu.divergence_sums, _written))
+    return psum(by_platform(by_passes, written, pair, shared, shares, pivot - first, top - first), classes.over)
 
 
 @once_traced
-def _written(bounds, axis, b, a, where, scale, shared, shares, pivot, top):
+def _written(
+    classes: Classes, pair: Pair, shared: Shared, shares: Shares | None, pivot: Array, top: Array
+) -> tuple[Array, Array]:
     """r is 0 where t is: 0 · inf is NaN, in a derivative too."""
-    shared = jax.tree.map(lambda row: jnp.expand_dims(row, axis), shared)
-    z_b, z_a = (rounded(z_of(x, where), shared.b_m) for x in (b, a))
-    t, p = probabilities(z_b, z_a, scale, shared, shared.b_top, shared.a_top)
+    bounds, shared = bounds_of(shared.b_m.dtype), jax.tree.map(classes.along, shared)
+    z_b, z_a = (rounded(z_of(x, pair.where), shared.b_m) for x in (pair.b, pair.a))
+    t, p = probabilities(z_b, z_a, pair.scale, shared, shared.b_top, shared.a_top)
     lowest = -jnp.inf if shares is None else lowest_ratio(bounds, True)
-    r = log_ratio(z_b, z_a, scale, shared, lowest, bounds.log_highest, bounds.lowest)
+    r = log_ratio(z_b, z_a, pair.scale, shared, lowest, bounds.log_highest, bounds.lowest)
 
     def without(place):
-        here = is_at(place, z_b, axis)
+        here = classes.is_at(place, z_b)
         return At(jnp.where(here, 0, t), jnp.where(here, 0, p), jnp.where(here | (t == 0), 0, r))
 
-    return jnp.sum(term(without(pivot), shares), axis), jnp.sum(first_moment(without(top), shares), axis)
+    terms = term(without(pivot), shares), first_moment(without(top), shares)
+    return jnp.sum(terms[0], classes.axis), jnp.sum(terms[1], classes.axis)
 
 
 class Half(NamedTuple):
@@ -111,19 +117,18 @@ class Rows(NamedTuple):
     of_p: Half | None  # of a mixture
 
 
-def rows_of(b: Logits, a: Logits, where, scale, beta, unused, axis, class_axes) -> Rows:
-    top_b, top_a = (_top(logits, where, scale, unused, axis, class_axes) for logits in (b, a))
-    shared, pivot = shared_by(top_b, top_a, scale), _at_pivot(top_b, top_a, a, where, scale, axis, class_axes)
-    bounds, shares = bounds_of(shared.b_m.dtype), shares_of(beta)
+def rows_of(pair: Pair, classes: Classes) -> Rows:
+    top_b, top_a = _top(pair, classes), _top(pair.exchanged(), classes)
+    shared, pivot = shared_by(top_b, top_a, pair.scale), _at_pivot(top_b, top_a, pair, classes)
+    bounds, shares = bounds_of(shared.b_m.dtype), shares_of(pair.beta)
     finite = pivot._replace(r=jnp.maximum(pivot.r, lowest_ratio(bounds, shares is not None)))
 
-    def half(b, a, shared, shares, top, at_pivot):
-        places = top_b.place, top.place
-        others, moment = _sums(bounds, b, a, where, scale, shared, shares, *places, axis, class_axes)
+    def half(pair, shared, shares, top, at_pivot):
+        others, moment = _sums(pair, shared, shares, top_b.place, top.place, classes)
         return Half(top.place, -jnp.expm1(-top.nll), others + term(at_pivot, shares), moment)
 
     if shares is None:  # of the pivot's own r: the divergence is inf where that is -inf
-        return Rows(shared, finite, half(b, a, shared, None, top_b, pivot), None)
-    of_t = half(b, a, shared, shares, top_b, finite)
-    of_p = half(a, b, shared.exchanged(), shares.exchanged(), top_a, exchanged(finite))
+        return Rows(shared, finite, half(pair, shared, None, top_b, pivot), None)
+    of_t = half(pair, shared, shares, top_b, finite)
+    of_p = half(pair.exchanged(), shared.exchanged(), shares.exchanged(), top_a, exchanged(finite))
     return Rows(shared, finite, of_t, of_p)

@@ -42,6 +42,20 @@ class Logits(NamedTuple):
     adjustment: Adjustment  # without `where`, which both share
 
 
+class Pair(NamedTuple):
+    """The teacher b and the student a of every token, or the reverse."""
+
+    b: Logits
+    a: Logits
+    where: Array | None  # which classes both have
+    scale: Array | None
+    beta: Array | None  # of a mixture
+    unused: Array | None  # tokens whose divergence is 0, whatever they hold
+
+    def exchanged(self) -> "Pair":
+        return self._replace(b=self.a, a=self.b)
+
+
 class Shared(NamedTuple):
     """What the classes of a token share: the maxima of b and a, their probabilities, and the offset between the two."""
 
@@ -78,19 +92,22 @@ class At(NamedTuple):
     r: Array
 
 
-def z_of(logits: Logits, where, scale=None) -> Array:
+def z_of(logits: Logits, where: Array | None, scale: Array | None = None) -> Array:
     softcap, adjustment = logits.adjustment.softcap, logits.adjustment._replace(where=where)
     if scale is not None:
         adjustment = Adjustment(where, scale, None if softcap is None else scale * softcap)
     return upcast(adjust(logits.raw, adjustment))
 
 
-def shares_of(beta) -> Shares | None:
+def shares_of(beta: Array | None) -> Shares | None:
     if beta is None:
         return None
     of_beta = lax.stop_gradient(beta) <= 0.5
     added = of_beta.astype(beta.dtype)
     return Shares(beta, 1 - beta, jnp.where(of_beta, beta, 1 - beta), 1 - 2 * added, added)
+
+
+Bound = Array | float
 
 
 class Bounds(NamedTuple):
@@ -110,20 +127,24 @@ def lowest_ratio(bounds: Bounds, mixture: bool) -> float:
     return -bounds.log_highest if mixture else bounds.lowest
 
 
-def probabilities(b, a, scale, shared: Shared, b_top, a_top):
+def probabilities(
+    b: Array, a: Array, scale: Array | None, shared: Shared, b_top: Array, a_top: Array
+) -> tuple[Array, Array]:
     """(t, p), with what stands for the probabilities of the tops."""
     t = jnp.exp(scaled(b - shared.b_m, scale)) * b_top
     return t, jnp.exp(scaled(a - shared.a_m, scale)) * a_top
 
 
-def log_ratio(b, a, scale, shared: Shared, lowest, highest, finite):
+def log_ratio(
+    b: Array, a: Array, scale: Array | None, shared: Shared, lowest: Bound, highest: Bound, finite: Bound
+) -> Array:
     """r of the z of every class but the pivot, from `lowest`, where p = 0, to `highest`, where t = 0. A b of -inf
     counts as `finite`: -inf - -inf is NaN."""
     away = (a - shared.a_shift) - jnp.maximum(b - shared.b_shift, finite)
     return jnp.maximum(jnp.minimum(scaled(away, scale) - shared.gap, highest), lowest)
 
 
-def log_mixture(r, shares: Shares | None):
+def log_mixture(r: Array, shares: Shares | None) -> Array:
     """log(m/t) of a finite r; without shares m is p, and r may be -inf."""
     if shares is None:
         return r

@@ -19,13 +19,13 @@ from jax import Array, lax
 from softmax_jax import _fold_cpu, _passes_cpu
 from softmax_jax._adjustment import Adjustment, adjust, scaled, shifted
 from softmax_jax._barrier import apart
+from softmax_jax._classes import Classes
 from softmax_jax._combine import Class, Folded, combine, of_neighbours, of_none, over_devices
 from softmax_jax._dtypes import accumulator, upcast
-from softmax_jax._indexing import if_here, is_at, pick
 from softmax_jax._labels import Dense, Placed, of_existing
 from softmax_jax._masses import uniform
-from softmax_jax._sharding import Names, count, entries_of, offset, pmax, psum, vary, vary_alike, varying
-from softmax_jax._sums import Asked, ClassSums, Top, once_traced
+from softmax_jax._sharding import entries_of, pmax, psum, vary, vary_alike, varying
+from softmax_jax._sums import Asked, ClassSums, Tokens, Top, once_traced
 
 PLATFORMS = ("cpu",)
 """Those on which sums are passes of their own."""
@@ -40,22 +40,21 @@ def by_platform(by_passes: Callable, by_fold: Callable, *operands: Any) -> Any:
     return lax.platform_dependent(*operands, default=by_fold, **dict.fromkeys(PLATFORMS, by_passes))
 
 
-def class_sums(*operands: Any, axis: int, asked: Asked, class_axes: Names) -> tuple[ClassSums, Array]:
-    """(the sums of every token, its pivot) of (logits, labels, class_weights, adjustment, unused)."""
-    how = {"axis": axis, "asked": asked, "class_axes": class_axes}
-    return by_platform(partial(_fold_cpu.class_sums, **how), partial(_class_sums, **how), *operands)
+def class_sums(tokens: Tokens, classes: Classes, asked: Asked) -> tuple[ClassSums, Array]:
+    """(the sums of every token, its pivot)."""
+    how = {"classes": classes, "asked": asked}
+    return by_platform(partial(_fold_cpu.class_sums, **how), partial(_class_sums, **how), tokens)
 
 
-def top_sums(*operands: Any, axis: int, class_axes: Names) -> Top:
-    """Of (logits, adjustment)."""
-    how = {"axis": axis, "class_axes": class_axes}
-    return by_platform(partial(_fold_cpu.top_sums, **how), partial(_top_sums, **how), *operands)
+def top_sums(logits: Array, adjustment: Adjustment, classes: Classes) -> Top:
+    by_passes, by_fold = (partial(f, classes=classes) for f in (_fold_cpu.top_sums, _top_sums))
+    return by_platform(by_passes, by_fold, logits, adjustment)
 
 
-def rest_of_scaled(*operands: Any, axis: int, class_axes: Names) -> Array:
+def rest_of_scaled(*operands: Any, classes: Classes) -> Array:
     """`rest_of_top` at a scale, of (logits, adjustment, scale, m, top)."""
-    how = {"axis": axis, "class_axes": class_axes}
-    return by_platform(partial(_fold_cpu.rest_of_top, **how), partial(rest_of_top, **how), *operands)
+    by_passes, written = (partial(f, classes=classes) for f in (_fold_cpu.rest_of_top, rest_of_top))
+    return by_platform(by_passes, written, *operands)
 
 
 def apart_on_cpu(*arrays: Any) -> tuple:
@@ -73,55 +72,52 @@ def alone(f: Callable, *operands: Any) -> Any:
     return by_platform(partial(_passes_cpu.alone, f), f, *operands)
 
 
-def rest_of_top(logits, adjustment, scale, m, top, axis, class_axes) -> Array:
+def rest_of_top(
+    logits: Array, adjustment: Adjustment, scale: Array | None, m: Array, top: Array, classes: Classes
+) -> Array:
     """Σ_{v≠top} exp(scale · (z_v - m)), of all devices' classes."""
-    z = scaled(shifted(logits, adjustment, m, axis), vary(scale, varying(logits)))
-    others = jnp.where(is_at(top - offset(logits.shape[axis], class_axes), z, axis), 0, jnp.exp(z))
-    return psum(jnp.sum(others, axis), class_axes)
+    z = scaled(shifted(logits, adjustment, m, classes.axis), vary(scale, varying(logits)))
+    others = jnp.where(classes.is_at(top - classes.first(logits), z), 0, jnp.exp(z))
+    return psum(jnp.sum(others, classes.axis), classes.over)
 
 
 @once_traced
-def _class_sums(logits, labels, class_weights, adjustment, unused, axis, asked, class_axes):
-    size, dtype, where, label = logits.shape[axis], accumulator(logits.dtype), adjustment.where, labels.pivot
-    classes = count(size, class_axes)
+def _class_sums(tokens: Tokens, classes: Classes, asked: Asked) -> tuple[ClassSums, Array]:
+    logits, labels, class_weights, adjustment, _ = tokens
+    dtype, label, first = accumulator(logits.dtype), labels.pivot, classes.first(logits)
     # (Of `Placed` the masses are the same without an array of the logits' size.)
-    t = labels.target(logits, class_weights, where, axis, class_axes, dtype) if isinstance(labels, Dense) else None
-    c = uniform(class_weights, where, jnp.ones_like(logits, dtype)) if asked.prior else None
+    t = labels.target(tokens, classes, dtype) if isinstance(labels, Dense) else None
+    c = uniform(class_weights, adjustment.where, jnp.ones_like(logits, dtype)) if asked.prior else None
     than = (labels.ids, labels.z) if isinstance(labels, Placed) else None
     asks = {"moment": asked.moment, "one_by_one": asked.beside}
-    found = fold(logits, label, t, c, than, adjustment, axis, class_axes, **asks)
+    found = fold(logits, label, t, c, than, adjustment, classes, **asks)
     if label is not None:
-        own = _adjusted(found.own, label, adjustment, size, axis, class_axes)
-        found = found._replace(own=of_existing(own, label, unused, classes))
-    found = over_devices(found, class_axes)
-    m, top, rest = _settled(found, classes)
+        own = classes.if_here(partial(_adjusted, found.own, adjustment, classes), label - first, logits)
+        found = found._replace(own=of_existing(own, label, tokens, classes))
+    found = over_devices(found, classes.over)
+    m, top, rest = _settled(found, classes.of_all(logits))
     pivot = top if label is None else label
-    own = of_existing(m - m, top, unused, classes) if label is None else found.own - m
+    own = of_existing(m - m, top, tokens, classes) if label is None else found.own - m
     of_labels: Any = found.mass, found.rest_mass, found.label_sum
     if not isinstance(labels, Dense):
-        of = class_weights, adjustment, m, pivot - offset(size, class_axes), unused, axis, class_axes
-        of_labels = psum(labels.masses(logits, *of), class_axes)
+        of_labels = psum(labels.masses(tokens, m, pivot - first, classes), classes.over)
     sums = ClassSums(m, rest, own, *of_labels, prior=found.prior, moment=found.moment)
     if isinstance(labels, Placed):
-        ties = pmax((found.top != labels.ids).astype(dtype), class_axes)
+        ties = pmax((found.top != labels.ids).astype(dtype), classes.over)
         sums = sums._replace(above=found.above, ties=ties, first=found.top.astype(dtype))
     return sums, pivot
 
 
-def _adjusted(own, label, adjustment, size, axis, class_axes):
-    """z of a token's label, of its logit as it came; 0 where it is none of the classes here."""
-
-    def read(ids):
-        where = None if adjustment.where is None else pick(adjustment.where, ids, axis)
-        return upcast(adjust(own, adjustment._replace(where=where)))
-
-    return if_here(read, label - offset(size, class_axes), size)
+def _adjusted(own: Array, adjustment: Adjustment, classes: Classes, ids: Array) -> Array:
+    """z of a token's label, of its logit as it came."""
+    where = None if adjustment.where is None else classes.pick(ids, adjustment.where)
+    return upcast(adjust(own, adjustment._replace(where=where)))
 
 
 @once_traced
-def _top_sums(logits, adjustment, axis, class_axes):
-    found = fold(logits, None, None, None, None, adjustment, axis, class_axes)
-    return _settled(over_devices(found, class_axes), count(logits.shape[axis], class_axes))
+def _top_sums(logits: Array, adjustment: Adjustment, classes: Classes) -> Top:
+    found = fold(logits, None, None, None, None, adjustment, classes)
+    return _settled(over_devices(found, classes.over), classes.of_all(logits))
 
 
 def _settled(found: Folded, classes: int) -> Top:
@@ -139,20 +135,19 @@ def fold(
     c: Array | None,
     than: tuple[Array, Array] | None,
     adjustment: Adjustment,
-    axis: int,
-    class_axes: Names,
+    classes: Classes,
     moment: bool = False,
     one_by_one: bool = False,
 ) -> Folded:
-    """The sums of every token over `axis`, of this device's classes, whose ids are those among the classes of all
-    devices along `class_axes`. t and c broadcast to the logits. A row of -inf alone has m = -inf."""
+    """The sums of every token over this device's classes, whose ids are those among the classes of all devices. t and
+    c broadcast to the logits. A row of -inf alone has m = -inf."""
     # Where neighbours cost much more than their read, XLA makes their maxima, or what else is used twice, in another
     # kernel, and reads them again: always of a tanh, of dense labels and of a moment, of more sums from 8 bytes on.
     plain = adjustment.logit_scale is None and c is None and than is None
     one_by_one = one_by_one or moment or t is not None or adjustment.softcap is not None
     load = 1 if one_by_one else LOAD if plain else LOAD // 2
-    f = partial(_fold, axis=axis % logits.ndim, class_axes=class_axes, moment=moment)
-    return by_neighbours(f, axis, load, logits, label, t, c, than, adjustment)
+    f = partial(_fold, classes=classes, moment=moment)
+    return by_neighbours(f, classes.axis, load, logits, label, t, c, than, adjustment)
 
 
 def by_neighbours(f: Callable, axis: int, load: int, x: Array, *operands: Any) -> Any:
@@ -167,10 +162,22 @@ def by_neighbours(f: Callable, axis: int, load: int, x: Array, *operands: Any) -
     return lax.platform_dependent(x, *operands, tpu=one_by_one, default=in_parts)
 
 
-def _fold(logits, label, t, c, than, adjustment, *, axis, class_axes, moment, step, parts):
+def _fold(
+    logits: Array,
+    label: Array | None,
+    t: Array | None,
+    c: Array | None,
+    than: tuple[Array, Array] | None,
+    adjustment: Adjustment,
+    *,
+    classes: Classes,
+    moment: bool,
+    step: int,
+    parts: int,
+) -> Folded:
     """`step` of a token's classes are summed before the reduction; a row then is `parts` equal parts."""
-    size = logits.shape[axis]
-    label, than = jax.tree.map(lambda row: jnp.expand_dims(row, axis), (label, than))
+    axis, size = classes.axis, logits.shape[classes.axis]
+    label, than = jax.tree.map(classes.along, (label, than))
 
     def every(place: int) -> Class:
         take = lambda a: every_of(a, place, step, axis) if a.ndim and a.shape[axis] == size else a  # noqa: E731
@@ -179,7 +186,7 @@ def _fold(logits, label, t, c, than, adjustment, *, axis, class_axes, moment, st
         return Class(z, upcast(raw), *jax.tree.map(lambda a: jnp.broadcast_to(a, z.shape).astype(z.dtype), masses))
 
     some = [every(place) for place in range(step)]
-    first = lax.broadcasted_iota(jnp.int32, some[0].z.shape, axis) * step + offset(size, class_axes)
+    first = lax.broadcasted_iota(jnp.int32, some[0].z.shape, axis) * step + classes.first(logits)
     each = of_neighbours(some, first, label, than, moment)
     return reduced(combine, each, of_none(each), axis, parts)
 

@@ -7,65 +7,58 @@ another. Derivatives are of the sums as `_waist` writes them, but for that of `r
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 
-from softmax_jax._adjustment import Adjustment, adjust, beyond_exp, rounded, row_shift, scaled, shifted
+from softmax_jax._adjustment import Adjustment, adjust, beyond_exp, rounded, row_shift, scaled, shifted, z_at
 from softmax_jax._barrier import apart
+from softmax_jax._classes import Classes
 from softmax_jax._dtypes import upcast
-from softmax_jax._indexing import if_here, pick, pick_logit
-from softmax_jax._labels import Dense, Labels, Placed, of_existing
+from softmax_jax._labels import Dense, Masses, Placed, of_existing
 from softmax_jax._masses import target_of, uniform
 from softmax_jax._passes_cpu import as_operands, over_classes, sum_over_classes
-from softmax_jax._sharding import Names, count, offset, pmax, pmin, psum, vary, varying
-from softmax_jax._sums import Asked, ClassSums, Top, once_traced
+from softmax_jax._sharding import pmax, pmin, psum, vary, varying
+from softmax_jax._sums import Asked, ClassSums, Tokens, Top, once_traced
 
 
 @once_traced
-def class_sums(
-    logits: Array,
-    labels: Labels,
-    class_weights: Array | None,
-    adjustment: Adjustment,
-    unused: Array | None,
-    axis: int,
-    asked: Asked,
-    class_axes: Names,
-) -> tuple[ClassSums, Array]:
+def class_sums(tokens: Tokens, classes: Classes, asked: Asked) -> tuple[ClassSums, Array]:
     """(the sums of every token, its pivot)."""
-    size, pivot = logits.shape[axis], labels.pivot
-    (m,) = apart(row_shift(adjust(logits, adjustment), axis, class_axes))
-    pivot = top_class(logits, m, adjustment, axis, class_axes) if pivot is None else pivot
-    here = pivot - offset(size, class_axes)
-    own = if_here(lambda ids: rounded(pick_logit(logits, ids, adjustment, axis), m) - m, here, size)
-    operands = class_weights, adjustment, m, here
-    if isinstance(labels, Dense):
-        of_labels = dense_sums(logits, labels.values, *operands, axis)
-    else:
-        of_labels = labels.masses(logits, *operands, unused, axis, class_axes)
-    rest = sum_of_others(logits, m, here, adjustment, axis)
-    prior = _prior(logits, class_weights, m, adjustment, axis) if asked.prior else None
-    moment = moment_of_others(logits, m, here, adjustment, axis) if asked.moment else None
-    (own,) = apart(of_existing(own, pivot, unused, count(size, class_axes)))
-    sums = ClassSums(m, *psum((rest, own, *of_labels, prior, moment), class_axes))
+    logits, labels, class_weights, adjustment, _ = tokens
+    (m,) = apart(row_shift(adjust(logits, adjustment), classes.axis, classes.over))
+    pivot = top_class(logits, m, adjustment, classes) if labels.pivot is None else labels.pivot
+    here = pivot - classes.first(logits)
+    own = classes.if_here(lambda ids: rounded(z_at(ids, logits, adjustment, classes), m) - m, here, logits)
+    of_labels = dense_sums if isinstance(labels, Dense) else labels.masses
+    of_labels = of_labels(tokens, m, here, classes)
+    rest = sum_of_others(logits, m, here, adjustment, classes.axis)
+    prior = _prior(logits, class_weights, m, adjustment, classes.axis) if asked.prior else None
+    moment = moment_of_others(logits, m, here, adjustment, classes.axis) if asked.moment else None
+    (own,) = apart(of_existing(own, pivot, tokens, classes))
+    sums = ClassSums(m, *psum((rest, own, *of_labels, prior, moment), classes.over))
     if isinstance(labels, Placed):
-        above, ties = _place_of(logits, labels.ids, labels.z, adjustment, axis, class_axes)
-        sums = sums._replace(above=above, ties=ties, first=_first_of_largest(logits, adjustment, axis, class_axes))
+        above, ties = _place_of(logits, labels, adjustment, classes)
+        sums = sums._replace(above=above, ties=ties, first=_first_of_largest(logits, adjustment, classes))
     return sums, pivot
 
 
 @once_traced
-def top_sums(logits: Array, adjustment: Adjustment, axis: int, class_axes: Names) -> Top:
-    (m,) = apart(row_shift(adjust(logits, adjustment), axis, class_axes))
-    top = top_class(logits, m, adjustment, axis, class_axes)
-    return Top(m, top, rest_of_top(logits, adjustment, None, m, top, axis, class_axes))
+def top_sums(logits: Array, adjustment: Adjustment, classes: Classes) -> Top:
+    (m,) = apart(row_shift(adjust(logits, adjustment), classes.axis, classes.over))
+    top = top_class(logits, m, adjustment, classes)
+    return Top(m, top, rest_of_top(logits, adjustment, None, m, top, classes))
 
 
-def rest_of_top(logits, adjustment, scale, m, top, axis, class_axes) -> Array:
-    here, scale = top - offset(logits.shape[axis], class_axes), vary(scale, varying(logits))
-    return psum(sum_of_others(logits, m, here, adjustment, axis, scale), class_axes)
+def rest_of_top(
+    logits: Array, adjustment: Adjustment, scale: Array | None, m: Array, top: Array, classes: Classes
+) -> Array:
+    here, scale = top - classes.first(logits), vary(scale, varying(logits))
+    return psum(sum_of_others(logits, m, here, adjustment, classes.axis, scale), classes.over)
 
 
 # Between the logits and their sum stands floating-point arithmetic alone: at an integer, a comparison or a select
@@ -121,7 +114,7 @@ def moment_of_others(logits: Array, m: Array, pivot: Array, adjustment: Adjustme
     return -sum_over_classes(others, (logits, adjustment.where), -m, pivot, axis)
 
 
-def _prior(logits, class_weights, m, adjustment, axis):
+def _prior(logits: Array, class_weights: Array | None, m: Array, adjustment: Adjustment, axis: int) -> Array:
     def of_logits(arrays, m, _, axis):
         logits, class_weights, where = arrays
         z = z_of((logits, where), adjustment, m, axis)
@@ -131,34 +124,34 @@ def _prior(logits, class_weights, m, adjustment, axis):
     return sum_over_classes(of_logits, (logits, class_weights, adjustment.where), m, jnp.zeros_like(m, jnp.int32), axis)
 
 
-def dense_sums(logits, labels, class_weights, adjustment, m, pivot, axis):
+def dense_sums(tokens: Tokens, m: Array, pivot: Array, classes: Classes) -> Masses:
     """(own_mass, rest_mass, label_sum). A factor that is 0 at the pivot leaves it out: 1 elsewhere in the one sum, a
     half in the other, since the two would share the same constant (see `alone`)."""
+    logits, labels, class_weights, adjustment, _ = tokens
 
     def others(arrays, m, pivot, axis):
-        labels, class_weights, where = arrays
-        t = target_of(labels, class_weights, where, m.dtype)
+        probs, class_weights, where = arrays
+        t = target_of(probs, class_weights, where, m.dtype)
         return t * jnp.minimum(distance(pivot, t, axis), 1)
 
     def of_logits(arrays, m, pivot, axis):
-        logits, labels, class_weights, where = arrays
+        logits, probs, class_weights, where = arrays
         z = z_of((logits, where), adjustment, m, axis)
-        return times(target_of(labels, class_weights, where, m.dtype), z * jnp.minimum(distance(pivot, z, axis), 0.5))
+        return times(target_of(probs, class_weights, where, m.dtype), z * jnp.minimum(distance(pivot, z, axis), 0.5))
 
-    arrays = labels, class_weights, adjustment.where
-    rest_mass = sum_over_classes(others, arrays, m, pivot, axis)
-    label_sum = 2 * sum_over_classes(of_logits, (logits, *arrays), m, pivot, axis)
-    return mass_at(pivot, *arrays, axis, m.dtype), rest_mass, label_sum
+    arrays = labels.values, class_weights, adjustment.where
+    rest_mass = sum_over_classes(others, arrays, m, pivot, classes.axis)
+    label_sum = 2 * sum_over_classes(of_logits, (logits, *arrays), m, pivot, classes.axis)
+    read = lambda ids: mass_at(ids, *arrays, classes, m.dtype)  # noqa: E731
+    return classes.if_here(read, pivot, logits), rest_mass, label_sum
 
 
-def mass_at(pivot, labels, class_weights, where, axis, dtype):
-    """t_pivot, 0 where the pivot is none of the classes here."""
-
-    def read(ids):
-        there = lambda a: None if a is None else pick(a, ids, axis)  # noqa: E731
-        return target_of(pick(labels, ids, axis), there(class_weights), there(where), dtype)
-
-    return if_here(read, pivot, labels.shape[axis])
+def mass_at(
+    ids: Array, probs: Array, class_weights: Array | None, where: Array | None, classes: Classes, dtype: DTypeLike
+) -> Array:
+    """t of each token's class."""
+    probs, class_weights, where = jax.tree.map(partial(classes.pick, ids), (probs, class_weights, where))
+    return target_of(probs, class_weights, where, dtype)
 
 
 def z_of(arrays: Sequence[Any], adjustment: Adjustment, m: Array, axis: int) -> Array:
@@ -167,7 +160,7 @@ def z_of(arrays: Sequence[Any], adjustment: Adjustment, m: Array, axis: int) -> 
     return shifted(logits, adjustment._replace(where=where), m, axis)
 
 
-def top_class(logits: Array, m: Array, adjustment: Adjustment, axis: int, class_axes: Names = ()) -> Array:
+def top_class(logits: Array, m: Array, adjustment: Adjustment, classes: Classes) -> Array:
     """The last of all classes whose z is the maximum; where rounding (above) leaves none, one within a few roundings
     of it. The number of classes for a row that has neither: it is NaN or all -inf.
 
@@ -178,7 +171,7 @@ def top_class(logits: Array, m: Array, adjustment: Adjustment, axis: int, class_
     info = jnp.finfo(m.dtype)
     half = jnp.maximum(jnp.abs(m), 1e-20) * (float(info.eps) / 2)
     low = jnp.maximum(m - 8 * half, float(info.min))
-    size, classes = logits.shape[axis], count(logits.shape[axis], class_axes)
+    size, of_all = logits.shape[classes.axis], classes.of_all(logits)
 
     def ranks(arrays, rows, first, axis):
         (*arrays, (away, scale)), (low, per_half) = arrays, rows
@@ -188,28 +181,25 @@ def top_class(logits: Array, m: Array, adjustment: Adjustment, axis: int, class_
         return level.astype(before.dtype) * scale.astype(before.dtype) - before
 
     arrays, rows = (logits, adjustment.where, as_operands(m.dtype, (-1, size))), (low, 1 / half)
-    rank = over_classes(jnp.maximum, ranks, arrays, rows, jnp.zeros_like(m, jnp.int32), axis)
+    rank = over_classes(jnp.maximum, ranks, arrays, rows, jnp.zeros_like(m, jnp.int32), classes.axis)
     level, top = jnp.divmod(jnp.where(rank >= 0, rank, -1).astype(jnp.int32), size)  # of NaN too
-    rank = pmax(level * classes + top + offset(size, class_axes), class_axes)
-    return jnp.where(rank >= 0, rank % classes, classes)
+    rank = pmax(level * of_all + top + classes.first(logits), classes.over)
+    return jnp.where(rank >= 0, rank % of_all, of_all)
 
 
-def _first_of_largest(logits: Array, adjustment: Adjustment, axis: int, class_axes: Names) -> Array:
+def _first_of_largest(logits: Array, adjustment: Adjustment, classes: Classes) -> Array:
     """The first of all classes whose z is the largest, as a number; any, where a z is NaN."""
     z = upcast(adjust(*lax.stop_gradient((logits, adjustment))))
-    here, largest = jnp.argmax(z, axis) + offset(z.shape[axis], class_axes), jnp.max(z, axis)
-    here = here.astype(z.dtype)
-    beyond = jnp.asarray(count(z.shape[axis], class_axes), z.dtype)
-    return pmin(jnp.where(largest == pmax(largest, class_axes), here, beyond), class_axes) if class_axes else here
+    here, largest = jnp.argmax(z, classes.axis) + classes.first(z), jnp.max(z, classes.axis)
+    here, beyond = here.astype(z.dtype), jnp.asarray(classes.of_all(z), z.dtype)
+    return pmin(jnp.where(largest == pmax(largest, classes.over), here, beyond), classes.over) if classes.over else here
 
 
-def _place_of(
-    logits: Array, labels: Array, own: Array, adjustment: Adjustment, axis: int, class_axes: Names
-) -> tuple[Array, Array]:
+def _place_of(logits: Array, labels: Placed, adjustment: Adjustment, classes: Classes) -> tuple[Array, Array]:
     """(how many z are larger than the label's, how many before it are equal): a difference times a large
     number, at most 1, is whether there is one. (The numbers are operands, and -own one, for the sake of `alone`.)"""
-    logits, own, adjustment = lax.stop_gradient((logits, own, adjustment))
-    here = labels - offset(logits.shape[axis], class_axes)
+    logits, own, adjustment = lax.stop_gradient((logits, labels.z, adjustment))
+    here = labels.ids - classes.first(logits)
     own = jnp.maximum(own, jnp.finfo(own.dtype).min)  # -inf - -inf is NaN
 
     def larger(arrays, own, here, axis):
@@ -223,6 +213,6 @@ def _place_of(
         return jnp.clip(until(here, gap, axis), zero, one) * (one - jnp.minimum(jnp.abs(gap) * huge, one))
 
     arrays = logits, adjustment.where, as_operands(own.dtype, (0, 1, float(jnp.finfo(own.dtype).max) / 4))
-    rank = psum(sum_over_classes(larger, arrays, own, here, axis), class_axes)
-    ties = psum(sum_over_classes(equal_and_before, arrays, -own, here, axis), class_axes)
+    rank = psum(sum_over_classes(larger, arrays, own, here, classes.axis), classes.over)
+    ties = psum(sum_over_classes(equal_and_before, arrays, -own, here, classes.axis), classes.over)
     return rank, ties

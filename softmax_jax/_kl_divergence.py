@@ -16,15 +16,15 @@ from softmax_jax import _checks
 from softmax_jax._adjustment import Adjustment
 from softmax_jax._arguments import hinted
 from softmax_jax._checks import Kind, Options, Reduction
+from softmax_jax._classes import Classes
 from softmax_jax._core import How, Operands, compute
 from softmax_jax._cross_entropy import Scalar
 from softmax_jax._divergence import divergence
-from softmax_jax._divergence_terms import Logits
+from softmax_jax._divergence_terms import Logits, Pair
 from softmax_jax._dtypes import accumulator, product_dtype, upcast
 from softmax_jax._labels import Dense, unused_by
 from softmax_jax._masses import existing
 from softmax_jax._product import emptied
-from softmax_jax._sharding import Names
 from softmax_jax._source import Source
 from softmax_jax._sparse_labels import Sparse, SparseLabels
 
@@ -205,7 +205,7 @@ def _divergence(
     reverse, beta = _checks.mixture("beta", beta, dtype)
     divisor = _checks.reduction_of(reduction, normalizer, dtype)
     in_chunks, chunk_size = kind == "probabilities", _checks.chunk_size_of(chunk_size)
-    how = How(_numbers(kind, reverse), dtype, axis, reduction, in_chunks, chunk_size, class_axes)
+    how = How(_numbers(kind, reverse), dtype, Classes(axis, class_axes), reduction, in_chunks, chunk_size)
     return compute(Operands(student, teacher, options, divisor, _Numbers(caps[1], scale, beta)), how)[0]
 
 
@@ -223,13 +223,12 @@ def _losses(
     weights: Array | None,
     options: Options,
     more: _Numbers,
-    axis: int,
-    class_axes: Names,
+    classes: Classes,
 ) -> tuple[Array, None]:
     """weights · divergence of every token."""
     if kind == "probabilities":
         target = jax.tree.map(lambda a: emptied(a, weights), target)
-        t = target.probabilities(options.where, logits.shape[axis], axis, class_axes)
+        t = target.probabilities(options.where, logits.shape[classes.axis], classes)
         of_teacher = _log(existing(upcast(t), options.where))
     else:
         of_teacher = target.values
@@ -238,7 +237,7 @@ def _losses(
     student = Logits(wide(logits), Adjustment(None, options.logit_scale, options.softcap))
     teacher = Logits(wide(of_teacher), Adjustment(softcap=more.teacher_softcap))
     both, unused = (student, teacher) if reverse else (teacher, student), unused_by(weights)
-    losses = divergence(*both, options.where, more.scale, more.beta, unused, axis, class_axes)
+    losses = divergence(Pair(*both, options.where, more.scale, more.beta, unused), classes)
     return losses if weights is None else weights * losses, None
 
 

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Integer
 from softmax_jax import _checks
 from softmax_jax._arguments import hinted
 from softmax_jax._checks import Options
+from softmax_jax._classes import Classes
 from softmax_jax._core import How, Operands, compute
 from softmax_jax._cross_entropy import Scalar
 from softmax_jax._source import Source
@@ -116,5 +117,5 @@ def _of_source(
     options = _checks.options_for(shape, dtype, axis, checked, options)
     class_axes = _checks.mesh_axes(axis_name)
     _checks.sharded(*student.of_classes(), class_axes)
-    how = How(statistics, dtype, axis, chunk_size=_checks.chunk_size_of(chunk_size), class_axes=class_axes)
+    how = How(statistics, dtype, Classes(axis, class_axes), chunk_size=_checks.chunk_size_of(chunk_size))
     return compute(Operands(student, Source(checked), options), how)[0]

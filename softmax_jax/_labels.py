@@ -17,12 +17,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
-from softmax_jax._adjustment import Adjustment, rounded
+from softmax_jax._adjustment import Adjustment, rounded, z_at_of_all
+from softmax_jax._classes import Classes
 from softmax_jax._dtypes import class_ids, nan_unless
-from softmax_jax._indexing import if_here, is_at, pick, pick_of_all
 from softmax_jax._masses import target_of
-from softmax_jax._sharding import Names, PyTree, count, fit, offset, psum, vary
+from softmax_jax._sharding import Names, PyTree, fit, psum, vary
+from softmax_jax._sums import Tokens
+
+Masses = Any  # (own_mass, rest_mass, label_sum), each [*batch] or None
 
 
 class Labels:
@@ -31,34 +35,32 @@ class Labels:
     pivot: Any = None  # the class that is left out; None: the largest
     others: Any = None  # probability that is spread evenly over all other classes
 
-    def specs(self, batch: tuple[Names, ...], classes: Names, axis: int) -> PyTree:
+    def specs(self, batch: tuple[Names, ...], classes: Classes) -> PyTree:
         """How they lie over devices, for logits of that layout."""
 
-    def vary(self, over: Names, class_axes: Names) -> Any:
+    def vary(self, over: Names, classes: Classes) -> Any:
         """Marked as varying over those mesh axes, as far as they may."""
         return vary(self, over)
 
-    def in_one_form(self, unused: Array | None, classes: int, dtype: Any, axis: int) -> Any:
-        """As the sums take them."""
+    def in_one_form(self, unused: Array | None, number: int, dtype: DTypeLike, classes: Classes) -> Any:
+        """As the sums take them, of that number of classes on all devices."""
         return self
 
-    def share_of_mean(self, class_weights: Array, class_axes: Names) -> Array | None:
+    def share_of_mean(self, class_weights: Array, classes: Classes) -> Array | None:
         """What the mean's divisor counts of a token; None: 1."""
 
-    def read(self, logits: Array, adjustment: Adjustment, axis: int, class_axes: Names) -> Any:
+    def read(self, logits: Array, adjustment: Adjustment, classes: Classes) -> Any:
         """With what they need of the logits before the sums."""
         return self
 
-    def target(self, logits: Array, class_weights, where, axis: int, class_axes: Names, dtype) -> Any:
+    def target(self, tokens: Tokens, classes: Classes, dtype: DTypeLike) -> Any:
         """t_v of every class here; None: `masses` makes the sums."""
 
-    def masses(
-        self, logits, class_weights, adjustment: Adjustment, m, pivot, unused, axis: int, class_axes: Names
-    ) -> Any:
-        """(own_mass, rest_mass, label_sum) of the classes here, of whose ids `pivot` is one; None: 1, 0 and 0. Without
-        a pass over the classes: of all but `Dense`."""
+    def masses(self, tokens: Tokens, m: Array, pivot: Array, classes: Classes) -> Masses:
+        """The three sums of the classes here, of whose ids `pivot` is one; None: 1, 0 and 0. Without a pass over the
+        classes: of all but `Dense`."""
 
-    def probabilities(self, where: Array | None, size: int, axis: int, class_axes: Names) -> Any:
+    def probabilities(self, where: Array | None, size: int, classes: Classes) -> Any:
         """Of all `size` classes here: an array of the logits' size. Not of ids."""
 
 
@@ -73,23 +75,25 @@ class Ids(Labels):
     def pivot(self) -> Any:
         return self.ids
 
-    def specs(self, batch, classes, axis):
+    def specs(self, batch, classes):
         return Ids(fit(self.ids, batch))
 
-    def in_one_form(self, unused, classes, dtype, axis):
-        return Ids(class_ids(self.ids, classes))
+    def in_one_form(self, unused, number, dtype, classes):
+        return Ids(class_ids(self.ids, number))
 
-    def vary(self, over, class_axes):
-        return vary(self, tuple(name for name in over if name not in class_axes))
+    def vary(self, over, classes):
+        return vary(self, tuple(name for name in over if name not in classes.over))
 
-    def share_of_mean(self, class_weights, class_axes):
-        c = class_weights.ravel()
-        return psum(if_here(lambda ids: jnp.take(c, ids), self.ids - offset(c.size, class_axes), c.size), class_axes)
+    def share_of_mean(self, class_weights, classes):
+        read = lambda ids: jnp.take(class_weights.ravel(), ids)  # noqa: E731
+        here = self.ids - classes.first(class_weights)
+        return psum(classes.if_here(read, here, class_weights), classes.over)
 
-    def masses(self, logits, class_weights, adjustment, m, pivot, unused, axis, class_axes):
-        if class_weights is None:
+    def masses(self, tokens, m, pivot, classes):
+        c = tokens.class_weights
+        if c is None:
             return None, None, None
-        return if_here(lambda ids: pick(class_weights, ids, axis), pivot, logits.shape[axis]), None, None
+        return classes.if_here(lambda ids: classes.pick(ids, c), pivot, tokens.logits), None, None
 
 
 @jax.tree_util.register_dataclass
@@ -103,18 +107,17 @@ class Placed(Ids):
     def pivot(self) -> Any:
         return None
 
-    def read(self, logits, adjustment, axis, class_axes):
-        return replace(self, z=pick_of_all(logits, self.ids, adjustment, axis, class_axes))
+    def read(self, logits, adjustment, classes):
+        return replace(self, z=z_at_of_all(self.ids, logits, adjustment, classes))
 
-    def target(self, logits, class_weights, where, axis, class_axes, dtype):
-        return is_at(self.ids - offset(logits.shape[axis], class_axes), logits, axis).astype(dtype)
+    def target(self, tokens, classes, dtype):
+        return classes.is_at(self.ids - classes.first(tokens.logits), tokens.logits).astype(dtype)
 
-    def masses(self, logits, class_weights, adjustment, m, pivot, unused, axis, class_axes):
-        size = logits.shape[axis]
-        ids = self.ids - offset(size, class_axes)
-        exists, top = (ids >= 0) & (ids < size), ids == pivot
+    def masses(self, tokens, m, pivot, classes):
+        ids = self.ids - classes.first(tokens.logits)
+        exists, top = (ids >= 0) & (ids < tokens.logits.shape[classes.axis]), ids == pivot
         mass, beside = (exists & top).astype(m.dtype), exists & ~top
-        mass = of_existing(mass, self.ids, unused, count(size, class_axes))
+        mass = of_existing(mass, self.ids, tokens, classes)
         return mass, beside.astype(m.dtype), jnp.where(beside, rounded(self.z, m) - m, 0)
 
 
@@ -125,13 +128,14 @@ class Dense(Labels):
 
     values: Any  # of the logits' shape
 
-    def specs(self, batch, classes, axis):
-        return Dense(fit(self.values, (*batch[:axis], classes, *batch[axis:])))
+    def specs(self, batch, classes):
+        axis = classes.axis
+        return Dense(fit(self.values, (*batch[:axis], classes.over, *batch[axis:])))
 
-    def target(self, logits, class_weights, where, axis, class_axes, dtype):
-        return target_of(self.values, class_weights, where, dtype)
+    def target(self, tokens, classes, dtype):
+        return target_of(self.values, tokens.class_weights, tokens.adjustment.where, dtype)
 
-    def probabilities(self, where, size, axis, class_axes):
+    def probabilities(self, where, size, classes):
         return self.values
 
 
@@ -140,6 +144,6 @@ def unused_by(weights: Array | None) -> Array | None:
     return None if weights is None else weights == 0
 
 
-def of_existing(own: Array, pivot: Array, unused: Array | None, classes: int) -> Array:
+def of_existing(own: Array, pivot: Array, tokens: Tokens, classes: Classes) -> Array:
     """Of the pivot; one that no class is makes its row NaN, if it is used."""
-    return nan_unless((pivot >= 0) & (pivot < classes), own, unused)
+    return nan_unless((pivot >= 0) & (pivot < classes.of_all(tokens.logits)), own, tokens.unused)

@@ -5,7 +5,7 @@ leaves one class out becomes a difference of sums, and on the CPU one pass becom
 its own, whose transpose is itself with the two functions exchanged.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,11 +17,11 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import PartitionSpec
 
-from softmax_jax._sharding import vary, varying
+from softmax_jax._sharding import PyTree, vary, varying
 
-PyTree = Any
 Map = Callable[[PyTree, PyTree], PyTree]
-Leaves = dict[int, Any]  # those of a pytree, by their place
+Places = tuple[int, ...]  # of leaves of a pytree
+Leaves = dict[int, Any]  # those, by their place
 
 
 class Side(NamedTuple):
@@ -114,7 +114,7 @@ def _batched(operands: Sequence[Any], axes: Sequence[int | None], *, how: How) -
     return _map.bind(*given, *v, how=how), [0] * len(how.target.types)
 
 
-def _at_front(a: Array, axis: int | None, size: int, entry: Any) -> Array:
+def _at_front(a: Any, axis: int | None, size: int, entry: Any) -> Array:
     """With the batch, which lies over the mesh axes `entry`, in front."""
     if axis is not None:
         return jnp.moveaxis(a, axis, 0)
@@ -159,17 +159,27 @@ def moving(primals: PyTree, tangents: PyTree) -> tuple[Leaves, Leaves]:
     return {i: leaves[i] for i in found}, found
 
 
-def tangent_of(f: Callable, primals: PyTree, dinputs: Leaves) -> PyTree:
-    """The tangent of f(*primals), by that of some leaves."""
-    leaves, tree = jax.tree.flatten(primals)
-
-    def of_inputs(some):
-        return f(*tree.unflatten([some.get(i, leaf) for i, leaf in enumerate(leaves)]))
-
-    return jax.jvp(of_inputs, ({i: leaves[i] for i in dinputs},), (dinputs,))[1]
+def tangent_of(f: Callable, operands: PyTree, dinputs: Leaves) -> PyTree:
+    """The tangent of f(operands), by that of some leaves."""
+    of_inputs, inputs = _of_leaves(f, operands, dinputs)
+    return jax.jvp(of_inputs, (inputs,), (dinputs,))[1]
 
 
-def at(places: Sequence[int], primals: PyTree, gradients: PyTree) -> Leaves:
-    """The gradients of the leaves at these places."""
-    leaves = jax.tree.structure(primals).flatten_up_to(gradients)
+def gradients_of(f: Callable, operands: PyTree, places: Iterable[int], cotangent: dict[str, Array]) -> Leaves:
+    """The gradients of the leaves at those places, by those results of f(operands), a dict, that there are."""
+    of_inputs, inputs = _of_leaves(f, operands, places)
+    found, pull = jax.vjp(of_inputs, inputs)
+    return pull({name: cotangent[name] for name in found})[0]
+
+
+def _of_leaves(f: Callable, operands: PyTree, places: Iterable[int]) -> tuple[Callable, Leaves]:
+    """(f as a function of the leaves at those places, the leaves)."""
+    leaves, tree = jax.tree.flatten(operands)
+    of_leaves = lambda some: f(tree.unflatten([some.get(i, leaf) for i, leaf in enumerate(leaves)]))  # noqa: E731
+    return of_leaves, {i: leaves[i] for i in places}
+
+
+def at(places: Places, operands: PyTree, gradients: PyTree) -> Leaves:
+    """The gradients of the leaves at those places."""
+    leaves = jax.tree.structure(operands).flatten_up_to(gradients)
     return {i: leaves[i] for i in places}

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from softmax_jax._sharding import Names, count, psum
+from softmax_jax._classes import Classes
+from softmax_jax._sharding import count, psum
 
 
 def existing(array: Any, where: Array | None) -> Any:
@@ -26,9 +27,9 @@ def uniform(class_weights: Array | None, where: Array | None, z: Array) -> Array
     return existing(each, where)
 
 
-def existing_classes(where: Array | None, classes: int, axis: int, class_axes: Names, dtype: DTypeLike) -> Array:
-    """K, how many classes of a token exist, on all devices."""
+def existing_classes(where: Array | None, size: int, classes: Classes, dtype: DTypeLike) -> Array:
+    """K, how many classes of a token exist, on all devices; `size` are here."""
     if where is None:
-        return jnp.asarray(count(classes, class_axes), dtype)
-    width = classes if where.shape[axis] == 1 else 1
-    return psum(jnp.sum(where, axis, dtype=dtype) * width, class_axes)
+        return jnp.asarray(count(size, classes.over), dtype)
+    width = size if where.shape[classes.axis] == 1 else 1
+    return psum(jnp.sum(where, classes.axis, dtype=dtype) * width, classes.over)

@@ -10,9 +10,9 @@ from jaxtyping import Bool, Float, Integer, Num
 
 from softmax_jax import _checks
 from softmax_jax._arguments import hinted
+from softmax_jax._classes import classes_last
 from softmax_jax._cross_entropy import cross_entropy
 from softmax_jax._dtypes import upcast
-from softmax_jax._indexing import classes_last
 from softmax_jax._softmax import log_softmax
 
 Axes = tuple[int, ...]

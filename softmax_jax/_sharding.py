@@ -1,8 +1,7 @@
 """What crosses devices.
 
-Inside `shard_map` the classes may lie on several devices: `class_axes` are the mesh axes that they are sharded over, ()
-where every device has all of them. A token's maximum and its sums are then combined over those axes, and nothing else
-moves.
+Inside `shard_map` the classes may lie on several devices, sharded over mesh axes. A token's maximum and its sums are
+then combined over those axes, and nothing else moves.
 
     m = pmax m_local        sums = psum sums_local        class v of this device = class v + offset of all
 

@@ -1,6 +1,7 @@
 """softmax and log_softmax, each with its full Jacobian-vector product as a rule."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,9 @@ from softmax_jax import _checks
 from softmax_jax._adjustment import Adjustment, adjust, row_shift, shifted
 from softmax_jax._arguments import hinted
 from softmax_jax._barrier import apart
+from softmax_jax._classes import Classes, classes_last, from_classes_last
 from softmax_jax._dtypes import floating, upcast
 from softmax_jax._fold import alone, apart_on_cpu, by_neighbours, by_platform, reduced
-from softmax_jax._indexing import classes_last, from_classes_last, is_at
 from softmax_jax._linear_map import linear_map
 from softmax_jax._masses import existing
 from softmax_jax._sharding import vary_alike
@@ -23,6 +24,8 @@ from softmax_jax._token_loss import negative_log_likelihood
 from softmax_jax._waist import top_sums
 
 Axes = tuple[int, ...]
+Kept = tuple[Array, Array, Array]  # (m, a, nll) of each row
+Given = tuple[Array, Array | None, Kept]  # (x, where, kept)
 
 
 @hinted
@@ -108,7 +111,7 @@ def _is_wide(x: Array, axes: Axes) -> bool:
     return len(axes) == 1 and isinstance(x.shape[axes[0]], int) and x.shape[axes[0]] > KERNEL
 
 
-def _softmax_value(x, where, axes):
+def _softmax_value(x: Array, where: Array | None, axes: Axes) -> Array:
     masked = Adjustment(where=where)
 
     def plain(x):
@@ -117,8 +120,8 @@ def _softmax_value(x, where, axes):
         return e, jnp.sum(e, axes, keepdims=True)
 
     def by_fold(x):
-        m, top, rest = top_sums(x, masked, axes[0], ())
-        own = jnp.exp(_highest(x, m, top, axes[0]) - m)  # 1, with its slope
+        m, top, rest = top_sums(x, masked, Classes(axes[0]))
+        own = jnp.exp(_highest(x, m, top, Classes(axes[0])) - m)  # 1, with its slope
         total = jnp.where(top < x.shape[axes[0]], own + rest, rest)
         return jnp.exp(shifted(x, masked, m, axes)), jnp.expand_dims(total, axes)
 
@@ -140,18 +143,18 @@ def _softmax_jvp(axes, primals, tangents):
     return y, linear_map(jacobian, jacobian, (y, primals[1]), y, y, tangents[0])  # it is symmetric
 
 
-def _times_jacobian(axes, given, g):
+def _times_jacobian(axes: Axes, given: tuple[Array, Array | None], g: Array) -> Array:
     y, where = given
     return _sloped(y, existing(g, where), axes).astype(y.dtype)
 
 
-def _around_mean(y, g, axes):
+def _around_mean(y: Array, g: Array, axes: Axes) -> Array:
     p, g = upcast(y), upcast(g)
     g = g - jnp.sum(g * p, axes, keepdims=True)
     return p * (g - jnp.sum(g * p, axes, keepdims=True))
 
 
-def _around_top(y, g, axes):
+def _around_top(y: Array, g: Array, axes: Axes) -> Array:
     if y.dtype.itemsize < 4:  # else XLA keeps a float32 copy for the two passes (H200: 11 reads, not 8)
         (y,) = apart(y)
     of_row = by_neighbours(partial(_mean_around_top, axis=axes[0]), axes[0], 1, y, g)
@@ -171,7 +174,7 @@ def _sloped_jvp(axes, primals, tangents):
     return _sloped(*primals, axes), jax.jvp(partial(_around_mean, axes=axes), primals, tangents)[1]
 
 
-def _mean_around_top(y, g, *, axis, parts, **_):
+def _mean_around_top(y: Array, g: Array, *, axis: int, parts: int, step: int) -> tuple[Array, Array]:
     """(c, Σ y (g - c)) with c = g at the largest y, in one pass: the differences lose there no more than above."""
 
     def join(a, b):
@@ -197,84 +200,84 @@ _jitted_softmax = jax.jit(_softmax_rule, static_argnums=2)
 # where 1 - p_a = -expm1(-nll) does not cancel. Kept: x, and of each row m, a and nll. Several axes are made one.
 
 
-def _log_softmax_value(x, where, axis):
-    m, top, rest = top_sums(x, Adjustment(where=where), axis, ())
-    highest = _highest(x, m, top, axis)
+def _log_softmax_value(x: Array, where: Array | None, classes: Classes) -> tuple[Array, Kept]:
+    axis, (m, top, rest) = classes.axis, top_sums(x, Adjustment(where=where), classes)
+    highest = _highest(x, m, top, classes)
     nll = negative_log_likelihood(rest, jnp.where(top < x.shape[axis], highest - m, -jnp.inf))
     nll = nll if where is None else jnp.where(jnp.any(where, axis), nll, 0)
     kept = apart(m, top, nll)
-    at_top, nll, log_p = _log_p(x, where, highest, kept, axis)
+    at_top, nll, log_p = _log_p(x, where, highest, kept, classes)
     y = jnp.where(at_top, -nll, log_p)
     return (y if where is None else jnp.where(where, y, -jnp.inf)).astype(x.dtype), kept
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
-def _highest(x, m, top, axis):
+def _highest(x: Array, m: Array, top: Array, classes: Classes) -> Array:
     """x_a: m, with the slope of x_a, for second derivatives."""
     return m
 
 
 @_highest.defjvp
-def _highest_jvp(axis, primals, tangents):
+def _highest_jvp(classes, primals, tangents):
     x, m, top = primals
-    return m, _at_top(upcast(tangents[0]), top, axis)
+    return m, _at_top(upcast(tangents[0]), top, classes)
 
 
-def _at_top(v, top, axis):
-    return jnp.sum(jnp.where(is_at(top, v, axis), v, 0), axis)
+def _at_top(v: Array, top: Array, classes: Classes) -> Array:
+    return jnp.sum(jnp.where(classes.is_at(top, v), v, 0), classes.axis)
 
 
-def _log_p(x, where, highest, kept, axis):
+def _log_p(x: Array, where: Array | None, highest: Array, kept: Kept, classes: Classes) -> tuple[Array, Array, Array]:
     """Where the top is, its nll, and log p_v elsewhere."""
     _, top, nll = kept
-    log_p = shifted(x, Adjustment(where=where), highest, axis) - jnp.expand_dims(nll, axis)
-    return is_at(top, x, axis), jnp.expand_dims(nll, axis), log_p
+    log_p = shifted(x, Adjustment(where=where), highest, classes.axis) - classes.along(nll)
+    return classes.is_at(top, x), classes.along(nll), log_p
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _log_softmax_rule(x: Array, where: Array | None, axis: int) -> tuple[Array, tuple[Array, Array, Array]]:
+def _log_softmax_rule(x: Array, where: Array | None, classes: Classes) -> tuple[Array, Kept]:
     """(y, (m, a, nll) of each row)."""
-    return _log_softmax_value(x, where, axis)
+    return _log_softmax_value(x, where, classes)
 
 
-def _log_softmax_jvp(axis, primals, tangents):
-    y, kept = _log_softmax_rule(*primals, axis)
+def _log_softmax_jvp(classes, primals, tangents):
+    y, kept = _log_softmax_rule(*primals, classes)
     m, top, _ = kept
     given, dx = (*primals, kept), tangents[0]
-    f, transposed = partial(_log_softmax_tangent, axis), partial(_log_softmax_cotangent, axis)
+    f, transposed = partial(_log_softmax_tangent, classes), partial(_log_softmax_cotangent, classes)
     dy = linear_map(f, transposed, given, primals[0], y, dx)
-    dkept = jnp.zeros_like(m), zero_from_primal(top, symbolic_zeros=True), _from_top(axis, given, dx)[1]
+    dkept = jnp.zeros_like(m), zero_from_primal(top, symbolic_zeros=True), _from_top(classes, given, dx)[1]
     return (y, kept), (dy, dkept)
 
 
 _log_softmax_rule.defjvp(_log_softmax_jvp, symbolic_zeros=True)
 
 
-def _probabilities(axis, x, where, kept):
+def _probabilities(classes: Classes, x: Array, where: Array | None, kept: Kept) -> tuple[Array, Array]:
     """p and 1 - p."""
-    at_top, nll, log_p = _log_p(x, where, _highest(x, *kept[:2], axis), kept, axis)
+    at_top, nll, log_p = _log_p(x, where, _highest(x, *kept[:2], classes), kept, classes)
     top_p, top_miss = apart(jnp.exp(-nll), -jnp.expm1(-nll))
     p = jnp.exp(log_p)
     return jnp.where(at_top, top_p, p), jnp.where(at_top, top_miss, 1 - p)
 
 
-def _from_top(axis, given, dx):
+def _from_top(classes: Classes, given: Given, dx: Any) -> tuple[Array, Array]:
     """(dx_v - dx_a, dnll)."""
     x, where, kept = given
     dx = existing(upcast(dx), where)
-    dx = dx - jnp.expand_dims(_at_top(dx, kept[1], axis), axis)
-    return dx, jnp.sum(_probabilities(axis, *given)[0] * dx, axis)
+    dx = dx - classes.along(_at_top(dx, kept[1], classes))
+    return dx, jnp.sum(_probabilities(classes, *given)[0] * dx, classes.axis)
 
 
-def _log_softmax_tangent(axis, given, dx):
-    dx, dnll = _from_top(axis, given, dx)
-    return existing(dx - jnp.expand_dims(dnll, axis), given[1]).astype(given[0].dtype)
+def _log_softmax_tangent(classes: Classes, given: Given, dx: Array) -> Array:
+    dx, dnll = _from_top(classes, given, dx)
+    return existing(dx - classes.along(dnll), given[1]).astype(given[0].dtype)
 
 
-def _log_softmax_cotangent(axis, given, g):
+def _log_softmax_cotangent(classes: Classes, given: Given, g: Array) -> Array:
     x, where, _ = given
-    total = alone(lambda g: jnp.sum(existing(upcast(g), where), axis, keepdims=True), g)
-    (p, miss), g = _probabilities(axis, *given), existing(upcast(g), where)
+    total = alone(lambda g: jnp.sum(existing(upcast(g), where), classes.axis, keepdims=True), g)
+    (p, miss), g = _probabilities(classes, *given), existing(upcast(g), where)
     return (g * miss - p * (total - g)).astype(x.dtype)
 
 
@@ -283,5 +286,6 @@ def _jitted_log_softmax(x: Array, where: Array | None, axes: Axes) -> Array:
     if x.size == 0:
         return x
     where = where if where is None or len(axes) == 1 else classes_last(jnp.broadcast_to(where, x.shape), axes)
-    y, _ = _log_softmax_rule(classes_last(x, axes), where, axes[0] if len(axes) == 1 else x.ndim - len(axes))
+    classes = Classes(axes[0] if len(axes) == 1 else x.ndim - len(axes))
+    y, _ = _log_softmax_rule(classes_last(x, axes), where, classes)
     return y if len(axes) == 1 else from_classes_last(y, x.shape, axes)

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from softmax_jax._adjustment import shifted, weighed
+from softmax_jax._classes import Classes
 from softmax_jax._dtypes import class_ids, nan_unless
-from softmax_jax._indexing import at_ids, with_at_ids
 from softmax_jax._labels import Labels
 from softmax_jax._masses import existing, existing_classes, target_of
-from softmax_jax._sharding import Names, fit, offset, psum
+from softmax_jax._sharding import fit, offset, psum
+from softmax_jax._sums import Tokens
 
 
 class SparseLabels(NamedTuple):
@@ -41,32 +42,31 @@ class Sparse(Labels):
     probs: Any
     others: Any = None
 
-    def specs(self, batch, classes, axis):
+    def specs(self, batch, classes):
         return Sparse(fit(self.ids, (*batch, ())), fit(self.probs, (*batch, ())), fit(self.others, batch))
 
-    def in_one_form(self, unused, classes, dtype, axis):
-        ids, probs = merged(class_ids(self.ids, classes), self.probs.astype(dtype), unused, classes)
+    def in_one_form(self, unused, number, dtype, classes):
+        ids, probs = merged(class_ids(self.ids, number), self.probs.astype(dtype), unused, number)
         others = None if self.others is None else self.others.astype(dtype)
         if others is not None and unused is not None:
             others = jnp.where(unused, 0, others)
-        return Sparse(jnp.moveaxis(ids, -1, axis), jnp.moveaxis(probs, -1, axis), others)
+        return Sparse(jnp.moveaxis(ids, -1, classes.axis), jnp.moveaxis(probs, -1, classes.axis), others)
 
-    def masses(self, logits, class_weights, adjustment, m, pivot, unused, axis, class_axes):
-        at = few(logits, self, class_weights, adjustment.where, offset(logits.shape[axis], class_axes), axis)
-        z = shifted(at.logits, adjustment._replace(where=at.where), m, axis)
-        mass, *others = sums_of_few(z, self.probs, at.class_weights, at, pivot, axis)
-        return nan_unless(~jnp.any(jnp.isnan(self.probs), axis), mass), *others
+    def masses(self, tokens, m, pivot, classes):
+        at = few(self, tokens, classes)
+        z = shifted(at.logits, tokens.adjustment._replace(where=at.where), m, classes.axis)
+        mass, *others = sums_of_few(z, self.probs, at, pivot, classes)
+        return nan_unless(~jnp.any(jnp.isnan(self.probs), classes.axis), mass), *others
 
-    def probabilities(self, where, size, axis, class_axes):
-        ids, _ = _ids_here(self, where, size, offset(size, class_axes), axis)
-        valid, dtype = ~jnp.any(jnp.isnan(self.probs), axis), self.probs.dtype
+    def probabilities(self, where, size, classes):
+        ids, _ = _ids_here(self, where, size, classes)
+        valid, dtype = ~jnp.any(jnp.isnan(self.probs), classes.axis), self.probs.dtype
         each = jnp.zeros(valid.shape, dtype)
         if self.others is not None:
-            left = existing_classes(where, size, axis, class_axes, dtype)
-            each = _each_of_others(self, where, left, size, axis, class_axes)
-        every = jnp.expand_dims(nan_unless(valid, each), axis)
-        every = jnp.broadcast_to(every, [size if a == axis else n for a, n in enumerate(ids.shape)])
-        return existing(with_at_ids(every, ids, self.probs, axis), where)
+            each = _each_of_others(self, where, existing_classes(where, size, classes, dtype), size, classes)
+        every = classes.along(nan_unless(valid, each))
+        every = jnp.broadcast_to(every, [size if a == classes.axis else n for a, n in enumerate(ids.shape)])
+        return existing(classes.put(ids, self.probs, every), where)
 
 
 def merged(ids: Array, probs: Array, unused: Array | None, classes: int) -> tuple[Array, Array]:
@@ -100,42 +100,39 @@ class Few(NamedTuple):
     class_weights: Array | None
 
 
-def few(
-    logits: Array, labels: Sparse, class_weights: Array | None, where: Array | None, first: Array | int, axis: int
-) -> Few:
-    ids, exists = _ids_here(labels, where, logits.shape[axis], first, axis)
-    return Few(ids, at_ids(logits, ids, axis), exists, few_weights(class_weights, ids, axis))
+def few(labels: Sparse, tokens: Tokens, classes: Classes) -> Few:
+    ids, exists = _ids_here(labels, tokens.adjustment.where, tokens.logits.shape[classes.axis], classes)
+    return Few(ids, classes.at(ids, tokens.logits), exists, weights_of_few(ids, tokens.class_weights, classes))
 
 
-def few_weights(class_weights: Array | None, ids: Array, axis: int) -> Array | None:
-    return None if class_weights is None else at_ids(class_weights, ids, axis)
+def weights_of_few(ids: Array, class_weights: Array | None, classes: Classes) -> Array | None:
+    return None if class_weights is None else classes.at(ids, class_weights)
 
 
-def _ids_here(labels, where, size, first, axis):
+def _ids_here(labels: Sparse, where: Array | None, size: int, classes: Classes) -> tuple[Array, Array]:
     """(the ids as those of the classes here, `size` for others; whether there is such a class)."""
-    ids = labels.ids - first
+    ids = labels.ids - offset(size, classes.over)
     ids = jnp.where((ids >= 0) & (ids < size), ids, size)
-    return ids, ids < size if where is None else (ids < size) & at_ids(where, ids, axis)
+    return ids, ids < size if where is None else (ids < size) & classes.at(ids, where)
 
 
-def sums_of_few(z, probs, class_weights, at: Few, pivot, axis):
+def sums_of_few(z: Array, probs: Array, at: Few, pivot: Array, classes: Classes) -> tuple[Array, ...]:
     """(own_mass, rest_mass, label_sum), of z at the ids."""
-    t = target_of(probs, class_weights, at.where, z.dtype)
-    is_pivot = at.ids == jnp.expand_dims(pivot, axis)
+    t, is_pivot = target_of(probs, at.class_weights, at.where, z.dtype), at.ids == classes.along(pivot)
     rest = jnp.where(is_pivot, 0, t)
-    return tuple(jnp.sum(terms, axis) for terms in (jnp.where(is_pivot, t, 0), rest, weighed(rest, z)))
+    return tuple(jnp.sum(terms, classes.axis) for terms in (jnp.where(is_pivot, t, 0), rest, weighed(rest, z)))
 
 
-def _each_of_others(labels, where, existing, size, axis, class_axes):
+def _each_of_others(labels: Sparse, where: Array | None, existing: Array, size: int, classes: Classes) -> Array:
     """The part of `others` of each class that exists and has no entry."""
-    _, exists = _ids_here(labels, where, size, offset(size, class_axes), axis)
-    left = existing - psum(jnp.sum(exists, axis, dtype=existing.dtype), class_axes)
+    _, exists = _ids_here(labels, where, size, classes)
+    left = existing - psum(jnp.sum(exists, classes.axis, dtype=existing.dtype), classes.over)
     return jnp.where(left > 0, labels.others, 0) / jnp.maximum(left, 1)
 
 
 def spread_evenly(
-    labels: Sparse, where: Array | None, existing: Array, size: int, axis: int, class_axes: Names
+    labels: Sparse, where: Array | None, existing: Array, size: int, classes: Classes
 ) -> tuple[Sparse, Array]:
     """(labels without `others`, u): u of every class that exists, and the difference to it of the few."""
-    u = _each_of_others(labels, where, existing, size, axis, class_axes)
-    return Sparse(labels.ids, labels.probs - jnp.expand_dims(u, axis)), u
+    u = _each_of_others(labels, where, existing, size, classes)
+    return Sparse(labels.ids, labels.probs - classes.along(u)), u

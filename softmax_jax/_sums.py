@@ -1,4 +1,4 @@
-"""What is asked of the classes of a token, and the sums that answer it."""
+"""What the sums of a token are made of, which are asked for, and what they are."""
 
 import inspect
 from collections.abc import Callable
@@ -7,12 +7,24 @@ from typing import Any, NamedTuple
 import jax
 from jax import Array
 
+from softmax_jax._adjustment import Adjustment
+
 
 def once_traced(f: Callable) -> Callable:
     """f, for what a rule and its function both make: one trace of each set of shapes serves all (a quarter of the time
     that tracing a gradient takes)."""
-    static = [name for name in inspect.signature(f).parameters if name in ("axis", "asked", "class_axes", "bounds")]
+    static = [name for name in inspect.signature(f).parameters if name in ("classes", "asked")]
     return jax.jit(f, static_argnames=static, inline=True)
+
+
+class Tokens(NamedTuple):
+    """What sums are made of, in one form: `class_weights` and `where` broadcast to the logits."""
+
+    logits: Array
+    labels: Any  # Labels
+    class_weights: Array | None
+    adjustment: Adjustment
+    unused: Array | None = None  # those whose sums are not used, whatever they hold; None: there are none
 
 
 class ClassSums(NamedTuple):

@@ -13,12 +13,13 @@ from jax.typing import DTypeLike
 
 from softmax_jax._adjustment import Adjustment, finite
 from softmax_jax._checks import Options
+from softmax_jax._classes import Classes
 from softmax_jax._dtypes import accumulator
 from softmax_jax._labels import Labels, unused_by
 from softmax_jax._masses import existing, existing_classes
-from softmax_jax._sharding import Names, psum
+from softmax_jax._sharding import psum
 from softmax_jax._sparse_labels import spread_evenly
-from softmax_jax._sums import Asked, ClassSums
+from softmax_jax._sums import Asked, ClassSums, Tokens
 from softmax_jax._waist import class_sums
 
 # With total = rest + exp(own):
@@ -85,18 +86,18 @@ class _Evenly(NamedTuple):
 
 
 def _evenly(
-    labels: Any, options: Options, classes: int, axis: int, class_axes: Names, dtype: DTypeLike
+    labels: Any, options: Options, size: int, classes: Classes, dtype: DTypeLike
 ) -> tuple[Labels, _Evenly | None]:
     """(labels without `others`, what is spread); None for nothing."""
     where, class_weights = options.where, options.class_weights
     if options.label_smoothing is None and labels.others is None:
         return labels, None
-    number = mass = existing_classes(where, classes, axis, class_axes, dtype)
+    number = mass = existing_classes(where, size, classes, dtype)
     if class_weights is not None:
-        mass = psum(jnp.sum(existing(class_weights, where), axis), class_axes)
+        mass = psum(jnp.sum(existing(class_weights, where), classes.axis), classes.over)
     if labels.others is None:
         return labels, _Evenly(number, mass)
-    labels, each = spread_evenly(labels, where, number, classes, axis, class_axes)
+    labels, each = spread_evenly(labels, where, number, size, classes)
     return labels, _Evenly(number, mass, each)
 
 
@@ -124,17 +125,15 @@ def weighted_losses(
     weights: Array | None,
     options: Options,
     _: None,
-    axis: int,
-    class_axes: Names,
+    classes: Classes,
     beside: bool = False,
 ) -> tuple[Array, None]:
     """weights · ℓ of every token; with statistics of the same logits `beside`."""
-    unused = unused_by(weights)
-    labels, evenly = _evenly(labels, options, logits.shape[axis], axis, class_axes, accumulator(logits.dtype))
+    unused, size, dtype = unused_by(weights), logits.shape[classes.axis], accumulator(logits.dtype)
+    labels, evenly = _evenly(labels, options, size, classes, dtype)
     adjustment = Adjustment(options.where, options.logit_scale, options.softcap)
-    operands = logits, labels, options.class_weights, adjustment, unused
-    asked = Asked(prior=evenly is not None, beside=beside)
-    sums = class_sums(*operands, axis=axis, asked=asked, class_axes=class_axes)
+    tokens = Tokens(logits, labels, options.class_weights, adjustment, unused)
+    sums = class_sums(tokens, classes, Asked(prior=evenly is not None, beside=beside))
     if weights is None or unused is None:
         return loss_of(sums, evenly, options), None
     return jnp.where(unused, 0, weights * loss_of(without(unused, sums), evenly, options)), None

@@ -9,9 +9,9 @@ from jaxtyping import Bool, Float, Int
 
 from softmax_jax._adjustment import Adjustment
 from softmax_jax._checks import Options
+from softmax_jax._classes import Classes
 from softmax_jax._labels import Ids, Placed, unused_by
-from softmax_jax._sharding import Names
-from softmax_jax._sums import Asked
+from softmax_jax._sums import Asked, Tokens
 from softmax_jax._token_loss import log_spread, loss_of, negative_log_likelihood, weighted_losses, without
 from softmax_jax._waist import class_sums
 
@@ -34,13 +34,12 @@ class LabelStatistics(NamedTuple):
 
 
 def statistics(
-    logits: Array, labels: Ids, weights: Array | None, options: Options, _: None, axis: int, class_axes: Names
+    logits: Array, labels: Ids, weights: Array | None, options: Options, _: None, classes: Classes
 ) -> tuple[LabelStatistics, None]:
     """All 0 for a token of weight 0."""
-    unused, placed = unused_by(weights), Placed(labels.ids)
-    adjustment = Adjustment(options.where, options.logit_scale, options.softcap)
-    asked = Asked(moment=True)
-    sums: Any = class_sums(logits, placed, None, adjustment, unused, axis=axis, asked=asked, class_axes=class_axes)
+    unused, adjustment = unused_by(weights), Adjustment(options.where, options.logit_scale, options.softcap)
+    tokens = Tokens(logits, Placed(labels.ids), None, adjustment, unused)
+    sums: Any = class_sums(tokens, classes, Asked(moment=True))
     used = lambda value: value if unused is None else jnp.where(unused, jnp.zeros_like(value), value)  # noqa: E731
     sums = without(unused, sums)
     nll, spread = negative_log_likelihood(sums.rest, sums.own), log_spread(sums.rest, sums.own)
@@ -60,15 +59,9 @@ def statistics(
 
 
 def losses_and_statistics(
-    logits: Array,
-    labels: Ids,
-    weights: Array | None,
-    options: Options,
-    more: None,
-    axis: int,
-    class_axes: Names,
+    logits: Array, labels: Ids, weights: Array | None, options: Options, more: None, classes: Classes
 ) -> tuple[Array, LabelStatistics]:
     """weights · ℓ of every token, and what there is beside it, which has no gradient."""
-    losses, _ = weighted_losses(logits, labels, weights, options, more, axis, class_axes, beside=True)
+    losses, _ = weighted_losses(logits, labels, weights, options, more, classes, beside=True)
     constant = lax.stop_gradient((logits, labels, weights, options._replace(label_smoothing=None, z_loss=None)))
-    return losses, statistics(*constant, more, axis, class_axes)[0]
+    return losses, statistics(*constant, more, classes)[0]

@@ -7,11 +7,13 @@ import pytest
 import reference
 
 from softmax_jax import _sparse_labels
-from softmax_jax._adjustment import Adjustment, adjust, row_shift
-from softmax_jax._fold_cpu import dense_sums, mass_at, moment_of_others, sum_of_others, top_class
-from softmax_jax._indexing import pick_of_all
+from softmax_jax._adjustment import Adjustment, adjust, row_shift, z_at_of_all
+from softmax_jax._classes import Classes
+from softmax_jax._fold_cpu import dense_sums, moment_of_others, sum_of_others, top_class
+from softmax_jax._labels import Dense
 from softmax_jax._masses import existing_classes
 from softmax_jax._sparse_labels import Sparse, few, spread_evenly, sums_of_few
+from softmax_jax._sums import Tokens
 
 INF, NONE = np.inf, Adjustment(None, None, None)
 merged = jax.jit(_sparse_labels.merged, static_argnums=3)
@@ -19,18 +21,18 @@ largest = jax.jit(lambda z, adjustment, axis: row_shift(adjust(z, adjustment), a
 top = jax.jit(top_class, static_argnums=3)
 sum_others, moment_others = (jax.jit(f, static_argnums=4) for f in (sum_of_others, moment_of_others))
 dense_of, number_of = (
-    jax.jit(Sparse.probabilities, static_argnums=(2, 3, 4)),
-    jax.jit(existing_classes, static_argnums=(1, 2, 3, 4)),
+    jax.jit(Sparse.probabilities, static_argnums=(2, 3)),
+    jax.jit(existing_classes, static_argnums=(1, 2, 3)),
 )
-spread = jax.jit(spread_evenly, static_argnums=(3, 4, 5))
-sparse_rest, few_of_shard = jax.jit(sums_of_few, static_argnums=5), jax.jit(few, static_argnums=5)
-own, dense_of_all = jax.jit(mass_at, static_argnums=(4, 5)), jax.jit(dense_sums, static_argnums=6)
+spread = jax.jit(spread_evenly, static_argnums=(3, 4))
+sparse_rest, few_of_shard = jax.jit(sums_of_few, static_argnums=4), jax.jit(few, static_argnums=2)
+dense_of_all = jax.jit(dense_sums, static_argnums=3)
 
 
 def top_of(z, adjustment=NONE, axis=-1):
     z = jnp.asarray(z)
     axis = axis % z.ndim
-    return np.asarray(top(z, largest(z, adjustment, axis), adjustment, axis))
+    return np.asarray(top(z, largest(z, adjustment, axis), adjustment, Classes(axis)))
 
 
 @pytest.mark.nan
@@ -68,7 +70,7 @@ def test_top_class_where_rounding_leaves_no_maximum(rng):
     z = np.float32(100 * rng.normal(size=(50, 33)))
     m = z.max(-1)
     for off in (m, np.nextafter(m, np.float32(INF)), np.nextafter(m, np.float32(-INF))):
-        at = np.asarray(top(jnp.asarray(z), jnp.asarray(off), NONE, 1))
+        at = np.asarray(top(jnp.asarray(z), jnp.asarray(off), NONE, Classes(1)))
         assert np.all(m - z[np.arange(50), at] <= 8 * np.spacing(np.abs(m)))
 
 
@@ -83,10 +85,10 @@ def test_sums_of_all_but_the_pivot(rng):
     np.testing.assert_allclose(moment_others(*operands), (others * gap).sum(-1), rtol=1e-6)
 
 
-def test_pick_of_all(rng):
+def test_z_of_a_class_of_all(rng):
     """0 for an id that no class has."""
     z = np.float32(rng.normal(size=(5, 3)) + 5)
-    got = pick_of_all(jnp.asarray(z), jnp.int32([0, 2, 1, -1, 3]), NONE, 1, ())
+    got = z_at_of_all(jnp.int32([0, 2, 1, -1, 3]), jnp.asarray(z), NONE, Classes(1))
     np.testing.assert_array_equal(got, [z[0, 0], z[1, 2], z[2, 1], 0, 0])
 
 
@@ -139,11 +141,11 @@ def test_others_are_spread_over_the_classes_without_an_entry(hidden, axis):
     turn = lambda a: jnp.asarray(a if axis == 1 else a.T)  # noqa: E731
     labels = Sparse(turn(ids), turn(probs), jnp.asarray(others))
     exists = turn(where) if hidden else None
-    np.testing.assert_allclose(dense_of(labels, exists, 6, axis, ()), turn(want), rtol=1e-6)
+    np.testing.assert_allclose(dense_of(labels, exists, 6, Classes(axis)), turn(want), rtol=1e-6)
 
-    number = number_of(exists, 6, axis, (), jnp.float32)
+    number = number_of(exists, 6, Classes(axis), jnp.float32)
     np.testing.assert_array_equal(np.broadcast_to(number, 4), where.sum(-1))
-    without, share = spread(labels, exists, jnp.broadcast_to(number, 4), 6, axis, ())
+    without, share = spread(labels, exists, jnp.broadcast_to(number, 4), 6, Classes(axis))
     assert without.others is None
     np.testing.assert_allclose(share, each, rtol=1e-6)
     np.testing.assert_allclose(without.probs, turn(probs - each[:, None]), atol=1e-7)
@@ -151,7 +153,7 @@ def test_others_are_spread_over_the_classes_without_an_entry(hidden, axis):
 
 def test_classes_are_counted_by_a_mask_that_they_share():
     where = jnp.array([[True], [False]])
-    np.testing.assert_array_equal(existing_classes(where, 6, 1, (), jnp.float32), [6, 0])
+    np.testing.assert_array_equal(existing_classes(where, 6, Classes(1), jnp.float32), [6, 0])
 
 
 @pytest.mark.nan
@@ -175,21 +177,22 @@ def test_masses_and_sums_of_dense_and_of_few_labels(rng, weighted):
 
     c, exists = jnp.asarray(weights)[None] if weighted else None, jnp.asarray(where)
     adjustment = Adjustment(exists, None, None)
-    labels, logits, place = jnp.asarray(labels), jnp.asarray(z), jnp.asarray(pivot)
-    at_pivot = lambda pivot: own(pivot, labels, c, exists, 1, jnp.float32)  # noqa: E731
-    dense = dense_of_all(logits, labels, c, adjustment, jnp.asarray(m), place, 1)
+    logits, place, classes = jnp.asarray(z), jnp.asarray(pivot), Classes(1)
+    tokens = Tokens(logits, Dense(jnp.asarray(labels)), c, adjustment)
+    dense = dense_of_all(tokens, jnp.asarray(m), place, classes)
     for got, truth in zip(dense, want, strict=True):
         np.testing.assert_allclose(got, truth, rtol=1e-6, atol=1e-7)
-    assert np.asarray(at_pivot(jnp.full(4, 5, jnp.int32)))[1] == 0
-    assert not np.any(at_pivot(place + 6)) and not np.any(at_pivot(place - 6))
+    mass_at = lambda place: np.asarray(dense_of_all(tokens, jnp.asarray(m), place, classes)[0])  # noqa: E731
+    assert mass_at(jnp.full(4, 5, jnp.int32))[1] == 0
+    assert not np.any(mass_at(place + 6)) and not np.any(mass_at(place - 6))
 
-    sparse, total = Sparse(jnp.asarray(ids), jnp.asarray(probs)), np.zeros((3, 4))
+    total = np.zeros((3, 4))
     for first, size in ((0, 2), (2, 4)):  # two shards
         here = slice(first, first + size)
-        of_shard = None if c is None else c[:, here]
-        found = few_of_shard(logits[:, here], sparse, of_shard, exists[:, here], first, 1)
-        gaps = found.logits - m[:, None]
-        total += np.stack(sparse_rest(gaps, sparse.probs, found.class_weights, found, place - first, 1))
+        sparse = Sparse(jnp.asarray(ids - first), jnp.asarray(probs))
+        shard = Tokens(logits[:, here], sparse, None if c is None else c[:, here], Adjustment(exists[:, here]))
+        found = few_of_shard(sparse, shard, classes)
+        total += np.stack(sparse_rest(found.logits - m[:, None], sparse.probs, found, place - first, classes))
     np.testing.assert_allclose(total, want, rtol=1e-6, atol=1e-7)
 
 
@@ -198,4 +201,4 @@ def test_the_references_dense_labels_are_those(rng):
     probs = rng.uniform(0.1, 1, (5, 3)).astype(np.float32)
     labels = Sparse(*merged(jnp.asarray(ids), jnp.asarray(probs), None, 6), jnp.full(5, 0.2, jnp.float32))
     want = reference.dense_labels(ids, probs, np.full(5, 0.2), np.ones((5, 6), bool))
-    np.testing.assert_allclose(dense_of(labels, None, 6, 1, ()), want, rtol=1e-6)
+    np.testing.assert_allclose(dense_of(labels, None, 6, Classes(1)), want, rtol=1e-6)

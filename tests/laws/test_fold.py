@@ -33,6 +33,7 @@ from softmax_jax import (
     softmax,
 )
 from softmax_jax._adjustment import Adjustment
+from softmax_jax._classes import Classes
 
 pytestmark = pytest.mark.compiled
 
@@ -213,7 +214,7 @@ def test_softmax_of_explicitly_sharded_classes(rng, monkeypatch, side, classes):
 
 
 def test_a_row_without_any_class_is_told():
-    found = _fold.fold(jnp.full((2, 3), -jnp.inf), None, None, None, None, Adjustment(), 1, ())
+    found = _fold.fold(jnp.full((2, 3), -jnp.inf), None, None, None, None, Adjustment(), Classes(1))
     np.testing.assert_array_equal(found.m, [-np.inf, -np.inf])
 
 
