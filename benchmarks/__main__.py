@@ -79,6 +79,7 @@ def publish(folder: Path, docs: Path) -> dict[str, str]:
 PAGES = results.ROOT / "README.md", results.ROOT / "docs" / "performance_notes.md"
 DEVICES = ["H200", "H100", "B200", "A100", "TPU v5e", "TPU v6e"]
 WITH_HEADS = ["H200", "H100"]
+WITH_SIZES = ["H200", "TPU v6e"]
 SHORT = ["H100", "A100", "TPU v5e", "TPU v6e"]
 SHORT_CASES = [
     "integer labels, forward",
@@ -109,12 +110,22 @@ def compiled() -> dict[str, str]:
     moved = lambda pair: " / ".join("-" if cost is None else f"{cost[1]:.1f}" for cost in pair)  # noqa: E731
     need = lambda costs: " / ".join(f"{mib:.0f}" for mib, _ in costs)  # noqa: E731
     take = lambda costs: " / ".join(f"{ms:.3g}" for _, ms in costs)  # noqa: E731
-    logits, heads = of_compiled("logits", DEVICES), of_compiled("heads", WITH_HEADS)
+    logits, heads, sizes = (
+        of_compiled("logits", DEVICES),
+        of_compiled("heads", WITH_HEADS),
+        of_compiled("sizes", WITH_SIZES),
+    )
     rows = lambda cases, devices: [[case, *(moved(logits[d][case]) for d in devices)] for case in cases]  # noqa: E731
     tables = {
         "compiled": show.table(["", *SHORT], rows(SHORT_CASES, SHORT)),
         "moved": show.table(["", *logits], rows(logits["H200"], logits)),
     }
+    of_sizes = {f"{d}, {size}": cases for d, by_size in sizes.items() for size, cases in by_size.items()}
+    rows_of_sizes = [
+        [case, *(moved(cases[case]) if case in cases else "-" for cases in of_sizes.values())]
+        for case in logits["H200"]
+    ]
+    tables["sizes"] = show.table(["", *of_sizes], rows_of_sizes)
     header = ["tokens x embed x classes", *(f"{d}, {unit}" for unit in ("MiB", "ms") for d in heads)]
     costs = [[head, *(told(of[head]) for told in (need, take) for of in heads.values())] for head in heads["H200"]]
     return tables | {"heads": show.table(header, costs)}

@@ -11,6 +11,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -98,10 +99,10 @@ def told(s: sj.LabelStatistics) -> tuple:
 
 
 def told_by_jax(z, y):
-    log_p = jax.nn.log_softmax(z.astype(jnp.float32))
-    of_label = jnp.take_along_axis(log_p, y[:, None], 1)
+    log_p = jax.nn.log_softmax(z.astype(jnp.float32), 1)
+    of_label = jnp.take_along_axis(log_p, jnp.expand_dims(y, 1), 1)
     entropy = -jnp.sum(jnp.exp(log_p) * log_p, 1)
-    return of_label[:, 0], entropy, jnp.argmax(z, 1) == y, jnp.sum(log_p > of_label, 1)
+    return jnp.squeeze(of_label, 1), entropy, jnp.argmax(z, 1) == y, jnp.sum(log_p > of_label, 1)
 
 
 def with_gradient(f: Callable) -> Callable:
@@ -112,57 +113,77 @@ def pulled(f: Callable) -> Callable:
     return lambda z, g: jax.vjp(f, z)[1](g)
 
 
+ACCURACY = "integer labels, with gradient, accuracy, log-normalizer"
+
+# The classes are on axis 1, which is also the last of the common shapes.
+
+
 def optax_kl(a, b):
-    t = jax.nn.log_softmax(b.astype(jnp.float32))
-    return optax.losses.kl_divergence_with_log_targets(jax.nn.log_softmax(a.astype(jnp.float32)), t)
+    a, b = (jax.nn.log_softmax(z.astype(jnp.float32), 1) for z in (a, b))
+    return optax.losses.kl_divergence_with_log_targets(a, b, axis=1)
+
+
+def kl(a, b):
+    return sj.kl_divergence(a, teacher_logits=b, axis=1)
 
 
 def all_options(z, y):
-    return sj.cross_entropy(z, y, label_smoothing=0.1, z_loss=1e-4, logit_scale=0.7, softcap=30.0)
+    return cross_entropy(z, y, label_smoothing=0.1, z_loss=1e-4, logit_scale=0.7, softcap=30.0)
 
 
-IDS, DENSE = optax.softmax_cross_entropy_with_integer_labels, optax.softmax_cross_entropy
+cross_entropy, log_softmax, softmax = (partial(f, axis=1) for f in (sj.cross_entropy, sj.log_softmax, sj.softmax))
+jax_log_softmax, jax_softmax = (partial(f, axis=1) for f in (jax.nn.log_softmax, jax.nn.softmax))
+IDS = partial(optax.softmax_cross_entropy_with_integer_labels, axis=1)
+DENSE = partial(optax.softmax_cross_entropy, axis=1)
 CASES = {  # name: (what stands beside the logits, ours, the peer's)
-    "integer labels, forward": ("ids", sj.cross_entropy, lambda z, y: jnp.mean(IDS(z, y))),
-    "integer labels, with gradient": ("ids", with_gradient(sj.cross_entropy), with_gradient(IDS)),
-    "dense labels, forward": ("rows", sj.cross_entropy, lambda z, t: jnp.mean(DENSE(z, t))),
-    "dense labels, with gradient": ("rows", with_gradient(sj.cross_entropy), with_gradient(DENSE)),
+    "integer labels, forward": ("ids", cross_entropy, lambda z, y: jnp.mean(IDS(z, y))),
+    "integer labels, with gradient": ("ids", with_gradient(cross_entropy), with_gradient(IDS)),
+    "dense labels, forward": ("rows", cross_entropy, lambda z, t: jnp.mean(DENSE(z, t))),
+    "dense labels, with gradient": ("rows", with_gradient(cross_entropy), with_gradient(DENSE)),
     "all options, with gradient": ("ids", with_gradient(all_options), None),
-    "integer labels, with gradient, accuracy, log-normalizer": (
+    ACCURACY: (
         "ids",
         jax.value_and_grad(with_accuracy, has_aux=True),
         jax.value_and_grad(optax_with_accuracy, has_aux=True),
     ),
-    "log_prob, entropy, correct, rank": ("ids", lambda z, y: told(sj.label_statistics(z, y)), told_by_jax),
-    "KL from logits, forward": ("rows", lambda a, b: sj.kl_divergence(a, teacher_logits=b), optax_kl),
-    "KL from logits, with gradient": (
-        "rows",
-        with_gradient(lambda a, b: sj.kl_divergence(a, teacher_logits=b)),
-        with_gradient(optax_kl),
-    ),
-    "log_softmax, forward": ("", sj.log_softmax, jax.nn.log_softmax),
-    "log_softmax, gradient": ("rows", pulled(sj.log_softmax), pulled(jax.nn.log_softmax)),
-    "softmax, forward": ("", sj.softmax, jax.nn.softmax),
-    "softmax, gradient": ("rows", pulled(sj.softmax), pulled(jax.nn.softmax)),
+    "log_prob, entropy, correct, rank": ("ids", lambda z, y: told(sj.label_statistics(z, y, axis=1)), told_by_jax),
+    "KL from logits, forward": ("rows", kl, optax_kl),
+    "KL from logits, with gradient": ("rows", with_gradient(kl), with_gradient(optax_kl)),
+    "log_softmax, forward": ("", log_softmax, jax_log_softmax),
+    "log_softmax, gradient": ("rows", pulled(log_softmax), pulled(jax_log_softmax)),
+    "softmax, forward": ("", softmax, jax_softmax),
+    "softmax, gradient": ("rows", pulled(softmax), pulled(jax_softmax)),
 }
 SHAPE, DTYPE = (8192, 128256), "bfloat16"
+SIZES = {
+    "4096 x 32000 float32": ((4096, 32000), "float32"),
+    "65536 x 1000 float32": ((65536, 1000), "float32"),
+    "8 x 150 x 256 x 256 bfloat16, axis 1": ((8, 150, 256, 256), "bfloat16"),
+    "262144 x 16 float32": ((262144, 16), "float32"),
+}
 
 
-def both(device: str, name: str, shape: tuple[int, int], dtype: str) -> tuple[Cost, Cost | None]:
+def both(device: str, name: str, shape: tuple[int, ...], dtype: str) -> tuple[Cost, Cost | None]:
     """(ours, the peer's) of one case."""
-    logits = jax.ShapeDtypeStruct(shape, dtype)
+    logits, ids = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(shape[:1] + shape[2:], jnp.int32)
     kind, ours, peer = CASES[name]
-    beside = {"ids": (jax.ShapeDtypeStruct(shape[:1], jnp.int32),), "rows": (logits,), "": ()}[kind]
+    beside = {"ids": (ids,), "rows": (logits,), "": ()}[kind]
     operands = (logits, *beside)
     return cost(device, ours, operands), None if peer is None else cost(device, peer, operands)
 
 
-def measured(devices: Sequence[str], shape: tuple[int, int] = SHAPE, dtype: str = DTYPE) -> dict[str, dict]:
+def measured(devices: Sequence[str], shape: tuple[int, ...] = SHAPE, dtype: str = DTYPE) -> dict[str, dict]:
     """{device: {case: (ours, the peer's)}}, each cost as (kernels, bytes moved, temporary bytes), the bytes in units of
     the logits."""
     unit = math.prod(shape) * jnp.dtype(dtype).itemsize
     ratios = lambda c: None if c is None else (c.kernels, c.moved / unit, c.temporary / unit)  # noqa: E731
-    return {d: {name: [ratios(c) for c in both(d, name, shape, dtype)] for name in CASES} for d in devices}
+    cases = [name for name in CASES if len(shape) == 2 or name != ACCURACY]  # which has the classes last
+    return {d: {name: [ratios(c) for c in both(d, name, shape, dtype)] for name in cases} for d in devices}
+
+
+def measured_sizes(devices: Sequence[str]) -> dict[str, dict]:
+    """{device: {size: {case: (ours, the peer's)}}}"""
+    return {d: {size: measured([d], *of_size)[d] for size, of_size in SIZES.items()} for d in devices}
 
 
 # The loss of hidden states and a head, with both gradients, beside that of the logits that their product is.
@@ -209,5 +230,6 @@ if __name__ == "__main__":
     part, *asked = sys.argv[1:]
     heads: list[Any] = [tuple(map(int, name.split("x"))) for name in asked if "x" in name]
     devices = [name for name in asked if "x" not in name]
-    found = measured(devices) if part == "logits" else measured_heads(devices, heads or HEADS)
+    parts = {"logits": measured, "sizes": measured_sizes, "heads": partial(measured_heads, heads=heads or HEADS)}
+    found = parts[part](devices)
     json.dump(found, sys.stdout)

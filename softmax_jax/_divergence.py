@@ -14,7 +14,6 @@ from softmax_jax._classes import Classes
 from softmax_jax._divergence_sums import Half, Rows, rows_of
 from softmax_jax._divergence_terms import (
     At,
-    Logits,
     Pair,
     bounds_of,
     exchanged,
@@ -27,8 +26,8 @@ from softmax_jax._divergence_terms import (
 )
 from softmax_jax._dtypes import nan_unless
 from softmax_jax._fold import made_once
-from softmax_jax._linear_map import linear_map
-from softmax_jax._sharding import PyTree, check_gradient, psum, same_on_devices, vary, varying
+from softmax_jax._linear_map import Leaves, Places, gradients_of, linear_map, moving, tangent_of
+from softmax_jax._sharding import PyTree, check_gradient, psum, vary, varying
 
 
 def _value(rows: Rows, beta: Any) -> Array:
@@ -84,43 +83,44 @@ def _divergence(pair: Pair, classes: Classes) -> Array:
     return _forward(pair, classes)[0]
 
 
-@_divergence.defjvp
 def _divergence_jvp(classes: Classes, primals: tuple[Pair], tangents: PyTree) -> tuple[Array, Array]:
     check_gradient(classes.over)
-    (pair,), (dpair,) = primals, tangents
+    (pair,), (inputs, dinputs) = primals, moving(*primals, *tangents)
     value, rows = _forward(pair, classes)
-    f, transposed = partial(_tangent, classes), partial(_cotangent, classes)
-    return value, linear_map(f, transposed, Given(pair, rows), _inputs(pair), value, _inputs(dpair))
+    along, back = partial(_tangent, classes), partial(_gradients, classes, tuple(inputs))
+    return value, linear_map(along, back, Given(pair, rows), inputs, value, dinputs)
 
 
-Inputs = tuple[Logits, Logits, Array | None, Array | None]
+_divergence.defjvp(_divergence_jvp, symbolic_zeros=True)
 
 
-def _inputs(pair: Pair) -> PyTree:
-    """What has a derivative."""
-    return pair.b, pair.a, pair.scale, pair.beta
-
-
-def _tangent(classes: Classes, given: Given, dinputs: Inputs) -> Array:
+def _tangent(classes: Classes, given: Given, dinputs: Leaves) -> Array:
     """Σ_v db_v · dz_b,v + da_v · dz_a,v, of all devices' classes."""
-    z_of_both, inputs, slopes = _linearized(given, jnp.ones_like(given.rows.of_t.divergence), classes)
-    db, da, dscale, dbeta = dinputs
-    dscale = vary(dscale, varying((given.pair.b, given.pair.a)))
-    dz = jax.jvp(z_of_both, inputs, (db, da, dscale))[1]
-    terms = (jnp.where(slope == 0, 0, slope * d) for slope, d in zip(slopes, dz, strict=True))
+    pair, slopes = _linearized(given, jnp.ones_like(given.rows.of_t.divergence), classes)
+    along = tangent_of(_z_of_both, pair, dinputs)
+    terms = (_times(slope, dz) for slope, dz in zip(slopes, (along["b"], along["a"]), strict=True))
     change = psum(sum(jnp.sum(of_one, classes.axis) for of_one in terms), classes.over)
-    return change if dbeta is None else change + dbeta * _by_beta(given.rows)
+    return change if pair.beta is None else change + _times(_by_beta(given.rows), along["beta"])
 
 
-def _cotangent(classes: Classes, given: Given, cotangent: Array) -> Inputs:
-    b, a, scale, beta = _inputs(given.pair)
-    dbeta = None if beta is None else jnp.sum(cotangent * _by_beta(given.rows))
-    cotangent = vary(cotangent, varying((b, a)))
-    z_of_both, inputs, slopes = _linearized(given, cotangent, classes)
-    _, pull = jax.vjp(z_of_both, *inputs)
-    db, da, dscale = pull(tuple(classes.along(cotangent) * slope for slope in slopes))
-    db, da = (d._replace(raw=made_once(d.raw)) for d in (db, da))
-    return db, da, jax.tree.map(same_on_devices, dscale, scale), dbeta
+def _times(slope: Array, tangent: Array) -> Array:
+    """0 where one of the two is: the other may be infinite."""
+    return jnp.where((slope == 0) | (tangent == 0), 0, slope * tangent)
+
+
+def _gradients(classes: Classes, places: Places, given: Given, cotangent: Array) -> Leaves:
+    dbeta = None if given.pair.beta is None else jnp.sum(cotangent * _by_beta(given.rows))
+    cotangent = vary(cotangent, varying((given.pair.b, given.pair.a)))
+    pair, slopes = _linearized(given, cotangent, classes)
+    db, da = (classes.along(cotangent) * slope for slope in slopes)
+    found = gradients_of(_z_of_both, pair, places, {"b": db, "a": da, "beta": dbeta})
+    return jax.tree.map(made_once, found)
+
+
+def _z_of_both(pair: Pair) -> dict[str, Any]:
+    """What the divergence is a function of."""
+    scale = vary(pair.scale, varying((pair.b, pair.a)))
+    return {"b": z_of(pair.b, pair.where, scale), "a": z_of(pair.a, pair.where, scale), "beta": pair.beta}
 
 
 def _by_beta(rows: Rows) -> Array:
@@ -128,26 +128,26 @@ def _by_beta(rows: Rows) -> Array:
     return rows.of_t.divergence - rows.of_p.divergence
 
 
-def _linearized(given: Given, cotangent: Array, classes: Classes) -> tuple[Callable, tuple, tuple[Array, Array]]:
-    """(a function that makes z of both of (b, a, scale), those, the slopes of the divergence by both z)."""
-    (b, a, where, scale, beta, unused), rows = given
+def _linearized(given: Given, cotangent: Array, classes: Classes) -> tuple[Pair, tuple[Array, Array]]:
+    """(the operands as a derivative reads them, the slopes of the divergence by both z)."""
+    pair, rows = given
     bounds = bounds_of(cotangent.dtype)
     rows = rows._replace(of_t=_finite(rows.of_t, cotangent), of_p=_finite(rows.of_p, cotangent))
-    b_raw, a_raw, rows = apart(b.raw, a.raw, rows)
+    b_raw, a_raw, rows = apart(pair.b.raw, pair.a.raw, rows)
     rows = jax.tree.map(classes.along, rows)
-    if unused is not None:
-        b_raw, a_raw = (jnp.where(classes.along(unused), 0, raw) for raw in (b_raw, a_raw))
+    if pair.unused is not None:
+        b_raw, a_raw = (jnp.where(classes.along(pair.unused), 0, raw) for raw in (b_raw, a_raw))
 
-    b, a, here = b._replace(raw=b_raw), a._replace(raw=a_raw), vary(scale, varying((b, a)))
-    z_b, z_a = (rounded(z_of(x, where), rows.shared.b_m) for x in (b, a))
+    pair = pair._replace(b=pair.b._replace(raw=b_raw), a=pair.a._replace(raw=a_raw))
+    scale = vary(pair.scale, varying((pair.b, pair.a)))
+    z_b, z_a = (rounded(z_of(x, pair.where), rows.shared.b_m) for x in (pair.b, pair.a))
     shared, first = rows.shared, classes.first(z_b)
     place = lambda half: classes.is_at(jnp.squeeze(half.top, classes.axis) - first, z_b)  # noqa: E731
     t, p = probabilities(z_b, z_a, scale, shared, shared.b_top, shared.a_top)
-    lowest = lowest_ratio(bounds, beta is not None)
+    lowest = lowest_ratio(bounds, pair.beta is not None)
     r = log_ratio(z_b, z_a, scale, shared, lowest, bounds.log_highest, bounds.lowest)
     at = jax.tree.map(partial(jnp.where, place(rows.of_t)), rows.at_pivot, At(t, p, r))
-    z_of_both = lambda b, a, scale: (z_of(b, where, scale), z_of(a, where, scale))  # noqa: E731
-    return z_of_both, (b, a, here), _slopes(at, rows, beta, place)
+    return pair, _slopes(at, rows, pair.beta, place)
 
 
 def _finite(half: Half | None, cotangent: Array) -> Half | None:

@@ -10,7 +10,7 @@ without a copy.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,8 +62,10 @@ def apart_on_cpu(*arrays: Any) -> tuple:
     return by_platform(apart, lambda *arrays: arrays, *arrays)
 
 
-def made_once(gradient: Any) -> Any:
+def made_once(gradient: Array) -> Array:
     """The same gradient of logits."""
+    if gradient.ndim <= 2:
+        return gradient
     return by_platform(_passes_cpu.made_once, lambda gradient: gradient, gradient)
 
 
@@ -89,8 +91,8 @@ def _class_sums(tokens: Tokens, classes: Classes, asked: Asked) -> tuple[ClassSu
     t = labels.target(tokens, classes, dtype) if isinstance(labels, Dense) else None
     c = uniform(class_weights, adjustment.where, jnp.ones_like(logits, dtype)) if asked.prior else None
     than = (labels.ids, labels.z) if isinstance(labels, Placed) else None
-    asks = {"moment": asked.moment, "one_by_one": asked.beside}
-    found = fold(logits, label, t, c, than, adjustment, classes, **asks)
+    read = Read(logits, adjustment, label, t, c, than)
+    found = fold(read, classes, moment=asked.moment, one_by_one=asked.beside)
     if label is not None:
         own = classes.if_here(partial(_adjusted, found.own, adjustment, classes), label - first, logits)
         found = found._replace(own=of_existing(own, label, tokens, classes))
@@ -116,7 +118,7 @@ def _adjusted(own: Array, adjustment: Adjustment, classes: Classes, ids: Array) 
 
 @once_traced
 def _top_sums(logits: Array, adjustment: Adjustment, classes: Classes) -> Top:
-    found = fold(logits, None, None, None, None, adjustment, classes)
+    found = fold(Read(logits, adjustment), classes)
     return _settled(over_devices(found, classes.over), classes.of_all(logits))
 
 
@@ -128,73 +130,68 @@ def _settled(found: Folded, classes: int) -> Top:
     return Top(m, top, jnp.where(lacking, 0, found.rest) + (m - m))
 
 
-def fold(
-    logits: Array,
-    label: Array | None,
-    t: Array | None,
-    c: Array | None,
-    than: tuple[Array, Array] | None,
-    adjustment: Adjustment,
-    classes: Classes,
-    moment: bool = False,
-    one_by_one: bool = False,
-) -> Folded:
-    """The sums of every token over this device's classes, whose ids are those among the classes of all devices. t and
-    c broadcast to the logits. A row of -inf alone has m = -inf."""
+class Read(NamedTuple):
+    """What one pass over the classes reads; t and c broadcast to the logits. None where nothing asks."""
+
+    logits: Array
+    adjustment: Adjustment
+    label: Array | None = None  # the pivot; None: the largest logit
+    t: Array | None = None
+    c: Array | None = None
+    than: tuple[Array, Array] | None = None  # a class and its z, for how many are above
+
+
+def fold(read: Read, classes: Classes, moment: bool = False, one_by_one: bool = False) -> Folded:
+    """The sums of every token over this device's classes, whose ids are those among the classes of all devices. A row
+    of -inf alone has m = -inf."""
     # Where neighbours cost much more than their read, XLA makes their maxima, or what else is used twice, in another
     # kernel, and reads them again: always of a tanh, of dense labels and of a moment, of more sums from 8 bytes on.
-    plain = adjustment.logit_scale is None and c is None and than is None
-    one_by_one = one_by_one or moment or t is not None or adjustment.softcap is not None
+    plain = read.adjustment.logit_scale is None and read.c is None and read.than is None
+    one_by_one = one_by_one or moment or read.t is not None or read.adjustment.softcap is not None
     load = 1 if one_by_one else LOAD if plain else LOAD // 2
-    f = partial(_fold, classes=classes, moment=moment)
-    return by_neighbours(f, classes.axis, load, logits, label, t, c, than, adjustment)
+    return by_neighbours(partial(_fold, classes=classes, moment=moment), classes.axis, load, read.logits, read)
 
 
-def by_neighbours(f: Callable, axis: int, load: int, x: Array, *operands: Any) -> Any:
-    """f(x, *operands, step, parts): a reduction of `load` bytes of x at a time."""
-    size, step, parts = x.shape[axis], 1, 1
-    if isinstance(size, int) and size >= SHORT and not entries_of(x)[axis]:
-        step = _neighbours(size, load // x.dtype.itemsize)
-        parts = _parts(size // step)
+def by_neighbours(f: Callable, axis: int, load: int, like: Array, *operands: Any) -> Any:
+    """f(*operands, step, parts): a reduction of `load` bytes of arrays like that at a time."""
+    size, step, parts = like.shape[axis], 1, 1
+    if isinstance(size, int) and not entries_of(like)[axis]:
+        if axis < like.ndim - 1 and size > FEW:
+            step = _of_columns(size)
+        elif size >= SHORT:
+            step = _neighbours(size, load // like.dtype.itemsize)
+            parts = _parts(size // step)
     one_by_one, in_parts = partial(f, step=1, parts=1), partial(f, step=step, parts=parts)
     if step == parts == 1:
-        return one_by_one(x, *operands)
-    return lax.platform_dependent(x, *operands, tpu=one_by_one, default=in_parts)
+        return one_by_one(*operands)
+    return lax.platform_dependent(*operands, tpu=one_by_one, default=in_parts)
 
 
-def _fold(
-    logits: Array,
-    label: Array | None,
-    t: Array | None,
-    c: Array | None,
-    than: tuple[Array, Array] | None,
-    adjustment: Adjustment,
-    *,
-    classes: Classes,
-    moment: bool,
-    step: int,
-    parts: int,
-) -> Folded:
+def _fold(read: Read, *, classes: Classes, moment: bool, step: int, parts: int) -> Folded:
     """`step` of a token's classes are summed before the reduction; a row then is `parts` equal parts."""
+    logits, adjustment, _, t, c, _ = read
     axis, size = classes.axis, logits.shape[classes.axis]
-    label, than = jax.tree.map(classes.along, (label, than))
+    label, than = jax.tree.map(classes.along, (read.label, read.than))
+    shape = [-(-size // step) if a == axis else n for a, n in enumerate(logits.shape)]
+    first = lax.broadcasted_iota(jnp.int32, shape, axis) * step
 
     def every(place: int) -> Class:
         take = lambda a: every_of(a, place, step, axis) if a.ndim and a.shape[axis] == size else a  # noqa: E731
         raw, adjusted, *masses = jax.tree.map(take, (logits, adjustment, t, c))
         z = upcast(adjust(raw, adjusted))
+        z = z if size % step == 0 else jnp.where(first < size - place, z, -jnp.inf)
         return Class(z, upcast(raw), *jax.tree.map(lambda a: jnp.broadcast_to(a, z.shape).astype(z.dtype), masses))
 
-    some = [every(place) for place in range(step)]
-    first = lax.broadcasted_iota(jnp.int32, some[0].z.shape, axis) * step + classes.first(logits)
-    each = of_neighbours(some, first, label, than, moment)
+    each = of_neighbours([*map(every, range(step))], first + classes.first(logits), label, than, moment)
     return reduced(combine, each, of_none(each), axis, parts)
 
 
 def every_of(a: Array, first: int, step: int, axis: int) -> Array:
-    """Every `step`-th entry."""
+    """Every `step`-th entry; 0 beyond the last."""
     if step == 1:
         return a
+    if missing := -a.shape[axis] % step:
+        a = jnp.pad(a, [(0, missing if i == axis else 0) for i in range(a.ndim)])
     split = a.reshape(*a.shape[:axis], a.shape[axis] // step, step, *a.shape[axis + 1 :])
     return lax.index_in_dim(split, first, axis + 1, keepdims=False)
 
@@ -209,6 +206,17 @@ SHARDED, DEVICES = 2**13, 32
 def _neighbours(size: int, most: int) -> int:
     fit = [n for n in (4, 2) if n <= most and size % n == 0 and (size < SHARDED or size // n % DEVICES == 0)]
     return fit[0] if fit else 1
+
+
+FEW, COLUMNS = 32, (8, 16)
+"""Classes on another axis than the last: up to so many are reduced as they are, of more so many neighbours are summed
+first. There XLA on a GPU reads what it reduces as it is made for one or two sums; for more it writes that out (bfloat16
+8 x 150 x 256 x 256 for an H200: of integer labels 7 times the logits are moved, with 15 neighbours 1.1)."""
+
+
+def _of_columns(size: int) -> int:
+    fewest, most = COLUMNS
+    return next((step for step in range(most, fewest, -1) if size % step == 0), fewest)
 
 
 def _parts(size: int) -> int:

@@ -58,8 +58,8 @@ class How(NamedTuple):
 
 def linear_map(f: Map, transposed: Map, given: PyTree, inputs: PyTree, output: PyTree, v: PyTree) -> PyTree:
     """f(given, v), linear in v: of the types of `output`, as v is of those of `inputs`, of which nothing but their
-    types is used. transposed(given, g) is its transpose; for what of g is known to be 0 stands None. Both have
-    derivatives by `given`."""
+    types is used. transposed(given, g) is its transpose. For an array of g, or then of v, that is known to be 0 stands
+    None. Both have derivatives by `given`."""
     v = jax.tree.map(lambda v, a: vary(v, varying(a)), v, inputs)
     (given, tree), source, target = jax.tree.flatten(given), _side(inputs), _side(output)
     found = _map.bind(*given, *jax.tree.leaves(v), how=How(f, transposed, tree, source, target))
@@ -160,12 +160,13 @@ def moving(primals: PyTree, tangents: PyTree) -> tuple[Leaves, Leaves]:
 
 
 def tangent_of(f: Callable, operands: PyTree, dinputs: Leaves) -> PyTree:
-    """The tangent of f(operands), by that of some leaves."""
+    """The tangent of f(operands), by that of some leaves; None is 0."""
+    dinputs = {i: tangent for i, tangent in dinputs.items() if tangent is not None}
     of_inputs, inputs = _of_leaves(f, operands, dinputs)
     return jax.jvp(of_inputs, (inputs,), (dinputs,))[1]
 
 
-def gradients_of(f: Callable, operands: PyTree, places: Iterable[int], cotangent: dict[str, Array]) -> Leaves:
+def gradients_of(f: Callable, operands: PyTree, places: Iterable[int], cotangent: dict[str, Any]) -> Leaves:
     """The gradients of the leaves at those places, by those results of f(operands), a dict, that there are."""
     of_inputs, inputs = _of_leaves(f, operands, places)
     found, pull = jax.vjp(of_inputs, inputs)

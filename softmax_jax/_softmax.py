@@ -157,7 +157,7 @@ def _around_mean(y: Array, g: Array, axes: Axes) -> Array:
 def _around_top(y: Array, g: Array, axes: Axes) -> Array:
     if y.dtype.itemsize < 4:  # else XLA keeps a float32 copy for the two passes (H200: 11 reads, not 8)
         (y,) = apart(y)
-    of_row = by_neighbours(partial(_mean_around_top, axis=axes[0]), axes[0], 1, y, g)
+    of_row = by_neighbours(partial(_mean_around_top, axis=axes[0]), axes[0], 1, y, y, g)
     c, mean = (jnp.expand_dims(of_row, axes) for of_row in of_row)
     return upcast(y) * ((upcast(g) - c) - mean)
 

@@ -69,6 +69,16 @@ def test_bytes_kernels_and_temporary_memory(device):
 
 
 @pytest.mark.thorough
+def test_classes_on_another_axis_than_the_last():
+    """As images are segmented: 150 classes, beside which numbers a token count."""
+    found = compiled("sizes", "H200")["8 x 150 x 256 x 256 bfloat16, axis 1"]
+    aims = {"integer labels, forward": 1.2, "integer labels, with gradient": 3.3, "log_softmax, gradient": 5.4}
+    for case, most in (aims | {"dense labels, with gradient": 7.0, "log_prob, entropy, correct, rank": 1.4}).items():
+        (_, moved, temporary), _ = found[case]
+        assert moved <= most and temporary <= 0.25, (case, moved, temporary)
+
+
+@pytest.mark.thorough
 def test_a_head_needs_no_more_than_the_product_that_makes_its_logits():
     """Few tokens, one super-chunk of two chunks, several super-chunks."""
     heads = ["1024x4096x32000", "4096x4096x32000", "8192x1024x32000"]
