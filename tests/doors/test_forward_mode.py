@@ -138,6 +138,26 @@ def test_chunk_by_chunk(rng, name):
     assert_close(of_first, sum(jnp.vdot(gradient[name], only[name]) for name in only))
 
 
+OF_TWO = {
+    "dense": lambda z, t: cross_entropy(z, t, z_loss=0.1),
+    "mixture": lambda z, t: kl_divergence(z, teacher_logits=t, beta=0.3),
+    "linear": lambda x, w: linear_cross_entropy(x, w.T, np.arange(5), chunk_size=2),
+}
+
+
+@pytest.mark.parametrize("name", few_of(list(OF_TWO), 2))
+def test_second_derivatives_by_both_operands_of_the_gradient_of_one(rng, name):
+    """Of a gradient by both, of which one alone is used: reverse over reverse, against forward over reverse."""
+    f, (a, b, along) = OF_TWO[name], (jnp.float32(rng.normal(size=(5, 5))) for _ in range(3))
+
+    @jax.jit
+    def both_orders(a, b):
+        of_first = lambda a, b: jnp.vdot(jax.grad(f, (0, 1))(a, b)[0], along)  # noqa: E731
+        return jax.grad(of_first, (0, 1))(a, b), jax.jvp(jax.grad(f, (0, 1)), (a, b), (along, jnp.zeros_like(b)))[1]
+
+    assert_close(*both_orders(a, b))
+
+
 @jax.custom_vjp
 def reverse_only(x):
     return jnp.sin(x)
