@@ -35,7 +35,7 @@ from jax.custom_derivatives import zero_from_primal
 from jax.typing import ArrayLike
 
 from softmax_jax._dtypes import accumulator, is_floating, upcast
-from softmax_jax._linear_map import Leaves, Places, at, linear_map, moving, tangent_of
+from softmax_jax._linear_map import Leaves, Places, at_places, linear_map, moving, tangent_of
 from softmax_jax._product import Product, kept_in
 from softmax_jax._sharding import PyTree, buffer_for, same_on_devices, vary, varying, zeros_as
 
@@ -255,7 +255,8 @@ _sum.defjvp(_sum_jvp, symbolic_zeros=True)
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _sum_and_gradients(f: Callable, super_chunks: int, *operands: PyTree) -> tuple:
-    """A rule of its own, since JAX 0.10 takes those inside out of a loop that it meets in a rule."""
+    """`_pull` of a sum, as a rule of its own: of a loop that stands in another's rule JAX 0.10 forgets the rules
+    inside, and a second derivative fails."""
     return _pull(f, super_chunks, operands, None)
 
 
@@ -276,7 +277,7 @@ def _first(f: Callable, *operands: PyTree) -> Array:
 
 def _sum_back(super_chunks: int, places: Places, given: tuple[Operands, PyTree], cotangent: Array) -> Leaves:
     operands, (dshared, dchunks, of_products) = given
-    return at(places, operands, _gradients(super_chunks, operands, dshared, dchunks, of_products, cotangent))
+    return at_places(places, operands, _gradients(super_chunks, operands, dshared, dchunks, of_products, cotangent))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -316,4 +317,4 @@ def _map_back(
     used = {i: c for i, c in enumerate(cotangents) if c is not None}
     of_used = lambda *of_chunk: {i: result for i, result in enumerate(f(*of_chunk)) if i in used}  # noqa: E731
     _, dshared, dchunks, of_products = _pull(of_used, super_chunks, operands, used)
-    return at(places, operands, _gradients(super_chunks, operands, dshared, dchunks, of_products))
+    return at_places(places, operands, _gradients(super_chunks, operands, dshared, dchunks, of_products))

@@ -78,18 +78,18 @@ def _applied(*operands: Any, how: How) -> list[Any]:
 
 def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, how: How) -> tuple[list[Any], list[Any]]:
     (given, v), (dgiven, dv) = how.split(primals), how.split(tangents)
-    moving = [i for i, tangent in enumerate(dgiven) if type(tangent) is not ad.Zero]
+    some = [i for i, tangent in enumerate(dgiven) if type(tangent) is not ad.Zero]
 
-    def by_given(some):
-        return _applied(*(some.get(i, leaf) for i, leaf in enumerate(given)), *v, how=how)
+    def by_given(inputs):
+        return _applied(*(inputs.get(i, leaf) for i, leaf in enumerate(given)), *v, how=how)
 
     terms = []
     if any(type(tangent) is not ad.Zero for tangent in dv):
         terms.append(_map.bind(*given, *map(ad.instantiate_zeros, dv), how=how))
-    if moving:
-        some, theirs = ({i: of[i] for i in moving} for of in (given, dgiven))
-        terms.append(jax.jvp(by_given, (some,), (theirs,))[1])
-    return _map.bind(*primals, how=how), [sum(some[1:], some[0]) for some in zip(*terms, strict=True)]
+    if some:
+        inputs, dinputs = ({i: of[i] for i in some} for of in (given, dgiven))
+        terms.append(jax.jvp(by_given, (inputs,), (dinputs,))[1])
+    return _map.bind(*primals, how=how), [sum(of_one[1:], of_one[0]) for of_one in zip(*terms, strict=True)]
 
 
 def _transpose(cotangents: Sequence[Any], *operands: Any, how: How) -> Sequence[Any]:
@@ -101,14 +101,17 @@ def _transpose(cotangents: Sequence[Any], *operands: Any, how: How) -> Sequence[
     return [None] * len(given) + of_v
 
 
-def _batched(operands: Sequence[Any], axes: Sequence[int | None], *, how: How) -> tuple[list[Any], list[int]]:
+def _batched(
+    axis: Any, operands: Sequence[Any], axes: Sequence[int | None], *, how: How
+) -> tuple[list[Any], list[int]]:
     (given, v), (given_axes, v_axes) = how.split(operands), how.split(axes)
-    one, axis = next((a, axis) for a, axis in zip(operands, axes, strict=True) if axis is not None)
-    size, entry = one.shape[axis], jax.typeof(one).sharding.spec[axis]
-    v = [_at_front(a, axis, size, entry) for a, axis in zip(v, v_axes, strict=True)]
-    of_all = partial(_of_all, axes=(how.given.unflatten(given_axes), 0))
+    entry = next(jax.typeof(a).sharding.spec[i] for a, i in zip(operands, axes, strict=True) if i is not None)
+    v = [_at_front(a, i, axis.size, entry) for a, i in zip(v, v_axes, strict=True)]
+    of_all = partial(_mapped, (how.given.unflatten(given_axes), 0), axis.name, axis.spmd_name)
     how = how._replace(f=partial(of_all, how.f), transposed=partial(of_all, how.transposed))
-    of_each = jax.make_jaxpr(partial(jax.tree.map, lambda kind: _at_front(kind, None, size, entry)))(how.target.types)
+    of_each = jax.make_jaxpr(partial(jax.tree.map, lambda kind: _at_front(kind, None, axis.size, entry)))(
+        how.target.types
+    )
     source = how.source._replace(types=tuple(map(jax.typeof, v)))
     how = how._replace(source=source, target=how.target._replace(types=tuple(of_each.out_avals)))
     return _map.bind(*given, *v, how=how), [0] * len(how.target.types)
@@ -122,8 +125,8 @@ def _at_front(a: Any, axis: int | None, size: int, entry: Any) -> Array:
     return lax.broadcast_in_dim(a, (size, *a.shape), tuple(range(1, a.ndim + 1)), out_sharding=lies)
 
 
-def _of_all(f: Map, given: PyTree, v: PyTree, axes: Any) -> PyTree:
-    return jax.vmap(f, axes)(given, v)
+def _mapped(axes: Any, name: Any, spmd_name: Any, f: Map, given: PyTree, v: PyTree) -> PyTree:
+    return jax.vmap(f, axes, axis_name=name, spmd_axis_name=spmd_name)(given, v)
 
 
 def _some(f: Map, used: Sequence[bool], given: PyTree, v: PyTree) -> PyTree:
@@ -146,7 +149,7 @@ _map.def_abstract_eval(_types)
 mlir.register_lowering(_map, mlir.lower_fun(_applied, multiple_results=True))
 ad.primitive_jvps[_map] = _jvp
 ad.primitive_transposes[_map] = _transpose
-batching.primitive_batchers[_map] = _batched
+batching.fancy_primitive_batchers[_map] = _batched
 
 
 # For rules of several operands, of which those are linear that have a tangent.
@@ -180,7 +183,7 @@ def _of_leaves(f: Callable, operands: PyTree, places: Iterable[int]) -> tuple[Ca
     return of_leaves, {i: leaves[i] for i in places}
 
 
-def at(places: Places, operands: PyTree, gradients: PyTree) -> Leaves:
+def at_places(places: Places, operands: PyTree, gradients: PyTree) -> Leaves:
     """The gradients of the leaves at those places."""
     leaves = jax.tree.structure(operands).flatten_up_to(gradients)
     return {i: leaves[i] for i in places}

@@ -68,9 +68,9 @@ def check_gradient(class_axes: Names) -> None:
     """That JAX can tell a gradient that all devices share."""
     if not checks_varying(class_axes):
         raise ValueError(
-            f"the gradient over axis_name={class_axes} needs `jax.shard_map(..., check_vma=True)`, its default: "
+            f"the derivative over axis_name={class_axes} needs `jax.shard_map(..., check_vma=True)`, its default: "
             "without it, as under `jax.vmap` and `jax.pmap`, JAX does not tell a cotangent that every device has from "
-            "one that is spread over them: the gradient would be wrong by the number of devices. Take it under that."
+            "one that is spread over them: a gradient would be wrong by the number of devices. Take it under that."
         )
 
 

@@ -48,6 +48,7 @@ from softmax_jax._sums import Asked, ClassSums, Tokens, Top
 
 LABELS = ("own_mass", "rest_mass", "label_sum")
 CONSTANT = ("shift", "above", "ties", "first")
+LOGITS = 0  # their place among the leaves of `Tokens`
 NO_COTANGENTS = ClassSums(None, None, None)  # pyright: ignore[reportArgumentType]
 
 
@@ -182,9 +183,6 @@ def _gradients(classes: Classes, asked: Asked, places: Places, given: Given, cot
     if isinstance(labels, Sparse):
         return _with_few(found, tokens, m, here, classes, asked, cotangents)
     return {i: _fold.made_once(gradient) if i == LOGITS else gradient for i, gradient in found.items()}
-
-
-LOGITS = 0  # their place among the leaves of `Tokens`
 
 
 def _with_few(

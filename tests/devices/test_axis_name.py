@@ -361,5 +361,5 @@ def test_axis_name_outside_of_shard_map():
 def test_forward_mode_needs_check_vma():
     f = lambda z: cross_entropy(z, jnp.zeros(8, int), axis_name="model")  # noqa: E731
     mapped = jax.shard_map(f, mesh=MESH, in_specs=P(None, "model"), out_specs=P(), check_vma=False)
-    with pytest.raises(ValueError, match="the gradient over axis_name=.* needs `jax.shard_map"):
+    with pytest.raises(ValueError, match="the derivative over axis_name=.* needs `jax.shard_map"):
         jax.jvp(mapped, (jnp.zeros((8, 64)),), (jnp.ones((8, 64)),))

@@ -278,3 +278,20 @@ def test_along_logits_of_which_one_is_infinite_in_a_dense_loss():
     along, gradient = jax.jit(lambda z: (jax.jvp(loss, (z,), (np.float32([[1, 0, 0]]),)), jax.grad(loss)(z)))(z)
     assert along[0] == np.inf
     np.testing.assert_allclose(along[1], gradient[0, 0], rtol=1e-6)
+
+
+def test_a_function_of_chunks_that_knows_the_axis_it_is_mapped_over(rng):
+    x, w, dw = (jnp.float32(rng.normal(size=size)) for size in ((3, 6, 4), (4, 5), (4, 5)))
+    labels = rng.integers(0, 5, (3, 6)).astype(np.int32)
+
+    def of_chunk(w, chunk):
+        logits = chunk[0] @ w
+        return cross_entropy(logits - jax.lax.pmean(logits, "v"), chunk[1], reduction="sum")
+
+    def along(total, x, labels):
+        return jax.jvp(lambda w: total(w, x, labels), (w,), (dw,))[1]
+
+    in_chunks = lambda w, x, y: sum_over_chunks(of_chunk, w, (x.reshape(-1, 2, 4), y.reshape(-1, 2)))  # noqa: E731
+    at_once = lambda w, x, y: of_chunk(w, (x, y))  # noqa: E731
+    run = jax.jit(lambda: [jax.vmap(partial(along, f), axis_name="v")(x, labels) for f in (in_chunks, at_once)])
+    assert_close(*run())
