@@ -98,14 +98,9 @@ def _tangent(classes: Classes, given: Given, dinputs: Leaves) -> Array:
     """Σ_v db_v · dz_b,v + da_v · dz_a,v, of all devices' classes."""
     pair, slopes = _linearized(given, jnp.ones_like(given.rows.of_t.divergence), classes)
     along = tangent_of(_z_of_both, pair, dinputs)
-    terms = (_times(slope, dz) for slope, dz in zip(slopes, (along["b"], along["a"]), strict=True))
+    terms = (jnp.where(s == 0, 0, s * dz) for s, dz in zip(slopes, (along["b"], along["a"]), strict=True))
     change = psum(sum(jnp.sum(of_one, classes.axis) for of_one in terms), classes.over)
-    return change if pair.beta is None else change + _times(_by_beta(given.rows), along["beta"])
-
-
-def _times(slope: Array, tangent: Array) -> Array:
-    """0 where one of the two is: the other may be infinite."""
-    return jnp.where((slope == 0) | (tangent == 0), 0, slope * tangent)
+    return change if pair.beta is None else change + along["beta"] * _by_beta(given.rows)
 
 
 def _gradients(classes: Classes, places: Places, given: Given, cotangent: Array) -> Leaves:

@@ -8,7 +8,7 @@ first, which takes one exponential each and little else (`of_neighbours`). On a 
 without a copy.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -204,8 +204,11 @@ SHARDED, DEVICES = 2**13, 32
 
 
 def _neighbours(size: int, most: int) -> int:
-    fit = [n for n in (4, 2) if n <= most and size % n == 0 and (size < SHARDED or size // n % DEVICES == 0)]
-    return fit[0] if fit else 1
+    return next(iter(_that_stay(size, [n for n in (4, 2) if n <= most])), 1)
+
+
+def _that_stay(size: int, steps: Sequence[int]) -> list[int]:
+    return [n for n in steps if size % n == 0 and (size < SHARDED or size // n % DEVICES == 0)]
 
 
 FEW, COLUMNS = 32, (8, 16)
@@ -216,7 +219,10 @@ first. There XLA on a GPU reads what it reduces as it is made for one or two sum
 
 def _of_columns(size: int) -> int:
     fewest, most = COLUMNS
-    return next((step for step in range(most, fewest, -1) if size % step == 0), fewest)
+    steps = _that_stay(size, range(most, 1, -1))
+    if size < SHARDED:
+        steps = [n for n in steps if n >= fewest] or [fewest]
+    return steps[0] if steps else 1
 
 
 def _parts(size: int) -> int:

@@ -103,15 +103,17 @@ def _transpose(cotangents: Sequence[Any], *operands: Any, how: How) -> Sequence[
 
 def _batched(
     axis: Any, operands: Sequence[Any], axes: Sequence[int | None], *, how: How
-) -> tuple[list[Any], list[int]]:
+) -> tuple[list[Any], list[int | None]]:
     (given, v), (given_axes, v_axes) = how.split(operands), how.split(axes)
-    entry = next(jax.typeof(a).sharding.spec[i] for a, i in zip(operands, axes, strict=True) if i is not None)
+    entries = [jax.typeof(a).sharding.spec[i] for a, i in zip(operands, axes, strict=True) if i is not None]
+    if not entries:
+        return _map.bind(*operands, how=how), [None] * len(how.target.types)
+    entry = entries[0]
     v = [_at_front(a, i, axis.size, entry) for a, i in zip(v, v_axes, strict=True)]
     of_all = partial(_mapped, (how.given.unflatten(given_axes), 0), axis.name, axis.spmd_name)
     how = how._replace(f=partial(of_all, how.f), transposed=partial(of_all, how.transposed))
-    of_each = jax.make_jaxpr(partial(jax.tree.map, lambda kind: _at_front(kind, None, axis.size, entry)))(
-        how.target.types
-    )
+    front = lambda types: [_at_front(kind, None, axis.size, entry) for kind in types]  # noqa: E731
+    of_each = jax.make_jaxpr(front)(how.target.types)
     source = how.source._replace(types=tuple(map(jax.typeof, v)))
     how = how._replace(source=source, target=how.target._replace(types=tuple(of_each.out_avals)))
     return _map.bind(*given, *v, how=how), [0] * len(how.target.types)

@@ -57,6 +57,7 @@ def test_every_shape_and_axis(rng, shape_and_axis, dense, reduction):
 
 
 @pytest.mark.diagonal
+@pytest.mark.cpu_compiler  # which adds up the sums in one pass one class after the other
 @pytest.mark.parametrize("dense", few_of([True, False]), ids=["dense", "integer"])
 @pytest.mark.parametrize("shape_and_axis", few_of([((3, 40000), -1), ((65536, 2), 0), ((2, 32771), -1)]), ids=str)
 def test_rows_longer_than_a_block(rng, shape_and_axis, dense):

@@ -89,6 +89,7 @@ def test_rows_that_have_no_loss(device, rng, shape):
     assert all(np.isnan(value)[[0, 1, 3, 4, 5]].all() for value in found[:3])
 
 
+@pytest.mark.cpu_compiler
 @pytest.mark.parametrize("classes", few_of([1_800_000, 2**21]))
 def test_the_top_of_millions_of_classes(rng, classes):
     """Where a class times the ten steps of `top_class` is no float32 any more."""
