@@ -158,6 +158,22 @@ def test_second_derivatives_by_both_operands_of_the_gradient_of_one(rng, name):
     assert_close(*both_orders(a, b))
 
 
+def test_a_direction_along_which_nothing_changes(rng):
+    """Logits and temperature grow alike: a tangent of logits / temperature is 0, and has a derivative all the same."""
+    f = lambda p: kl_divergence(p["a"], teacher_logits=p["b"], temperature=p["temperature"])  # noqa: E731
+    point = {name: jnp.float32(rng.normal(size=(3, 5))) for name in ("a", "b")} | {"temperature": jnp.float32(2)}
+    other = jax.tree.map(lambda a: jnp.float32(rng.normal(size=a.shape)), point)
+
+    @jax.jit
+    def both_orders(point, other):
+        along = lambda p: jax.jvp(f, (p,), (point,))[1]  # noqa: E731
+        by_gradient = jax.jvp(jax.grad(f), (point,), (point,))[1]
+        return jax.jvp(along, (point,), (other,)), sum(jax.tree.leaves(jax.tree.map(jnp.vdot, by_gradient, other)))
+
+    (first, second), want = both_orders(point, other)
+    assert_close((first, second), (jnp.zeros_like(first), want))
+
+
 @jax.custom_vjp
 def reverse_only(x):
     return jnp.sin(x)
