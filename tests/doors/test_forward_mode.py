@@ -13,6 +13,7 @@ from softmax_jax import (
     SparseLabels,
     cross_entropy,
     kl_divergence,
+    label_statistics,
     linear_cross_entropy,
     linear_kl_divergence,
     linear_label_statistics,
@@ -139,13 +140,14 @@ def test_chunk_by_chunk(rng, name):
 
 
 OF_TWO = {
+    "statistics": lambda z, t: jnp.sum(jnp.sin(label_statistics(z + t * t, np.arange(5)).log_prob)),
     "dense": lambda z, t: cross_entropy(z, t, z_loss=0.1),
     "mixture": lambda z, t: kl_divergence(z, teacher_logits=t, beta=0.3),
     "linear": lambda x, w: linear_cross_entropy(x, w.T, np.arange(5), chunk_size=2),
 }
 
 
-@pytest.mark.parametrize("name", few_of(list(OF_TWO), 2))
+@pytest.mark.parametrize("name", few_of(list(OF_TWO), 3))
 def test_second_derivatives_by_both_operands_of_the_gradient_of_one(rng, name):
     """Of a gradient by both, of which one alone is used: reverse over reverse, against forward over reverse."""
     f, (a, b, along) = OF_TWO[name], (jnp.float32(rng.normal(size=(5, 5))) for _ in range(3))

@@ -258,3 +258,8 @@ def test_softmax_of_wide_rows(rng, monkeypatch, dtype):
     dx = jax.jit(lambda x, g: jax.vjp(softmax, x)[1](g)[0])(confident, np.asarray(np.arange(37) == 0, dtype))
     p = np.exp(-20) / (1 + 2 * np.exp(-20))
     np.testing.assert_allclose(np.float64(dx[:3]), [2 * p, -p, -p], rtol=8 * epsilon(dtype))
+
+
+def test_neighbours_on_another_axis_than_the_last():
+    """As many as divide the classes, or 8; of many classes, which may lie over devices, as leave each of 32 its own."""
+    assert [_fold._of_columns(n) for n in (150, 64, 151, 32000, 8193)] == [15, 16, 8, 10, 1]
