@@ -53,7 +53,7 @@ class Sparse(Labels):
         return Sparse(jnp.moveaxis(ids, -1, classes.axis), jnp.moveaxis(probs, -1, classes.axis), others)
 
     def masses(self, tokens, m, pivot, classes):
-        at = few(self, tokens, classes)
+        at = few(tokens, classes)
         z = shifted(at.logits, tokens.adjustment._replace(where=at.where), m, classes.axis)
         mass, *others = sums_of_few(z, self.probs, at, pivot, classes)
         return nan_unless(~jnp.any(jnp.isnan(self.probs), classes.axis), mass), *others
@@ -100,8 +100,9 @@ class Few(NamedTuple):
     class_weights: Array | None
 
 
-def few(labels: Sparse, tokens: Tokens, classes: Classes) -> Few:
-    ids, exists = _ids_here(labels, tokens.adjustment.where, tokens.logits.shape[classes.axis], classes)
+def few(tokens: Tokens, classes: Classes) -> Few:
+    """Of tokens whose labels are `Sparse`."""
+    ids, exists = _ids_here(tokens.labels, tokens.adjustment.where, tokens.logits.shape[classes.axis], classes)
     return Few(ids, classes.at(ids, tokens.logits), exists, weights_of_few(ids, tokens.class_weights, classes))
 
 

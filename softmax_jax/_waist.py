@@ -156,13 +156,20 @@ def _with_labels(sums: ClassSums, tokens: Tokens, m: Array, pivot: Array, classe
     return sums._replace(**dict(zip(LABELS, tokens.labels.masses(tokens, m, pivot, classes), strict=True)))
 
 
+def _as_read(
+    tokens: Tokens, given: Given, classes: Classes, drest: Array | None = None
+) -> tuple[Tokens, Array, Array, Array | None]:
+    """(tokens, m, the pivot among the classes here, drest), as a derivative reads them."""
+    logits, labels, m, drest = apart(tokens.logits, tokens.labels, given.m, drest)
+    tokens, m = _emptied(tokens._replace(logits=logits, labels=labels), m, classes)
+    return tokens, m, given.pivot - classes.first(logits), drest
+
+
 def _tangent(classes: Classes, asked: Asked, given: Given, dinputs: Leaves) -> ClassSums:
     """Of the sums that have a derivative."""
 
     def sums(tokens):
-        logits, labels, m = apart(tokens.logits, tokens.labels, given.m)
-        tokens, m = _emptied(tokens._replace(logits=logits, labels=labels), m, classes)
-        here = given.pivot - classes.first(logits)
+        tokens, m, here, _ = _as_read(tokens, given, classes)
         found = _with_labels(_of_classes(tokens, m, here, classes, asked), tokens, m, here, classes)
         return psum(found._replace(**dict.fromkeys(CONSTANT)), classes.over)
 
@@ -171,16 +178,15 @@ def _tangent(classes: Classes, asked: Asked, given: Given, dinputs: Leaves) -> C
 
 def _gradients(classes: Classes, asked: Asked, places: Places, given: Given, cotangents: ClassSums) -> Leaves:
     cotangents = vary(cotangents, varying(given.tokens.logits))
-    logits, labels, m, drest = apart(given.tokens.logits, given.tokens.labels, given.m, cotangents.rest)
-    tokens, m = _emptied(given.tokens._replace(logits=logits, labels=labels), m, classes)
-    cotangents, here = cotangents._replace(rest=drest), given.pivot - classes.first(logits)
+    tokens, m, here, drest = _as_read(given.tokens, given, classes, cotangents.rest)
+    cotangents, sparse = cotangents._replace(rest=drest), isinstance(tokens.labels, Sparse)
 
     def sums(tokens):
         found = _of_classes(tokens, m, here, classes, asked, cotangents)
-        return found if isinstance(labels, Sparse) else _with_labels(found, tokens, m, here, classes)
+        return found if sparse else _with_labels(found, tokens, m, here, classes)
 
     found = _pulled(sums, tokens, places, cotangents)
-    if isinstance(labels, Sparse):
+    if sparse:
         return _with_few(found, tokens, m, here, classes, asked, cotangents)
     return {i: _fold.made_once(gradient) if i == LOGITS else gradient for i, gradient in found.items()}
 
@@ -196,7 +202,7 @@ def _with_few(
 ) -> Leaves:
     """With what SparseLabels add: the gradient of their few logits as a whole is computed for them alone, and written
     over what all classes have."""
-    at = few(tokens.labels, tokens, classes)
+    at = few(tokens, classes)
 
     def sums(x, tokens):
         c = weights_of_few(at.ids, tokens.class_weights, classes)

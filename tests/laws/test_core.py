@@ -25,7 +25,7 @@ dense_of, number_of = (
     jax.jit(existing_classes, static_argnums=(1, 2, 3)),
 )
 spread = jax.jit(spread_evenly, static_argnums=(3, 4))
-sparse_rest, few_of_shard = jax.jit(sums_of_few, static_argnums=4), jax.jit(few, static_argnums=2)
+sparse_rest, few_of_shard = jax.jit(sums_of_few, static_argnums=4), jax.jit(few, static_argnums=1)
 dense_of_all = jax.jit(dense_sums, static_argnums=3)
 
 
@@ -191,7 +191,7 @@ def test_masses_and_sums_of_dense_and_of_few_labels(rng, weighted):
         here = slice(first, first + size)
         sparse = Sparse(jnp.asarray(ids - first), jnp.asarray(probs))
         shard = Tokens(logits[:, here], sparse, None if c is None else c[:, here], Adjustment(exists[:, here]))
-        found = few_of_shard(sparse, shard, classes)
+        found = few_of_shard(shard, classes)
         total += np.stack(sparse_rest(found.logits - m[:, None], sparse.probs, found, place - first, classes))
     np.testing.assert_allclose(total, want, rtol=1e-6, atol=1e-7)
 
