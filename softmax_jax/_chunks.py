@@ -91,7 +91,9 @@ def _take(chunks: PyTree, index: ArrayLike) -> PyTree:
 
 
 def _put(chunks: PyTree, part: PyTree, index: ArrayLike) -> PyTree:
-    put = lambda a, p: lax.dynamic_update_index_in_dim(a, p.astype(a.dtype), index, 1)  # noqa: E731
+    def put(a, p):
+        return lax.dynamic_update_index_in_dim(a, p.astype(a.dtype), index, 1)
+
     return jax.tree.map(put, chunks, part)
 
 
@@ -126,7 +128,10 @@ def _with_floats(tree: PyTree, floats: list[Array], others: Callable = lambda a:
 
 def _vjp(f: Callable, shared: PyTree, chunk: PyTree, logits: list[Array]) -> tuple[PyTree, Callable]:
     """f of one chunk, and its pullback to the floats of `shared` and `chunk` and to the logits."""
-    of = lambda s, c, logits: f(_with_floats(shared, s), _with_floats(chunk, c), *logits)  # noqa: E731
+
+    def of(s, c, logits):
+        return f(_with_floats(shared, s), _with_floats(chunk, c), *logits)
+
     return jax.vjp(of, _floats(_up(shared)), _floats(_up(chunk)), logits)
 
 
@@ -222,7 +227,10 @@ def _added(sums: tuple[Array, PyTree], of_chunk: tuple[Array, PyTree], index: Ar
 
 def _of_sum(value: tuple[Array, PyTree]) -> PyTree:
     """The cotangent by which f is pulled back: 1 for its scalar, none for what is beside."""
-    none = lambda a: jnp.zeros_like(a) if is_floating(a) else np.zeros(a.shape, jax.dtypes.float0)  # noqa: E731
+
+    def none(a):
+        return jnp.zeros_like(a) if is_floating(a) else np.zeros(a.shape, jax.dtypes.float0)
+
     return jnp.ones_like(value[0]), jax.tree.map(none, value[1])
 
 
@@ -238,7 +246,10 @@ def _along(f: Callable, operands: Operands, dinputs: Leaves, index: ArrayLike) -
 def _sum(f: Callable, super_chunks: int, *operands: PyTree) -> tuple[Array, PyTree]:
     products, _, chunks = operands
     count = _count(products, chunks)
-    of_index = lambda index, sums: _added(sums, _of_index(f, index, *operands), index)  # noqa: E731
+
+    def of_index(index, sums):
+        return _added(sums, _of_index(f, index, *operands), index)
+
     return _loop(of_index, _nothing(_zeros(f, *operands), count), count)
 
 
@@ -315,6 +326,9 @@ def _map_back(
 ) -> Leaves:
     """By those results that have a cotangent."""
     used = {i: c for i, c in enumerate(cotangents) if c is not None}
-    of_used = lambda *of_chunk: {i: result for i, result in enumerate(f(*of_chunk)) if i in used}  # noqa: E731
+
+    def of_used(*of_chunk):
+        return {i: result for i, result in enumerate(f(*of_chunk)) if i in used}
+
     _, dshared, dchunks, of_products = _pull(of_used, super_chunks, operands, used)
     return at_places(places, operands, _gradients(super_chunks, operands, dshared, dchunks, of_products))

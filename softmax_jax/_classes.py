@@ -71,6 +71,11 @@ def classes_last(x: Array, axes: tuple[int, ...]) -> Array:
     return x.transpose(batch + axes).reshape(*(x.shape[a] for a in batch), flat)
 
 
+def in_parts(a: Array, parts: int, axis: int) -> Array:
+    """With the axis as so many equal parts: [.., parts, size, ..]."""
+    return a.reshape(*a.shape[:axis], parts, a.shape[axis] // parts, *a.shape[axis + 1 :])
+
+
 def from_classes_last(y: Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> Array:
     """The same several axes again."""
     there = tuple(a for a in range(len(shape)) if a not in axes) + axes

@@ -62,17 +62,21 @@ def _finite(m: Array) -> Array:
 def _lowered(low: Folded, down: Array) -> Folded:
     """What a set adds to one whose m is higher by -down and which has another pivot."""
     scale, one = jnp.exp(down), 0 if low.top is None else 1
-    weighs = lambda mass: jnp.where(mass == 0, 0, mass * down)  # noqa: E731
     moment = rest_mass = label_sum = prior = None
     if low.moment is not None:
         moment = scale * (low.moment - (low.rest + one) * beyond_exp(down))
     if low.mass is not None:
         rest_mass = low.rest_mass + low.mass
-        label_sum = low.label_sum + weighs(rest_mass)
+        label_sum = low.label_sum + _weighed(rest_mass, down)
     if low.each_mass is not None:
-        prior = low.prior + weighs(low.each_mass)
+        prior = low.prior + _weighed(low.each_mass, down)
     more = {"moment": moment, "rest_mass": rest_mass, "label_sum": label_sum, "prior": prior}
     return low._replace(rest=(low.rest + one) * scale, **more)
+
+
+def _weighed(mass: Array, down: Array) -> Array:
+    """A mass of 0 has none of a term that is infinite."""
+    return jnp.where(mass == 0, 0, mass * down)
 
 
 def _summed(part: Folded) -> Folded:
@@ -98,14 +102,13 @@ def of_neighbours(some: Sequence[Class], first: Array, label: Array | None, than
     m, top = _largest([v.z for v in some])
     down = [v.z - _finite(m) for v in some] if len(some) > 1 else [jnp.zeros_like(m)]
     scale = [jnp.exp(z) for z in down]
-    weighed = lambda masses: _sum(jnp.where(n == 0, 0, n * z) for n, z in zip(masses, down, strict=True))  # noqa: E731
     sums = Folded(m, m)
     if than is not None:
         larger = [(v.z > than[1]) & (first != than[0] - i) for i, v in enumerate(some)]
         sums = sums._replace(above=_sum(more.astype(m.dtype) for more in larger))
     if some[0].c is not None:
         masses = [v.c for v in some]
-        sums = sums._replace(each_mass=_sum(masses), prior=weighed(masses))
+        sums = sums._replace(each_mass=_sum(masses), prior=_sum(map(_weighed, masses, down)))
     if label is not None:
         here = [label - first == i for i in range(len(some))]
         return sums._replace(rest=_without(here, scale), own=_at(here, [v.raw for v in some]))
@@ -113,8 +116,8 @@ def of_neighbours(some: Sequence[Class], first: Array, label: Array | None, than
         sums = sums._replace(moment=_sum(e * -beyond_exp(z) for e, z in zip(scale, down, strict=True)))
     if some[0].t is not None:
         masses, here = [v.t for v in some], [top == i for i in range(len(some))]
-        more = {"mass": _at(here, masses), "rest_mass": _without(here, masses), "label_sum": weighed(masses)}
-        sums = sums._replace(**more)
+        sums = sums._replace(mass=_at(here, masses), rest_mass=_without(here, masses))
+        sums = sums._replace(label_sum=_sum(map(_weighed, masses, down)))
     return sums._replace(rest=_without_largest(scale), top=first + top)
 
 

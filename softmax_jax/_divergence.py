@@ -28,6 +28,7 @@ from softmax_jax._dtypes import nan_unless
 from softmax_jax._fold import made_once
 from softmax_jax._linear_map import Leaves, Places, gradients_of, linear_map, moving, tangent_of
 from softmax_jax._sharding import PyTree, check_gradient, psum, vary, varying
+from softmax_jax._token_loss import without
 
 
 def _value(rows: Rows, beta: Any) -> Array:
@@ -72,9 +73,7 @@ class Given(NamedTuple):
 
 
 def _forward(pair: Pair, classes: Classes) -> tuple[Array, Rows]:
-    rows, unused = rows_of(pair, classes), pair.unused
-    if unused is not None:
-        rows = jax.tree.map(lambda row: jnp.where(unused, jnp.zeros_like(row), row), rows)
+    rows = without(pair.unused, rows_of(pair, classes))
     return _value(rows, pair.beta), rows
 
 
@@ -137,7 +136,10 @@ def _linearized(given: Given, cotangent: Array, classes: Classes) -> tuple[Pair,
     scale = vary(pair.scale, varying((pair.b, pair.a)))
     z_b, z_a = (rounded(z_of(x, pair.where), rows.shared.b_m) for x in (pair.b, pair.a))
     shared, first = rows.shared, classes.first(z_b)
-    place = lambda half: classes.is_at(jnp.squeeze(half.top, classes.axis) - first, z_b)  # noqa: E731
+
+    def place(half):
+        return classes.is_at(jnp.squeeze(half.top, classes.axis) - first, z_b)
+
     t, p = probabilities(z_b, z_a, scale, shared, shared.b_top, shared.a_top)
     lowest = lowest_ratio(bounds, pair.beta is not None)
     r = log_ratio(z_b, z_a, scale, shared, lowest, bounds.log_highest, bounds.lowest)

@@ -64,6 +64,10 @@ def _term(at: At, shares: Shares | None, n: Numbers) -> Array:
     return at.t * (near * near * series + far) + (beyond if shares is None else shares.gamma * beyond)
 
 
+def _moment(at: At, shares: Shares | None, _: Numbers) -> Array:
+    return first_moment(at, shares)
+
+
 @once_traced
 def divergence_sums(
     classes: Classes, pair: Pair, shared: Shared, shares: Shares | None, pivot: Array, top: Array
@@ -91,5 +95,4 @@ def divergence_sums(
 
     n = _numbers_of(shared.b_m.dtype)
     of_ratio = n._replace(near=None, minus_near=None, e_log_highest=None, series=())
-    moments = lambda at, shares, _: first_moment(at, shares)  # noqa: E731
-    return sum_of(_term, n, pivot), sum_of(moments, of_ratio, top)
+    return sum_of(_term, n, pivot), sum_of(_moment, of_ratio, top)

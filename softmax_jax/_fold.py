@@ -19,7 +19,7 @@ from jax import Array, lax
 from softmax_jax import _fold_cpu, _passes_cpu
 from softmax_jax._adjustment import Adjustment, adjust, scaled, shifted
 from softmax_jax._barrier import apart
-from softmax_jax._classes import Classes
+from softmax_jax._classes import Classes, in_parts
 from softmax_jax._combine import Class, Folded, combine, of_neighbours, of_none, over_devices
 from softmax_jax._dtypes import accumulator, upcast
 from softmax_jax._labels import Dense, Placed, of_existing
@@ -161,10 +161,10 @@ def by_neighbours(f: Callable, axis: int, load: int, like: Array, *operands: Any
         elif size >= SHORT:
             step = _neighbours(size, load // like.dtype.itemsize)
             parts = _parts(size // step)
-    one_by_one, in_parts = partial(f, step=1, parts=1), partial(f, step=step, parts=parts)
+    one_by_one, together = partial(f, step=1, parts=1), partial(f, step=step, parts=parts)
     if step == parts == 1:
         return one_by_one(*operands)
-    return lax.platform_dependent(*operands, tpu=one_by_one, default=in_parts)
+    return lax.platform_dependent(*operands, tpu=one_by_one, default=together)
 
 
 def _fold(read: Read, *, classes: Classes, moment: bool, step: int, parts: int) -> Folded:
@@ -176,7 +176,7 @@ def _fold(read: Read, *, classes: Classes, moment: bool, step: int, parts: int) 
     first = lax.broadcasted_iota(jnp.int32, shape, axis) * step
 
     def every(place: int) -> Class:
-        take = lambda a: every_of(a, place, step, axis) if a.ndim and a.shape[axis] == size else a  # noqa: E731
+        take = partial(every_of, first=place, step=step, axis=axis)
         raw, adjusted, *masses = jax.tree.map(take, (logits, adjustment, t, c))
         z = upcast(adjust(raw, adjusted))
         z = z if size % step == 0 else jnp.where(first < size - place, z, -jnp.inf)
@@ -187,13 +187,12 @@ def _fold(read: Read, *, classes: Classes, moment: bool, step: int, parts: int) 
 
 
 def every_of(a: Array, first: int, step: int, axis: int) -> Array:
-    """Every `step`-th entry; 0 beyond the last."""
-    if step == 1:
+    """Every `step`-th entry, 0 beyond the last; what is the same for all, as it is."""
+    if step == 1 or not a.ndim or a.shape[axis] == 1:
         return a
     if missing := -a.shape[axis] % step:
         a = jnp.pad(a, [(0, missing if i == axis else 0) for i in range(a.ndim)])
-    split = a.reshape(*a.shape[:axis], a.shape[axis] // step, step, *a.shape[axis + 1 :])
-    return lax.index_in_dim(split, first, axis + 1, keepdims=False)
+    return lax.index_in_dim(in_parts(a, a.shape[axis] // step, axis), first, axis + 1, keepdims=False)
 
 
 # Classes that are sharded automatically, over how many devices nobody tells, stay where they lie if each device has a
@@ -235,8 +234,10 @@ def reduced(join: Callable, sums: Any, nothing: Any, axis: int, parts: int = 1) 
     """The sums of all entries on `axis`, in one pass."""
     leaves, tree = jax.tree.flatten(sums)
     leaves, init = vary_alike(leaves, jax.tree.leaves(nothing))
-    of_leaves = lambda a, b: tuple(jax.tree.leaves(join(tree.unflatten(a), tree.unflatten(b))))  # noqa: E731
+
+    def of_leaves(a, b):
+        return tuple(jax.tree.leaves(join(tree.unflatten(a), tree.unflatten(b))))
+
     if parts > 1:
-        in_parts = lambda a: a.reshape(*a.shape[:axis], parts, a.shape[axis] // parts, *a.shape[axis + 1 :])  # noqa: E731
-        leaves = lax.reduce(tuple(map(in_parts, leaves)), tuple(init), of_leaves, (axis + 1,))
+        leaves = lax.reduce(tuple(in_parts(a, parts, axis) for a in leaves), tuple(init), of_leaves, (axis + 1,))
     return tree.unflatten(lax.reduce(tuple(leaves), tuple(init), of_leaves, (axis,)))

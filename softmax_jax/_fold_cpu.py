@@ -142,15 +142,12 @@ def dense_sums(tokens: Tokens, m: Array, pivot: Array, classes: Classes) -> Mass
     arrays = labels.values, class_weights, adjustment.where
     rest_mass = sum_over_classes(others, arrays, m, pivot, classes.axis)
     label_sum = 2 * sum_over_classes(of_logits, (logits, *arrays), m, pivot, classes.axis)
-    read = lambda ids: mass_at(ids, *arrays, classes, m.dtype)  # noqa: E731
-    return classes.if_here(read, pivot, logits), rest_mass, label_sum
+    return classes.if_here(partial(mass_at, arrays, classes, m.dtype), pivot, logits), rest_mass, label_sum
 
 
-def mass_at(
-    ids: Array, probs: Array, class_weights: Array | None, where: Array | None, classes: Classes, dtype: DTypeLike
-) -> Array:
-    """t of each token's class."""
-    probs, class_weights, where = jax.tree.map(partial(classes.pick, ids), (probs, class_weights, where))
+def mass_at(arrays: tuple[Array, Array | None, Array | None], classes: Classes, dtype: DTypeLike, ids: Array) -> Array:
+    """t of each token's class, of (probabilities, class weights, `where`)."""
+    probs, class_weights, where = jax.tree.map(partial(classes.pick, ids), arrays)
     return target_of(probs, class_weights, where, dtype)
 
 

@@ -61,7 +61,7 @@ def dealt(
     if weights is None and tokens % chunks:
         weights = jnp.ones(batch, accumulator(dtype))
     where, rows, row_of = _mask_rows(options.where, tuple(batch))
-    deal = lambda tree: jax.tree.map(lambda a: _deal(a.reshape(tokens, *a.shape[len(batch) :]), chunks), tree)  # noqa: E731
+    deal = partial(jax.tree.map, partial(_deal, len(batch), chunks))
     heads = [source for source in (student, target) if source.weight is not None]
     logits, labels = (None if source.weight is not None else source.x for source in (student, target))
     each = deal(Each(logits, labels, weights, row_of))
@@ -177,7 +177,8 @@ def _mask_rows(where: Array | None, batch: tuple[int, ...]) -> tuple[Array | Non
     return None, where.reshape(-1, where.shape[-1]), jnp.broadcast_to(groups, batch)
 
 
-def _deal(a: Array, count: int) -> Array:
-    """[tokens, ...] to [size, count, ...], token t to chunk t % count; padded with zeros where that does not divide."""
+def _deal(batch_axes: int, count: int, a: Array) -> Array:
+    """[*batch, ...] to [size, count, ...], token t to chunk t % count; padded with zeros where that does not divide."""
+    a = a.reshape(math.prod(a.shape[:batch_axes]), *a.shape[batch_axes:])
     a = jnp.pad(a, [(0, -len(a) % count)] + [(0, 0)] * (a.ndim - 1)) if len(a) % count else a
     return a.reshape(len(a) // count, count, *a.shape[1:])

@@ -99,7 +99,7 @@ def kl_divergence(
     kind, teacher = _checks.one_teacher(logits.shape, axis, teacher_probs=teacher_probs, teacher_logits=teacher_logits)
     where = None if where is None else _checks.class_mask("where", where, logits.shape, axis)
     if kind == "probabilities":  # a chunk of tokens has its classes last
-        last = lambda a: jnp.moveaxis(a, axis, -1)  # noqa: E731
+        last = partial(jnp.moveaxis, source=axis, destination=-1)
         teacher = replace(teacher, x=Dense(last(teacher.x.values))) if isinstance(teacher.x, Dense) else teacher
         logits, where, axis = last(logits), None if where is None else last(where), logits.ndim - 1
     numbers = beta, temperature, softcap, teacher_softcap
@@ -233,7 +233,10 @@ def _losses(
     else:
         of_teacher = target.values
     dtype = accumulator(product_dtype(logits.dtype, of_teacher.dtype))
-    wide = lambda a: a if accumulator(a.dtype) == dtype else a.astype(dtype)  # noqa: E731
+
+    def wide(a):
+        return a if accumulator(a.dtype) == dtype else a.astype(dtype)
+
     student = Logits(wide(logits), Adjustment(None, options.logit_scale, options.softcap))
     teacher = Logits(wide(of_teacher), Adjustment(softcap=more.teacher_softcap))
     both, unused = (student, teacher) if reverse else (teacher, student), unused_by(weights)

@@ -12,6 +12,7 @@ Of the targets a loss needs three sums around the pivot a, in which a factor of 
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -85,9 +86,8 @@ class Ids(Labels):
         return vary(self, tuple(name for name in over if name not in classes.over))
 
     def share_of_mean(self, class_weights, classes):
-        read = lambda ids: jnp.take(class_weights.ravel(), ids)  # noqa: E731
         here = self.ids - classes.first(class_weights)
-        return psum(classes.if_here(read, here, class_weights), classes.over)
+        return psum(classes.if_here(partial(jnp.take, class_weights.ravel()), here, class_weights), classes.over)
 
     def masses(self, tokens, m, pivot, classes):
         c = tokens.class_weights

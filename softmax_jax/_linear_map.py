@@ -112,8 +112,8 @@ def _batched(
     v = [_at_front(a, i, axis.size, entry) for a, i in zip(v, v_axes, strict=True)]
     of_all = partial(_mapped, (how.given.unflatten(given_axes), 0), axis.name, axis.spmd_name)
     how = how._replace(f=partial(of_all, how.f), transposed=partial(of_all, how.transposed))
-    front = lambda types: [_at_front(kind, None, axis.size, entry) for kind in types]  # noqa: E731
-    of_each = jax.make_jaxpr(front)(how.target.types)
+    front = partial(_at_front, axis=None, size=axis.size, entry=entry)
+    of_each = jax.make_jaxpr(partial(jax.tree.map, front))(how.target.types)
     source = how.source._replace(types=tuple(map(jax.typeof, v)))
     how = how._replace(source=source, target=how.target._replace(types=tuple(of_each.out_avals)))
     return _map.bind(*given, *v, how=how), [0] * len(how.target.types)
@@ -181,7 +181,10 @@ def gradients_of(f: Callable, operands: PyTree, places: Iterable[int], cotangent
 def _of_leaves(f: Callable, operands: PyTree, places: Iterable[int]) -> tuple[Callable, Leaves]:
     """(f as a function of the leaves at those places, the leaves)."""
     leaves, tree = jax.tree.flatten(operands)
-    of_leaves = lambda some: f(tree.unflatten([some.get(i, leaf) for i, leaf in enumerate(leaves)]))  # noqa: E731
+
+    def of_leaves(some):
+        return f(tree.unflatten([some.get(i, leaf) for i, leaf in enumerate(leaves)]))
+
     return of_leaves, {i: leaves[i] for i in places}
 
 

@@ -93,10 +93,13 @@ def _class_by_class(
     combine: Any, f: Callable, classes: int, arrays: PyTree, rows: PyTree, pivot: Array, axis: int
 ) -> Array:
     def of_class(v):
-        one = lambda a: lax.slice_in_dim(a, v, v + 1, axis=axis) if a.ndim and a.shape[axis] == classes else a  # noqa: E731
-        return f(jax.tree.map(one, arrays), rows, pivot - v, axis)
+        return f(jax.tree.map(partial(_one, v, classes, axis), arrays), rows, pivot - v, axis)
 
     return jnp.squeeze(reduce(combine, map(of_class, range(classes))), axis)
+
+
+def _one(v: int, classes: int, axis: int, array: Array) -> Array:
+    return lax.slice_in_dim(array, v, v + 1, axis=axis) if array.ndim and array.shape[axis] == classes else array
 
 
 def _in_blocks(blocks: int, classes: int, axis: int, array: Array) -> Array:

@@ -64,7 +64,7 @@ class Product:
         return lax.dynamic_update_slice_in_dim(dx, of_chunks, first, 1), dweight + more
 
     def _rows(self, first: ArrayLike, chunks: int) -> Array:
-        some = lambda a: lax.dynamic_slice_in_dim(a, first, chunks, 1)  # noqa: E731
+        some = partial(lax.dynamic_slice_in_dim, start_index=first, slice_size=chunks, axis=1)
         return some(self.x) if self.weights is None else emptied(some(self.x), some(self.weights))
 
 

@@ -154,7 +154,10 @@ def over_devices(f: Callable, mesh: Mesh | AbstractMesh, operands: tuple, specs:
             f"arrays are laid out explicitly over {axes[AxisType.Explicit]} inside a `jax.shard_map` over "
             f"{axes[AxisType.Manual]} alone. Let that one take all axes of the mesh (leave out `axis_names`), or none."
         )
-    put = lambda array, spec: jax.sharding.reshard(array, NamedSharding(mesh, spec))  # noqa: E731
+
+    def put(array, spec):
+        return jax.sharding.reshard(array, NamedSharding(mesh, spec))
+
     # By default all axes that no vmap around has taken; those of the compiler's choice stay the compiler's.
     some: dict[str, Any] = {"axis_names": set(axes[AxisType.Explicit])} if axes[AxisType.Auto] else {}
     on_device = jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=out, **some)

@@ -17,7 +17,7 @@ from softmax_jax._classes import Classes
 from softmax_jax._dtypes import accumulator
 from softmax_jax._labels import Labels, unused_by
 from softmax_jax._masses import existing, existing_classes
-from softmax_jax._sharding import psum
+from softmax_jax._sharding import PyTree, psum
 from softmax_jax._sparse_labels import spread_evenly
 from softmax_jax._sums import Asked, ClassSums, Tokens
 from softmax_jax._waist import class_sums
@@ -139,7 +139,7 @@ def weighted_losses(
     return jnp.where(unused, 0, weights * loss_of(without(unused, sums), evenly, options)), None
 
 
-def without(unused: Array | None, sums: ClassSums) -> ClassSums:
-    """The sums with 0 in rows that are not used. They are taken out before anything is computed of them, so that no
-    NaN of their own comes back."""
-    return sums if unused is None else jax.tree.map(lambda s: jnp.where(unused, 0, s), sums)
+def without(unused: Array | None, numbers: PyTree) -> Any:
+    """A token's numbers, 0 for those that are not used. Sums are taken out before anything is computed of them, so that
+    no NaN of their own comes back."""
+    return numbers if unused is None else jax.tree.map(lambda n: jnp.where(unused, jnp.zeros_like(n), n), numbers)

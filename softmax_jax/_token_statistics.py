@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
@@ -40,7 +39,6 @@ def statistics(
     unused, adjustment = unused_by(weights), Adjustment(options.where, options.logit_scale, options.softcap)
     tokens = Tokens(logits, Placed(labels.ids), None, adjustment, unused)
     sums: Any = class_sums(tokens, classes, Asked(moment=True))
-    used = lambda value: value if unused is None else jnp.where(unused, jnp.zeros_like(value), value)  # noqa: E731
     sums = without(unused, sums)
     nll, spread = negative_log_likelihood(sums.rest, sums.own), log_spread(sums.rest, sums.own)
     log_prob = -loss_of(sums, None, options)
@@ -55,7 +53,7 @@ def statistics(
         jnp.where(valid, sums.above.astype(jnp.int32), -1),
         jnp.where(jnp.isnan(log_normalizer), -1, sums.first.astype(jnp.int32)),
     )
-    return jax.tree.map(used, found), None
+    return without(unused, found), None
 
 
 def losses_and_statistics(

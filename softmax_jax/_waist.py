@@ -28,7 +28,7 @@ that may be none of them, and one psum adds the sums up.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,7 @@ from softmax_jax import _fold
 from softmax_jax._adjustment import Adjustment, beyond_exp, shifted, weighed
 from softmax_jax._barrier import apart
 from softmax_jax._classes import Classes
+from softmax_jax._dtypes import is_floating
 from softmax_jax._fold import rest_of_top
 from softmax_jax._linear_map import Leaves, Places, gradients_of, linear_map, moving, tangent_of
 from softmax_jax._masses import target_of, uniform
@@ -80,18 +81,28 @@ def _written(
     Where the cotangent of a sum of products is known to be 0, a logit in it may be infinite."""
     z = shifted(x, adjustment, m, classes.axis)
     exp_z = jnp.exp(z)
-    at = lambda terms: jnp.sum(jnp.where(at_pivot, terms, 0), classes.axis)  # noqa: E731
-    others = lambda terms: jnp.sum(jnp.where(at_pivot, 0, terms), classes.axis)  # noqa: E731
-    idle = lambda cotangent: cotangent is not None and classes.along(cotangent == 0)  # noqa: E731
+    at, others = (partial(f, at_pivot, classes.axis) for f in (_sum_at, _sum_of_others))
     sums = ClassSums(m, others(exp_z), at(z))
     if asked.moment:
         sums = sums._replace(moment=others(_gap(z)))
     if c is not None:
-        sums = sums._replace(prior=jnp.sum(weighed(c, z, idle(cotangents.prior)), classes.axis))
+        sums = sums._replace(prior=jnp.sum(weighed(c, z, _idle(cotangents.prior, classes)), classes.axis))
     if t is not None:
-        label_sum = others(weighed(t, z, idle(cotangents.label_sum)))
+        label_sum = others(weighed(t, z, _idle(cotangents.label_sum, classes)))
         sums = sums._replace(own_mass=at(t), rest_mass=others(t), label_sum=label_sum)
     return sums
+
+
+def _sum_at(at_pivot: Array, axis: int, terms: Array) -> Array:
+    return jnp.sum(jnp.where(at_pivot, terms, 0), axis)
+
+
+def _sum_of_others(at_pivot: Array, axis: int, terms: Array) -> Array:
+    return jnp.sum(jnp.where(at_pivot, 0, terms), axis)
+
+
+def _idle(cotangent: Array | None, classes: Classes) -> Any:
+    return cotangent is not None and classes.along(cotangent == 0)
 
 
 # The rule: around a given m and pivot, the tangent and the gradient of the sums as they are written. The gradient is
@@ -135,7 +146,10 @@ def _emptied(tokens: Tokens, m: Array, classes: Classes) -> tuple[Tokens, Array]
     if unused is None:
         return tokens, m
     rows = classes.along(unused)
-    empty = lambda a: jnp.where(rows, 0, a) if jnp.issubdtype(a.dtype, jnp.floating) else a  # noqa: E731
+
+    def empty(a):
+        return jnp.where(rows, 0, a) if is_floating(a) else a
+
     logits, labels = jax.tree.map(empty, (tokens.logits, tokens.labels))
     return tokens._replace(logits=logits, labels=labels, unused=None), jnp.where(unused, 0, m)
 
@@ -224,8 +238,12 @@ def _with_few(
 def _pulled(sums: Callable, operands: PyTree, places: Sequence[int], cotangents: ClassSums) -> Leaves:
     """The gradients of the leaves at those places, by the sums that have a cotangent."""
     given = {name: cotangent for name, cotangent in cotangents._asdict().items() if cotangent is not None}
-    of_given = lambda sums: {name: getattr(sums, name) for name in given if getattr(sums, name) is not None}  # noqa: E731
-    return gradients_of(lambda operands: of_given(sums(operands)), operands, places, given)
+
+    def of_given(operands):
+        found = sums(operands)._asdict()
+        return {name: found[name] for name in given if found[name] is not None}
+
+    return gradients_of(of_given, operands, places, given)
 
 
 def class_sums(tokens: Tokens, classes: Classes, asked: Asked) -> ClassSums:
@@ -249,7 +267,10 @@ def top_sums(logits: Array, adjustment: Adjustment, classes: Classes) -> Top:
 def _top_sums_jvp(classes: Classes, primals: tuple[Array, Adjustment], tangents: PyTree):
     sums = top_sums(*primals, classes)
     m, top, _ = lax.stop_gradient(sums)
-    written = lambda operands: rest_of_top(operands[0], operands[1], None, m, top, classes)  # noqa: E731
+
+    def written(operands):
+        return rest_of_top(operands[0], operands[1], None, m, top, classes)
+
     drest = tangent_of(jax.checkpoint(written, prevent_cse=False), primals, moving(primals, tangents)[1])
     return sums, Top(jnp.zeros_like(m), zero_from_primal(top, symbolic_zeros=True), drest)
 
