@@ -77,7 +77,7 @@ def publish(folder: Path, docs: Path) -> dict[str, str]:
 
 
 PAGES = results.ROOT / "README.md", results.ROOT / "docs" / "performance_notes.md"
-DEVICES = ["H200", "H100", "B200", "A100", "TPU v5e", "TPU v6e"]
+DEVICES = ["H200", "H100", "B200", "A100", "TPU v5e", "TPU v5p", "TPU v6e"]
 WITH_HEADS = ["H200", "H100"]
 WITH_SIZES = ["H200", "TPU v6e"]
 SHORT = ["H100", "A100", "TPU v5e", "TPU v6e"]

@@ -1,4 +1,5 @@
-"""The kernels of a program that XLA compiled for a GPU, read off its text: what each moves and computes."""
+"""The kernels of a program that XLA compiled for a GPU, read off its text: what each moves and computes; and what XLA's
+own count of a TPU's has too much."""
 
 import math
 import re
@@ -105,3 +106,17 @@ def operations_of(line: Line, body: list[Line]) -> int:
     summed = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", rest)
     axes = [int(a) for a in summed[1].split(",") if a] if summed else []
     return 2 * math.prod(sizes(shape)) * math.prod(left[a] for a in axes)
+
+
+GATHER = re.compile(r"gather_offload\S* = \(\((\w+\[[\d,]*\]).*?\), \w+\[([\d,]*)\].* custom-call-update\(")
+GRANULE = 32
+"""Bytes that a sparse core reads of the memory at once (a v5p or v6e, `dma_granule_size_bytes` of JAX's `TpuInfo`)."""
+
+
+def overcounted(text: str) -> int:
+    """Bytes that `cost_analysis` of a TPU's program has too much: of a gather that is left to the sparse cores it
+    counts the whole array, twice. They read a granule for each number, from where the array lies."""
+    found = [
+        (size_of(whole), math.prod(int(n) for n in shape.split(",") if n)) for whole, shape in GATHER.findall(text)
+    ]
+    return sum(2 * whole - GRANULE * numbers for whole, numbers in found)
