@@ -25,8 +25,8 @@ from softmax_jax._divergence_terms import (
     z_of,
 )
 from softmax_jax._dtypes import nan_unless
-from softmax_jax._fold import made_once
 from softmax_jax._linear_map import Leaves, Places, gradients_of, linear_map, moving, tangent_of
+from softmax_jax._platform import made_once
 from softmax_jax._sharding import PyTree, check_gradient, psum, vary, varying
 from softmax_jax._token_loss import without
 

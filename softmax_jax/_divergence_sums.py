@@ -9,6 +9,7 @@ from jax import Array, lax
 
 from softmax_jax import _divergence_cpu
 from softmax_jax._adjustment import rounded, scaled, z_at_of_all
+from softmax_jax._class_sums import top_sums
 from softmax_jax._classes import Classes
 from softmax_jax._divergence_terms import (
     At,
@@ -26,11 +27,11 @@ from softmax_jax._divergence_terms import (
     z_of,
 )
 from softmax_jax._dtypes import nan_unless
-from softmax_jax._fold import by_platform, rest_of_scaled
+from softmax_jax._fold import rest_of_scaled
+from softmax_jax._platform import by_platform
 from softmax_jax._sharding import psum, vary, varying
 from softmax_jax._sums import once_traced
 from softmax_jax._token_loss import negative_log_likelihood
-from softmax_jax._waist import top_sums
 
 
 class Top(NamedTuple):

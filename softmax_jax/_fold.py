@@ -1,4 +1,4 @@
-"""The sums of a token in one pass over its classes, and the one place that chooses it.
+"""The sums of a token in one pass over its classes.
 
 On a GPU or TPU one `lax.reduce` reads the logits once, whatever the axis; on the CPU `_fold_cpu` makes the same sums.
 
@@ -16,28 +16,20 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from softmax_jax import _fold_cpu, _passes_cpu
+from softmax_jax import _fold_cpu
 from softmax_jax._adjustment import Adjustment, adjust, scaled, shifted
-from softmax_jax._barrier import apart
 from softmax_jax._classes import Classes, in_parts
 from softmax_jax._combine import Class, Folded, combine, of_neighbours, of_none, over_devices
 from softmax_jax._dtypes import accumulator, upcast
 from softmax_jax._labels import Dense, Placed, of_existing
 from softmax_jax._masses import uniform
+from softmax_jax._platform import by_platform
 from softmax_jax._sharding import entries_of, pmax, psum, vary, vary_alike, varying
 from softmax_jax._sums import Asked, ClassSums, Tokens, Top, once_traced
-
-PLATFORMS = ("cpu",)
-"""Those on which sums are passes of their own."""
 
 LOAD, SHORT, ROW = 8, 128, 2**14
 """Of a GPU: bytes of neighbours that a thread reads at once; the shortest row that is worth it; the longest that XLA
 does not cut into pieces of a few hundred, for each of which a warp joins the sets of its threads."""
-
-
-def by_platform(by_passes: Callable, by_fold: Callable, *operands: Any) -> Any:
-    """The one place at which the ways part."""
-    return lax.platform_dependent(*operands, default=by_fold, **dict.fromkeys(PLATFORMS, by_passes))
 
 
 def class_sums(tokens: Tokens, classes: Classes, asked: Asked) -> tuple[ClassSums, Array]:
@@ -55,23 +47,6 @@ def rest_of_scaled(*operands: Any, classes: Classes) -> Array:
     """`rest_of_top` at a scale, of (logits, adjustment, scale, m, top)."""
     by_passes, written = (partial(f, classes=classes) for f in (_fold_cpu.rest_of_top, rest_of_top))
     return by_platform(by_passes, written, *operands)
-
-
-def apart_on_cpu(*arrays: Any) -> tuple:
-    """The same arrays, which the CPU's compiler does not make together with what comes before."""
-    return by_platform(apart, lambda *arrays: arrays, *arrays)
-
-
-def made_once(gradient: Array) -> Array:
-    """The same gradient of logits."""
-    if gradient.ndim <= 2:
-        return gradient
-    return by_platform(_passes_cpu.made_once, lambda gradient: gradient, gradient)
-
-
-def alone(f: Callable, *operands: Any) -> Any:
-    """f(*operands), a reduction, which the CPU's compiler makes together with nothing else."""
-    return by_platform(partial(_passes_cpu.alone, f), f, *operands)
 
 
 def rest_of_top(

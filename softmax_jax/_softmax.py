@@ -14,14 +14,15 @@ from softmax_jax import _checks
 from softmax_jax._adjustment import Adjustment, adjust, row_shift, shifted
 from softmax_jax._arguments import hinted
 from softmax_jax._barrier import apart
+from softmax_jax._class_sums import top_sums
 from softmax_jax._classes import Classes, classes_last, from_classes_last
 from softmax_jax._dtypes import floating, upcast
-from softmax_jax._fold import alone, apart_on_cpu, by_neighbours, by_platform, reduced
+from softmax_jax._fold import by_neighbours, reduced
 from softmax_jax._linear_map import linear_map
 from softmax_jax._masses import existing
+from softmax_jax._platform import alone, apart_on_cpu, by_platform
 from softmax_jax._sharding import vary_alike
 from softmax_jax._token_loss import negative_log_likelihood
-from softmax_jax._waist import top_sums
 
 Axes = tuple[int, ...]
 Kept = tuple[Array, Array, Array]  # (m, a, nll) of each row

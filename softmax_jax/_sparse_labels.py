@@ -1,6 +1,7 @@
 """Probabilities of a few classes a token: of the logits those are read alone, and there the gradient is written."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,9 +12,11 @@ from softmax_jax._adjustment import shifted, weighed
 from softmax_jax._classes import Classes
 from softmax_jax._dtypes import class_ids, nan_unless
 from softmax_jax._labels import Labels
-from softmax_jax._masses import existing, existing_classes, target_of
+from softmax_jax._linear_map import Leaves
+from softmax_jax._masses import existing, existing_classes, target_of, uniform
 from softmax_jax._sharding import fit, offset, psum
-from softmax_jax._sums import Tokens
+from softmax_jax._sums import LABELS, Tokens
+from softmax_jax._waist import NO_COTANGENTS, Around, pulled, written
 
 
 class SparseLabels(NamedTuple):
@@ -104,6 +107,29 @@ def few(tokens: Tokens, classes: Classes) -> Few:
     """Of tokens whose labels are `Sparse`."""
     ids, exists = _ids_here(tokens.labels, tokens.adjustment.where, tokens.logits.shape[classes.axis], classes)
     return Few(ids, classes.at(ids, tokens.logits), exists, weights_of_few(ids, tokens.class_weights, classes))
+
+
+def with_few(gradients: Leaves, tokens: Tokens, around: Around, logits: int) -> Leaves:
+    """The gradients of all classes with what `Sparse` labels add: that of their few `logits` as a whole is computed for
+    them alone, and written over what all classes have."""
+    m, pivot, classes, asked, cotangents = around
+    at = few(tokens, classes)
+
+    def sums(x, tokens):
+        c = weights_of_few(at.ids, tokens.class_weights, classes)
+        t = target_of(tokens.labels.probs, c, at.where, m.dtype)
+        c = uniform(c, at.where, t) if asked.prior else None
+        adjustment = tokens.adjustment._replace(where=at.where)
+        return written(x, adjustment, t, c, at.ids == classes.along(pivot), around)
+
+    others = [i for i in gradients if i != logits]
+    of_labels = NO_COTANGENTS._replace(**{name: getattr(cotangents, name) for name in LABELS})
+    added = pulled(partial(sums, at.logits), tokens, others, of_labels)
+    found = {**gradients, **{i: gradients[i] + added[i] for i in others}}
+    if logits in gradients:
+        of_logits = pulled(lambda x: sums(x, tokens), at.logits, [0], cotangents)[0]
+        found[logits] = classes.put(at.ids, of_logits, gradients[logits])
+    return found
 
 
 def weights_of_few(ids: Array, class_weights: Array | None, classes: Classes) -> Array | None:

@@ -43,6 +43,9 @@ class ClassSums(NamedTuple):
     first: Array | None = None  # the first class of the largest z
 
 
+LABELS = ("own_mass", "rest_mass", "label_sum")
+
+
 class Asked(NamedTuple):
     """Which sums are made besides those that the labels need. Static."""
 

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 
 from softmax_jax._adjustment import Adjustment, finite
 from softmax_jax._checks import Options
+from softmax_jax._class_sums import class_sums
 from softmax_jax._classes import Classes
 from softmax_jax._dtypes import accumulator
 from softmax_jax._labels import Labels, unused_by
@@ -20,7 +21,6 @@ from softmax_jax._masses import existing, existing_classes
 from softmax_jax._sharding import PyTree, psum
 from softmax_jax._sparse_labels import spread_evenly
 from softmax_jax._sums import Asked, ClassSums, Tokens
-from softmax_jax._waist import class_sums
 
 # With total = rest + exp(own):
 #

@@ -8,11 +8,11 @@ from jaxtyping import Bool, Float, Int
 
 from softmax_jax._adjustment import Adjustment
 from softmax_jax._checks import Options
+from softmax_jax._class_sums import class_sums
 from softmax_jax._classes import Classes
 from softmax_jax._labels import Ids, Placed, unused_by
 from softmax_jax._sums import Asked, Tokens
 from softmax_jax._token_loss import log_spread, loss_of, negative_log_likelihood, weighted_losses, without
-from softmax_jax._waist import class_sums
 
 
 class LabelStatistics(NamedTuple):

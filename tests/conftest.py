@@ -18,7 +18,7 @@ import pytest  # noqa: E402
 from helpers import few_of, unoptimized  # noqa: E402
 from hypothesis import is_hypothesis_test, settings  # noqa: E402
 
-from softmax_jax import _fold  # noqa: E402
+from softmax_jax import _platform  # noqa: E402
 
 for name, examples in {"quick": 2, "thorough": 4, "fuzz": 2400}.items():
     settings.register_profile(name, max_examples=examples, derandomize=True, deadline=None, database=None)
@@ -37,7 +37,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     if config.getoption("--fold"):
-        _fold.PLATFORMS = ()
+        _platform.PLATFORMS = ()
     if not config.getoption("--hypothesis-profile"):
         settings.load_profile("quick" if "not thorough" in config.option.markexpr else "thorough")
 

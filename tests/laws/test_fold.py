@@ -25,6 +25,7 @@ from softmax_jax import (
     _combine,
     _fold,
     _passes_cpu,
+    _platform,
     _softmax,
     cross_entropy,
     kl_divergence,
@@ -42,7 +43,7 @@ pytestmark = pytest.mark.compiled
 def folded(monkeypatch):
     """JAX keeps programs by the function alone, which does not tell the side: it forgets them before and after."""
     jax.clear_caches()
-    monkeypatch.setattr(_fold, "PLATFORMS", ())
+    monkeypatch.setattr(_platform, "PLATFORMS", ())
     monkeypatch.setattr(_fold, "SHORT", 0)
     monkeypatch.setattr(_fold, "FEW", 0)
     monkeypatch.setattr(_fold, "COLUMNS", (2, 4))
@@ -159,7 +160,7 @@ def test_both_sides_agree(rng, name, monkeypatch):
 
     passes = jax.jit(all_of)(z)
     jax.clear_caches()
-    monkeypatch.setattr(_fold, "PLATFORMS", ())
+    monkeypatch.setattr(_platform, "PLATFORMS", ())
     monkeypatch.setattr(_fold, "SHORT", 0)
     one_pass = jax.jit(all_of)(z)
     jax.clear_caches()
@@ -200,7 +201,7 @@ def test_automatically_sharded_classes_stay_where_they_lie(monkeypatch, kind):
 @pytest.mark.parametrize("classes", [24, 1024])
 def test_softmax_of_explicitly_sharded_classes(rng, monkeypatch, side, classes):
     jax.clear_caches()
-    monkeypatch.setattr(_fold, "PLATFORMS", () if side == "folded" else ("cpu",))
+    monkeypatch.setattr(_platform, "PLATFORMS", () if side == "folded" else ("cpu",))
     monkeypatch.setattr(_fold, "SHORT", 0)
     for module, name in ((_passes_cpu, "BLOCK"), (_fold, "ROW"), (_softmax, "KERNEL")):
         monkeypatch.setattr(module, name, 64)
