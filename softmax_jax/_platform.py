@@ -17,9 +17,10 @@ PLATFORMS = ("cpu",)
 """Those on which sums are passes of their own."""
 
 
-def by_platform(by_passes: Callable, by_fold: Callable, *operands: Any) -> Any:
-    """Both are traced, one is compiled."""
-    return lax.platform_dependent(*operands, default=by_fold, **dict.fromkeys(PLATFORMS, by_passes))
+def by_platform(by_passes: Callable, by_fold: Callable, *operands: Any, one_kernel: bool = False) -> Any:
+    """Both are traced, one is compiled. `one_kernel`: XLA on a GPU makes one of all passes, so they are taken there."""
+    platforms = (*PLATFORMS, "cuda", "rocm") if one_kernel else PLATFORMS
+    return lax.platform_dependent(*operands, default=by_fold, **dict.fromkeys(platforms, by_passes))
 
 
 def apart_on_cpu(*arrays: Any) -> tuple:

@@ -1,5 +1,6 @@
 """softmax and log_softmax, each with its full Jacobian-vector product as a rule."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -107,9 +108,12 @@ KERNEL = 2**14
 """Entries of a row, up to which XLA makes one kernel of softmax on a GPU."""
 
 
-def _is_wide(x: Array, axes: Axes) -> bool:
-    """Whether XLA on a GPU reads a row once for each of its sums; several axes it may always."""
-    return len(axes) == 1 and isinstance(x.shape[axes[0]], int) and x.shape[axes[0]] > KERNEL
+def _by_width(plain: Callable, by_fold: Callable, axes: Axes, *operands: Array) -> Any:
+    """Longer rows XLA on a GPU reads once for each of their sums, on a TPU all."""
+    size = operands[0].shape[axes[0]] if len(axes) == 1 else 0
+    if not isinstance(size, int) or size == 0:
+        return plain(*operands)
+    return by_platform(plain, by_fold, *operands, one_kernel=size <= KERNEL)
 
 
 def _softmax_value(x: Array, where: Array | None, axes: Axes) -> Array:
@@ -126,7 +130,7 @@ def _softmax_value(x: Array, where: Array | None, axes: Axes) -> Array:
         total = jnp.where(top < x.shape[axes[0]], own + rest, rest)
         return jnp.exp(shifted(x, masked, m, axes)), jnp.expand_dims(total, axes)
 
-    e, total = by_platform(plain, by_fold, x) if _is_wide(x, axes) else plain(x)
+    e, total = _by_width(plain, by_fold, axes, x)
     if where is not None:
         total = jnp.where(jnp.any(where, axes, keepdims=True), total, 1)
     y = e / total
@@ -167,7 +171,7 @@ def _around_top(y: Array, g: Array, axes: Axes) -> Array:
 def _sloped(y: Array, g: Array, axes: Axes) -> Array:
     """J g, of which the two ways have one derivative, that of the first."""
     around_mean, around_top = (partial(f, axes=axes) for f in (_around_mean, _around_top))
-    return by_platform(around_mean, around_top, y, g) if _is_wide(y, axes) else around_mean(y, g)
+    return _by_width(around_mean, around_top, axes, y, g)
 
 
 @_sloped.defjvp
