@@ -17,15 +17,20 @@ PLATFORMS = ("cpu",)
 """Those on which sums are passes of their own."""
 
 
-def by_platform(by_passes: Callable, by_fold: Callable, *operands: Any, one_kernel: bool = False) -> Any:
-    """Both are traced, one is compiled. `one_kernel`: XLA on a GPU makes one of all passes, so they are taken there."""
-    platforms = (*PLATFORMS, "cuda", "rocm") if one_kernel else PLATFORMS
+def by_platform(by_passes: Callable, by_fold: Callable, *operands: Any, gpu: bool = True) -> Any:
+    """Both are traced, one is compiled: the fold on a GPU only where that is said to gain by it."""
+    platforms = PLATFORMS if gpu else (*PLATFORMS, "cuda", "rocm")
     return lax.platform_dependent(*operands, default=by_fold, **dict.fromkeys(platforms, by_passes))
 
 
 def apart_on_cpu(*arrays: Any) -> tuple:
     """The same arrays, which the CPU's compiler does not make together with what comes before."""
     return by_platform(apart, lambda *arrays: arrays, *arrays)
+
+
+def apart_but_on_tpu(*arrays: Any) -> tuple:
+    """The same arrays as they are kept, not as they were before they were cast to what is kept."""
+    return lax.platform_dependent(*arrays, tpu=lambda *arrays: arrays, default=apart)
 
 
 def made_once(gradient: Array) -> Array:

@@ -1,6 +1,5 @@
 """softmax and log_softmax, each with its full Jacobian-vector product as a rule."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,10 +17,10 @@ from softmax_jax._barrier import apart
 from softmax_jax._class_sums import top_sums
 from softmax_jax._classes import Classes, classes_last, from_classes_last
 from softmax_jax._dtypes import floating, upcast
-from softmax_jax._fold import by_neighbours, reduced
+from softmax_jax._fold import SHORT, by_neighbours, reduced
 from softmax_jax._linear_map import linear_map
 from softmax_jax._masses import existing
-from softmax_jax._platform import alone, apart_on_cpu, by_platform
+from softmax_jax._platform import alone, apart_but_on_tpu, apart_on_cpu, by_platform
 from softmax_jax._sharding import vary_alike
 from softmax_jax._token_loss import negative_log_likelihood
 
@@ -105,15 +104,13 @@ def _operands(x: ArrayLike, axis: int | Axes | None, where: ArrayLike | None) ->
 # second difference loses a rounding of that alone.
 
 KERNEL = 2**14
-"""Entries of a row, up to which XLA makes one kernel of softmax on a GPU."""
+"""Entries of a row, up to which XLA makes one kernel of a softmax on a GPU."""
 
 
-def _by_width(plain: Callable, by_fold: Callable, axes: Axes, *operands: Array) -> Any:
-    """Longer rows XLA on a GPU reads once for each of their sums, on a TPU all."""
-    size = operands[0].shape[axes[0]] if len(axes) == 1 else 0
-    if not isinstance(size, int) or size == 0:
-        return plain(*operands)
-    return by_platform(plain, by_fold, *operands, one_kernel=size <= KERNEL)
+def _size(x: Array, axes: Axes) -> int:
+    """Of the rows, 0 where a fold is not for them."""
+    size = x.shape[axes[0]] if len(axes) == 1 else 0
+    return size if isinstance(size, int) else 0
 
 
 def _softmax_value(x: Array, where: Array | None, axes: Axes) -> Array:
@@ -130,7 +127,8 @@ def _softmax_value(x: Array, where: Array | None, axes: Axes) -> Array:
         total = jnp.where(top < x.shape[axes[0]], own + rest, rest)
         return jnp.exp(shifted(x, masked, m, axes)), jnp.expand_dims(total, axes)
 
-    e, total = _by_width(plain, by_fold, axes, x)
+    size = _size(x, axes)
+    e, total = plain(x) if size < SHORT else by_platform(plain, by_fold, x, gpu=size > KERNEL)
     if where is not None:
         total = jnp.where(jnp.any(where, axes, keepdims=True), total, 1)
     y = e / total
@@ -160,8 +158,8 @@ def _around_mean(y: Array, g: Array, axes: Axes) -> Array:
 
 
 def _around_top(y: Array, g: Array, axes: Axes) -> Array:
-    if y.dtype.itemsize < 4:  # else XLA keeps a float32 copy for the two passes (H200: 11 reads, not 8)
-        (y,) = apart(y)
+    if y.dtype.itemsize < 4:  # else XLA on a GPU keeps a float32 copy for the two passes (H200: 11 reads, not 8)
+        (y,) = apart_but_on_tpu(y)
     of_row = by_neighbours(partial(_mean_around_top, axis=axes[0]), axes[0], 1, y, y, g)
     c, mean = (jnp.expand_dims(of_row, axes) for of_row in of_row)
     return upcast(y) * ((upcast(g) - c) - mean)
@@ -171,7 +169,9 @@ def _around_top(y: Array, g: Array, axes: Axes) -> Array:
 def _sloped(y: Array, g: Array, axes: Axes) -> Array:
     """J g, of which the two ways have one derivative, that of the first."""
     around_mean, around_top = (partial(f, axes=axes) for f in (_around_mean, _around_top))
-    return _by_width(around_mean, around_top, axes, y, g)
+    if not _size(y, axes):
+        return around_mean(y, g)
+    return by_platform(around_mean, around_top, y, g, gpu=axes[0] == y.ndim - 1)  # columns XLA writes out there
 
 
 @_sloped.defjvp
