@@ -110,10 +110,11 @@ def compiled() -> dict[str, str]:
     moved = lambda pair: " / ".join("-" if cost is None else f"{cost[1]:.1f}" for cost in pair)  # noqa: E731
     need = lambda costs: " / ".join(f"{mib:.0f}" for mib, _ in costs)  # noqa: E731
     take = lambda costs: " / ".join(f"{ms:.3g}" for _, ms in costs)  # noqa: E731
-    logits, heads, sizes = (
+    logits, heads, sizes, attention = (
         of_compiled("logits", DEVICES),
         of_compiled("heads", WITH_HEADS),
         of_compiled("sizes", WITH_SIZES),
+        of_compiled("attention", DEVICES),
     )
     rows = lambda cases, devices: [[case, *(moved(logits[d][case]) for d in devices)] for case in cases]  # noqa: E731
     tables = {
@@ -126,6 +127,13 @@ def compiled() -> dict[str, str]:
         for case in logits["H200"]
     ]
     tables["sizes"] = show.table(["", *of_sizes], rows_of_sizes)
+    memory = lambda pair: " / ".join(f"{cost[2]:.1f}" for cost in pair)  # noqa: E731
+    rows_of_attention = [
+        [f"{dtype}, {what}", *(told(of[dtype]) for of in attention.values())]
+        for dtype in ("bfloat16", "float32")
+        for what, told in (("bytes moved", moved), ("temporary memory", memory))
+    ]
+    tables["attention"] = show.table(["", *attention], rows_of_attention)
     header = ["tokens x embed x classes", *(f"{d}, {unit}" for unit in ("MiB", "ms") for d in heads)]
     costs = [[head, *(told(of[head]) for told in (need, take) for of in heads.values())] for head in heads["H200"]]
     return tables | {"heads": show.table(header, costs)}

@@ -177,14 +177,41 @@ def measured(devices: Sequence[str], shape: tuple[int, ...] = SHAPE, dtype: str 
     """{device: {case: (ours, the peer's)}}, each cost as (kernels, bytes moved, temporary bytes), the bytes in units of
     the logits."""
     unit = math.prod(shape) * jnp.dtype(dtype).itemsize
-    ratios = lambda c: None if c is None else (c.kernels, c.moved / unit, c.temporary / unit)  # noqa: E731
     cases = [name for name in CASES if len(shape) == 2 or name != ACCURACY]  # which has the classes last
-    return {d: {name: [ratios(c) for c in both(d, name, shape, dtype)] for name in cases} for d in devices}
+    return {d: {name: [ratios(c, unit) for c in both(d, name, shape, dtype)] for name in cases} for d in devices}
+
+
+def ratios(of: Cost | None, unit: int) -> tuple | None:
+    return None if of is None else (of.kernels, of.moved / unit, of.temporary / unit)
 
 
 def measured_sizes(devices: Sequence[str]) -> dict[str, dict]:
     """{device: {size: {case: (ours, the peer's)}}}"""
     return {d: {size: measured([d], *of_size)[d] for size, of_size in SIZES.items()} for d in devices}
+
+
+# softmax as it is used: what is made of it decides its gradient.
+
+ATTENTION = (128, 1024, 64)  # heads of all examples, tokens, embed
+
+
+def attention(f: Callable) -> Callable:
+    def loss(q, k, v):
+        scores = jnp.einsum("bqd,bkd->bqk", q, k)
+        return jnp.sum(jnp.tanh(jnp.einsum("bqk,bkd->bqd", f(scores), v)).astype(jnp.float32))
+
+    return jax.value_and_grad(loss, (0, 1, 2))
+
+
+def measured_attention(devices: Sequence[str]) -> dict[str, dict]:
+    """{device: {dtype: (ours, that of jax.nn)}}, in units of the scores."""
+    batch, tokens, _ = ATTENTION
+
+    def of(device, dtype):
+        unit, operands = batch * tokens**2 * jnp.dtype(dtype).itemsize, [jax.ShapeDtypeStruct(ATTENTION, dtype)] * 3
+        return [ratios(cost(device, attention(f), operands), unit) for f in (sj.softmax, jax.nn.softmax)]
+
+    return {d: {dtype: of(d, dtype) for dtype in ("bfloat16", "float32")} for d in devices}
 
 
 # The loss of hidden states and a head, with both gradients, beside that of the logits that their product is.
@@ -231,6 +258,11 @@ if __name__ == "__main__":
     part, *asked = sys.argv[1:]
     heads: list[Any] = [tuple(map(int, name.split("x"))) for name in asked if "x" in name]
     devices = [name for name in asked if "x" not in name]
-    parts = {"logits": measured, "sizes": measured_sizes, "heads": partial(measured_heads, heads=heads or HEADS)}
+    parts = {
+        "logits": measured,
+        "sizes": measured_sizes,
+        "attention": measured_attention,
+        "heads": partial(measured_heads, heads=heads or HEADS),
+    }
     found = parts[part](devices)
     json.dump(found, sys.stdout)

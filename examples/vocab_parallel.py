@@ -119,7 +119,10 @@ def main() -> None:
     devices = jax.device_count()
     parts = options.model or next(parts for parts in (4, 2, 1) if devices % parts == 0)
     mesh = jax.make_mesh((devices // parts, parts), ("data", "model"))
-    put = lambda a, spec: jax.make_array_from_callback(a.shape, NamedSharding(mesh, spec), a.__getitem__)  # noqa: E731
+
+    def put(a, spec):
+        return jax.make_array_from_callback(a.shape, NamedSharding(mesh, spec), a.__getitem__)
+
     tokenizer, (training, _) = read_library(options.files, options.vocabulary)
     vocabulary, rng = tokenizer.get_vocab_size(), np.random.default_rng(0)
     starts = rng.integers(len(training) - options.length, size=(options.steps, options.batch, 1))

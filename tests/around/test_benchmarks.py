@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import __main__ as command  # noqa: E402
 from benchmarks import check, grid, results, show  # noqa: E402
 from benchmarks.aims import aims  # noqa: E402
+from benchmarks.kernels import GRANULE, overcounted  # noqa: E402
 from benchmarks.measure import OURS, Pace, Subject, in_turns, ratios  # noqa: E402
 from benchmarks.peers import DENSE, INTEGER, LINEAR, LOG_SOFTMAX, OPTAX, SOFTMAX, jax_peers, torch_peers  # noqa: E402
 from benchmarks.subjects import FORWARD, GRADIENT, of_jax, of_torch  # noqa: E402
@@ -214,3 +215,12 @@ def test_turns_alternate():
 
 def test_ratios_are_taken_turn_by_turn():
     assert ratios([1.0, 2.0, 30.0], [2.0, 4.0, 60.0]) == [0.5, 0.5, 0.5]
+
+
+def test_a_gather_of_sparse_cores_reads_what_it_takes():
+    """Of a TPU's program, a line as it is written there: 8192 numbers of an array that XLA counts twice as a whole."""
+    whole, numbers = "bf16[8192,128256]{1,0:T(8,128)(2,1)}", "bf16[8192]{0:T(1024)(128)(2,1)}"
+    start = f"  %gather_offload_async_start.1.update = (({whole}, s32[8192]{{0:T(1024)}}), {numbers}, (s32[25]{{0}}))"
+    text = f"{start} custom-call-update(%gather_offload_async_start.1, %a.1, %bitcast.10)\n"
+    assert overcounted(text) == 2 * 8192 * 128256 * 2 - 8192 * GRANULE
+    assert overcounted(f"  %fusion = {numbers} fusion({whole} %a.1)\n") == 0
