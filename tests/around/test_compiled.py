@@ -81,11 +81,11 @@ def test_classes_on_another_axis_than_the_last():
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("device", ["H200", "TPU v6e"])
-def test_softmax_in_attention(device):
-    """A gradient of two passes over scores and cotangent, the second of which writes."""
-    for (_, moved, temporary), (_, of_peer, memory_of_peer) in compiled("attention", device).values():
-        assert moved <= (1.1 if device == "H200" else 1.4) * of_peer
+@pytest.mark.parametrize(("device", "most"), [("H200", 14.0), ("TPU v6e", 13.0)])
+def test_softmax_in_attention(device, most):
+    """A gradient of two passes over scores and cotangent, the second of which writes; `jax.nn` moves 9 to 13."""
+    for (_, moved, temporary), (_, _, memory_of_peer) in compiled("attention", device).values():
+        assert moved <= most
         assert temporary <= memory_of_peer
 
 
