@@ -119,4 +119,4 @@ def overcounted(text: str) -> int:
     found = [
         (size_of(whole), math.prod(int(n) for n in shape.split(",") if n)) for whole, shape in GATHER.findall(text)
     ]
-    return sum(2 * whole - GRANULE * numbers for whole, numbers in found)
+    return sum(max(0, 2 * whole - GRANULE * numbers) for whole, numbers in found)

@@ -1,7 +1,7 @@
 """The one place at which the ways of the CPU and of all other platforms part.
 
-What makes the sums is in `_fold` and `_fold_cpu`, `_divergence_sums` and `_divergence_cpu`; here is what the rules of
-their derivatives leave to the platform.
+What makes the sums is in `_fold` and `_fold_cpu`, `_divergence_sums` and `_divergence_cpu`; here is what else is left
+to the platform. (Where GPUs and TPUs part, a `lax.platform_dependent` says so.)
 """
 
 from collections.abc import Callable

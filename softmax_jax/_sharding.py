@@ -154,11 +154,7 @@ def over_devices(f: Callable, mesh: Mesh | AbstractMesh, operands: tuple, specs:
             f"arrays are laid out explicitly over {axes[AxisType.Explicit]} inside a `jax.shard_map` over "
             f"{axes[AxisType.Manual]} alone. Let that one take all axes of the mesh (leave out `axis_names`), or none."
         )
-
-    def put(array, spec):
-        return jax.sharding.reshard(array, NamedSharding(mesh, spec))
-
     # By default all axes that no vmap around has taken; those of the compiler's choice stay the compiler's.
     some: dict[str, Any] = {"axis_names": set(axes[AxisType.Explicit])} if axes[AxisType.Auto] else {}
     on_device = jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=out, **some)
-    return on_device(*jax.tree.map(put, operands, specs))
+    return on_device(*jax.tree.map(lambda a, spec: jax.sharding.reshard(a, NamedSharding(mesh, spec)), operands, specs))

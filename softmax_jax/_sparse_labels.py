@@ -109,9 +109,9 @@ def few(tokens: Tokens, classes: Classes) -> Few:
     return Few(ids, classes.at(ids, tokens.logits), exists, weights_of_few(ids, tokens.class_weights, classes))
 
 
-def with_few(gradients: Leaves, tokens: Tokens, around: Around, logits: int) -> Leaves:
-    """The gradients of all classes with what `Sparse` labels add: that of their few `logits` as a whole is computed for
-    them alone, and written over what all classes have."""
+def with_few(gradients: Leaves, tokens: Tokens, around: Around, place: int) -> Leaves:
+    """The gradients of all classes with what `Sparse` labels add: that of their few logits as a whole is computed for
+    them alone, and written over what all classes have, at that place."""
     m, pivot, classes, asked, cotangents = around
     at = few(tokens, classes)
 
@@ -122,13 +122,13 @@ def with_few(gradients: Leaves, tokens: Tokens, around: Around, logits: int) -> 
         adjustment = tokens.adjustment._replace(where=at.where)
         return written(x, adjustment, t, c, at.ids == classes.along(pivot), around)
 
-    others = [i for i in gradients if i != logits]
+    others = [i for i in gradients if i != place]
     of_labels = NO_COTANGENTS._replace(**{name: getattr(cotangents, name) for name in LABELS})
     added = pulled(partial(sums, at.logits), tokens, others, of_labels)
     found = {**gradients, **{i: gradients[i] + added[i] for i in others}}
-    if logits in gradients:
+    if place in gradients:
         of_logits = pulled(lambda x: sums(x, tokens), at.logits, [0], cotangents)[0]
-        found[logits] = classes.put(at.ids, of_logits, gradients[logits])
+        found[place] = classes.put(at.ids, of_logits, gradients[place])
     return found
 
 

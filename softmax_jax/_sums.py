@@ -44,6 +44,7 @@ class ClassSums(NamedTuple):
 
 
 LABELS = ("own_mass", "rest_mass", "label_sum")
+"""Of them, those that the labels' masses make."""
 
 
 class Asked(NamedTuple):
