@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from softmax_jax._barrier import fenced
+from softmax_jax._classes import in_parts
 from softmax_jax._sharding import entries_of
 
 PyTree = Any
@@ -105,8 +106,7 @@ def _one(v: int, classes: int, axis: int, array: Array) -> Array:
 def _in_blocks(blocks: int, classes: int, axis: int, array: Array) -> Array:
     if not array.ndim:
         return array
-    sizes = (blocks, classes // blocks) if array.shape[axis] == classes else (1, 1)
-    return array.reshape(*array.shape[:axis], *sizes, *array.shape[axis + 1 :])
+    return in_parts(array, blocks if array.shape[axis] == classes else 1, axis)
 
 
 def _first_of_blocks(blocks: int, size: int, ndim: int, axis: int) -> Array:
