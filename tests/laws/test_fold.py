@@ -277,6 +277,29 @@ def test_an_even_row_and_the_cotangent_of_its_label(dtype):
     np.testing.assert_allclose(np.float64(dx[1:]), 1e-3, rtol=error)
 
 
+@pytest.mark.usefixtures("folded")
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: d.__name__)
+def test_softmaxs_gradient_is_as_exact_as_its_cotangent(rng, monkeypatch, dtype):
+    """Against float64, at every margin, of cotangents that have something in common, and one that stands out. Right to
+    roundings of y as it is kept, of each difference's term, and of each cotangent, in which the class of y > 1/2 has no
+    term of its own."""
+    monkeypatch.setattr(_softmax, "SHORT", 1)
+    x = rng.normal(size=(31, 37)) * np.linspace(0, 30, 31)[:, None]
+    g = rng.normal(size=x.shape) + rng.choice([0, 100], (31, 1)) + 1000 * (rng.random(x.shape) < 0.02)
+    x, g = np.asarray(x, dtype), np.asarray(g, dtype)
+    got = np.float64(jax.jit(lambda x, g: jax.vjp(softmax, x)[1](g)[0])(x, g))
+    x, g = np.float64(x), np.float64(g)
+    p, away = reference.softmax(x), g[:, :, None] - g[:, None, :]
+    others, top = np.where(p > 0.5, 0, p), np.where(p > 0.5, g, 0).sum(-1, keepdims=True)
+    of_y = p * np.sum(p[:, None, :] * np.abs(away), -1)
+    of_g = p * np.sum(others * (np.abs(g) + np.abs(top)), -1, keepdims=True)
+    roundings = 4 * epsilon(dtype) * of_y + 4 * epsilon(jnp.float32) * (2 + np.abs(x).max(-1, keepdims=True)) * (
+        of_y + of_g
+    )
+    underflow = float(jnp.finfo(dtype).tiny) * (1 + np.abs(away).max())
+    assert np.all(np.abs(got - p * np.sum(p[:, None, :] * away, -1)) <= roundings + underflow)
+
+
 def test_neighbours_on_another_axis_than_the_last():
     """As many as divide the classes, or 8; of many classes, which may lie over devices, as leave each of 32 its own."""
     assert [_fold._of_columns(n) for n in (150, 64, 151, 32000, 8193)] == [15, 16, 8, 10, 1]
