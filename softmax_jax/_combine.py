@@ -50,11 +50,11 @@ def combine(a: Folded, b: Folded) -> Folded:
     first = a.m > b.m if a.top is None else (a.m > b.m) | ((a.m == b.m) & (a.top < b.top))
     high, low = (jax.tree.map(lambda x, y: jnp.where(first, x, y), *pair) for pair in ((a, b), (b, a)))
     m = jnp.maximum(a.m, b.m)
-    added = jax.tree.map(jnp.add, _summed(high), _summed(_lowered(low, jnp.minimum(a.m, b.m) - _finite(m))))
+    added = jax.tree.map(jnp.add, _summed(high), _summed(_lowered(low, jnp.minimum(a.m, b.m) - finite_max(m))))
     return added._replace(m=m, top=high.top, mass=high.mass)
 
 
-def _finite(m: Array) -> Array:
+def finite_max(m: Array) -> Array:
     """m, so bounded that -inf - m is -inf and not NaN."""
     return jnp.maximum(m, float(jnp.finfo(m.dtype).min))
 
@@ -67,14 +67,14 @@ def _lowered(low: Folded, down: Array) -> Folded:
         moment = scale * (low.moment - (low.rest + one) * beyond_exp(down))
     if low.mass is not None:
         rest_mass = low.rest_mass + low.mass
-        label_sum = low.label_sum + _weighed(rest_mass, down)
+        label_sum = low.label_sum + mass_times(rest_mass, down)
     if low.each_mass is not None:
-        prior = low.prior + _weighed(low.each_mass, down)
+        prior = low.prior + mass_times(low.each_mass, down)
     more = {"moment": moment, "rest_mass": rest_mass, "label_sum": label_sum, "prior": prior}
     return low._replace(rest=(low.rest + one) * scale, **more)
 
 
-def _weighed(mass: Array, down: Array) -> Array:
+def mass_times(mass: Array, down: Array) -> Array:
     """A mass of 0 has none of a term that is infinite."""
     return jnp.where(mass == 0, 0, mass * down)
 
@@ -100,7 +100,7 @@ def of_neighbours(some: Sequence[Class], first: Array, label: Array | None, than
     No comparison of logits is used twice: XLA would keep it, and read the logits again. So `rest` of the top is the sum
     of all but the largest, which is exactly 1."""
     m, top = _largest([v.z for v in some])
-    down = [v.z - _finite(m) for v in some] if len(some) > 1 else [jnp.zeros_like(m)]
+    down = [v.z - finite_max(m) for v in some] if len(some) > 1 else [jnp.zeros_like(m)]
     scale = [jnp.exp(z) for z in down]
     sums = Folded(m, m)
     if than is not None:
@@ -108,7 +108,7 @@ def of_neighbours(some: Sequence[Class], first: Array, label: Array | None, than
         sums = sums._replace(above=_sum(more.astype(m.dtype) for more in larger))
     if some[0].c is not None:
         masses = [v.c for v in some]
-        sums = sums._replace(each_mass=_sum(masses), prior=_sum(map(_weighed, masses, down)))
+        sums = sums._replace(each_mass=_sum(masses), prior=_sum(map(mass_times, masses, down)))
     if label is not None:
         here = [label - first == i for i in range(len(some))]
         return sums._replace(rest=_without(here, scale), own=_at(here, [v.raw for v in some]))
@@ -117,7 +117,7 @@ def of_neighbours(some: Sequence[Class], first: Array, label: Array | None, than
     if some[0].t is not None:
         masses, here = [v.t for v in some], [top == i for i in range(len(some))]
         sums = sums._replace(mass=_at(here, masses), rest_mass=_without(here, masses))
-        sums = sums._replace(label_sum=_sum(map(_weighed, masses, down)))
+        sums = sums._replace(label_sum=_sum(map(mass_times, masses, down)))
     return sums._replace(rest=_without_largest(scale), top=first + top)
 
 

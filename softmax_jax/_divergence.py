@@ -26,7 +26,6 @@ from softmax_jax._divergence_terms import (
 )
 from softmax_jax._dtypes import nan_unless
 from softmax_jax._linear_map import Leaves, Places, gradients_of, linear_map, moving, tangent_of
-from softmax_jax._platform import made_once
 from softmax_jax._sharding import PyTree, check_gradient, psum, vary, varying
 from softmax_jax._token_loss import without
 
@@ -107,8 +106,7 @@ def _gradients(classes: Classes, places: Places, given: Given, cotangent: Array)
     cotangent = vary(cotangent, varying((given.pair.b, given.pair.a)))
     pair, slopes = _linearized(given, cotangent, classes)
     db, da = (classes.along(cotangent) * slope for slope in slopes)
-    found = gradients_of(_z_of_both, pair, places, {"b": db, "a": da, "beta": dbeta})
-    return jax.tree.map(made_once, found)
+    return gradients_of(_z_of_both, pair, places, {"b": db, "a": da, "beta": dbeta})
 
 
 def _z_of_both(pair: Pair) -> dict[str, Any]:

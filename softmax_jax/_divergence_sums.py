@@ -1,15 +1,14 @@
 """The sums of a token for a divergence of two rows of logits, and the other numbers of the token."""
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from softmax_jax import _divergence_cpu
 from softmax_jax._adjustment import rounded, scaled, z_at_of_all
-from softmax_jax._class_sums import top_sums
+from softmax_jax._blocks import sum_over_classes
+from softmax_jax._class_sums import rest_of_top, top_sums
 from softmax_jax._classes import Classes
 from softmax_jax._divergence_terms import (
     At,
@@ -27,10 +26,7 @@ from softmax_jax._divergence_terms import (
     z_of,
 )
 from softmax_jax._dtypes import nan_unless
-from softmax_jax._fold import rest_of_scaled
-from softmax_jax._platform import by_platform
 from softmax_jax._sharding import psum, vary, varying
-from softmax_jax._sums import once_traced
 from softmax_jax._token_loss import negative_log_likelihood
 
 
@@ -47,7 +43,7 @@ def _top(pair: Pair, classes: Classes) -> Top:
     raw, adjustment = pair.b.raw, pair.b.adjustment._replace(where=pair.where)
     m, top, rest = top_sums(raw, adjustment, classes)
     if pair.scale is not None:
-        rest = rest_of_scaled(raw, adjustment, pair.scale, m, top, classes=classes)
+        rest = rest_of_top(raw, adjustment, pair.scale, m, top, classes)
     highest = rounded(z_at_of_all(top, raw, adjustment, classes), m)
     exists = top < classes.of_all(raw)
     own = jnp.where(exists, highest - lax.stop_gradient(highest), 0)  # 0, with the slope that second derivatives need
@@ -76,27 +72,25 @@ def _sums(
     """(Σ_{v≠pivot} t_v ψ(log(m_v/t_v)), Σ_{v≠top} t_v log(m_v/t_v))."""
     raw, first = pair.b.raw, classes.first(pair.b.raw)
     pair = pair._replace(scale=vary(pair.scale, varying(raw)), beta=None, unused=None)
-    by_passes, written = (partial(f, classes) for f in (_divergence_cpu.divergence_sums, _written))
-    return psum(by_platform(by_passes, written, pair, shared, shares, pivot - first, top - first), classes.over)
+    rows = jax.tree.map(classes.along, (shared, pivot - first, top - first))
+    return psum(sum_over_classes(_terms, classes, pair, shares, *rows), classes.over)
 
 
-@once_traced
-def _written(
-    classes: Classes, pair: Pair, shared: Shared, shares: Shares | None, pivot: Array, top: Array
+def _terms(
+    ids: Array, pair: Pair, shares: Shares | None, shared: Shared, pivot: Array, top: Array
 ) -> tuple[Array, Array]:
     """r is 0 where t is: 0 · inf is NaN, in a derivative too."""
-    bounds, shared = bounds_of(shared.b_m.dtype), jax.tree.map(classes.along, shared)
+    bounds = bounds_of(shared.b_m.dtype)
     z_b, z_a = (rounded(z_of(x, pair.where), shared.b_m) for x in (pair.b, pair.a))
     t, p = probabilities(z_b, z_a, pair.scale, shared, shared.b_top, shared.a_top)
     lowest = -jnp.inf if shares is None else lowest_ratio(bounds, True)
     r = log_ratio(z_b, z_a, pair.scale, shared, lowest, bounds.log_highest, bounds.lowest)
 
     def without(place):
-        here = classes.is_at(place, z_b)
+        here = ids == place
         return At(jnp.where(here, 0, t), jnp.where(here, 0, p), jnp.where(here | (t == 0), 0, r))
 
-    terms = term(without(pivot), shares), first_moment(without(top), shares)
-    return jnp.sum(terms[0], classes.axis), jnp.sum(terms[1], classes.axis)
+    return term(without(pivot), shares), first_moment(without(top), shares)
 
 
 class Half(NamedTuple):

@@ -6,9 +6,6 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from softmax_jax._classes import Classes
-from softmax_jax._sharding import count, psum
-
 
 def existing(array: Any, where: Array | None) -> Any:
     """0 for a class that `where` hides, which may hold NaN."""
@@ -25,11 +22,3 @@ def uniform(class_weights: Array | None, where: Array | None, z: Array) -> Array
     """c_v of every class that exists."""
     each = jnp.ones_like(z) if class_weights is None else jnp.broadcast_to(class_weights, z.shape)
     return existing(each, where)
-
-
-def existing_classes(where: Array | None, size: int, classes: Classes, dtype: DTypeLike) -> Array:
-    """K, how many classes of a token exist, on all devices; `size` are here."""
-    if where is None:
-        return jnp.asarray(count(size, classes.over), dtype)
-    width = size if where.shape[classes.axis] == 1 else 1
-    return psum(jnp.sum(where, classes.axis, dtype=dtype) * width, classes.over)

@@ -1,11 +1,12 @@
 """softmax and log_softmax, each with its full Jacobian-vector product as a rule."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.custom_derivatives import zero_from_primal
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Num
@@ -14,13 +15,13 @@ from softmax_jax import _checks
 from softmax_jax._adjustment import Adjustment, adjust, row_shift, shifted
 from softmax_jax._arguments import hinted
 from softmax_jax._barrier import apart
+from softmax_jax._blocks import PLATFORMS
 from softmax_jax._class_sums import top_sums
 from softmax_jax._classes import Classes, classes_last, from_classes_last
 from softmax_jax._dtypes import floating, upcast
 from softmax_jax._fold import SHORT, by_neighbours, reduced
 from softmax_jax._linear_map import linear_map
 from softmax_jax._masses import existing
-from softmax_jax._platform import alone, apart_but_on_tpu, apart_on_cpu, by_platform
 from softmax_jax._sharding import vary_alike
 from softmax_jax._token_loss import negative_log_likelihood
 
@@ -114,12 +115,17 @@ def _size(x: Array, axes: Axes) -> int:
     return size if isinstance(size, int) else 0
 
 
+def _by_platform(plain: Callable, by_fold: Callable, *operands: Any, gpu: bool) -> Any:
+    """The fold where the sums are made in one pass, on a GPU only where that is said to gain by it."""
+    platforms = PLATFORMS if gpu else (*PLATFORMS, "cuda", "rocm")
+    return lax.platform_dependent(*operands, default=by_fold, **dict.fromkeys(platforms, plain))
+
+
 def _softmax_value(x: Array, where: Array | None, axes: Axes) -> Array:
     masked = Adjustment(where=where)
 
     def plain(x):
-        x, m = apart_on_cpu(x, row_shift(adjust(x, masked), axes))
-        e = jnp.exp(shifted(x, masked, m, axes))
+        e = jnp.exp(shifted(x, masked, row_shift(adjust(x, masked), axes), axes))
         return e, jnp.sum(e, axes, keepdims=True)
 
     def by_fold(x):
@@ -129,7 +135,7 @@ def _softmax_value(x: Array, where: Array | None, axes: Axes) -> Array:
         return jnp.exp(shifted(x, masked, m, axes)), jnp.expand_dims(total, axes)
 
     size = _size(x, axes)
-    e, total = plain(x) if not size or size < SHORT else by_platform(plain, by_fold, x, gpu=size > KERNEL)
+    e, total = plain(x) if not size or size < SHORT else _by_platform(plain, by_fold, x, gpu=size > KERNEL)
     if where is not None:
         total = jnp.where(jnp.any(where, axes, keepdims=True), total, 1)
     y = e / total
@@ -160,7 +166,7 @@ def _around_mean(y: Array, g: Array, axes: Axes) -> Array:
 
 def _around_top(y: Array, g: Array, axes: Axes) -> Array:
     if y.dtype.itemsize < 4:  # else XLA on a GPU keeps a float32 copy for the two passes (H200: 11 reads, not 8)
-        (y,) = apart_but_on_tpu(y)
+        y = lax.platform_dependent(y, tpu=lambda y: y, default=lambda y: apart(y)[0])
     of_row = by_neighbours(partial(_mean_around_top, axis=axes[0]), axes[0], 1, y, y, g)
     c, mean = (jnp.expand_dims(of_row, axes) for of_row in of_row)
     return upcast(y) * ((upcast(g) - c) - mean)
@@ -172,7 +178,7 @@ def _sloped(y: Array, g: Array, axes: Axes) -> Array:
     around_mean, around_top = (partial(f, axes=axes) for f in (_around_mean, _around_top))
     if not _size(y, axes):
         return around_mean(y, g)
-    return by_platform(around_mean, around_top, y, g, gpu=axes[0] == y.ndim - 1)  # columns XLA writes out there
+    return _by_platform(around_mean, around_top, y, g, gpu=axes[0] == y.ndim - 1)  # columns XLA writes out there
 
 
 @_sloped.defjvp
@@ -283,7 +289,7 @@ def _log_softmax_tangent(classes: Classes, given: Given, dx: Array) -> Array:
 
 def _log_softmax_cotangent(classes: Classes, given: Given, g: Array) -> Array:
     x, where, _ = given
-    total = alone(lambda g: jnp.sum(existing(upcast(g), where), classes.axis, keepdims=True), g)
+    total = jnp.sum(existing(upcast(g), where), classes.axis, keepdims=True)
     (p, miss), g = _probabilities(classes, *given), existing(upcast(g), where)
     return (g * miss - p * (total - g)).astype(x.dtype)
 

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from softmax_jax._adjustment import shifted, weighed
+from softmax_jax._blocks import existing_classes
 from softmax_jax._classes import Classes
 from softmax_jax._dtypes import class_ids, nan_unless
 from softmax_jax._labels import Labels
 from softmax_jax._linear_map import Leaves
-from softmax_jax._masses import existing, existing_classes, target_of, uniform
+from softmax_jax._masses import existing, target_of, uniform
 from softmax_jax._sharding import fit, offset, psum
 from softmax_jax._sums import LABELS, Tokens
 from softmax_jax._waist import NO_COTANGENTS, Around, pulled, written

@@ -55,6 +55,17 @@ class Asked(NamedTuple):
     beside: bool = False  # statistics of the same logits, whose pass is this one if both take each class by itself
 
 
+class Read(NamedTuple):
+    """What the sums of this device's classes are made of, as it came. None where nothing asks."""
+
+    logits: Array
+    adjustment: Adjustment
+    label: Array | None = None  # the pivot, counted from the first class here; None: the largest logit
+    values: Array | None = None  # dense labels
+    class_weights: Array | None = None
+    than: tuple[Array, Array] | None = None  # a class, counted likewise, and its z, for how many are above
+
+
 class Top(NamedTuple):
     """The sums around the largest z of a token alone."""
 

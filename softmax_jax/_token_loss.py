@@ -12,13 +12,13 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from softmax_jax._adjustment import Adjustment, finite
+from softmax_jax._blocks import existing_classes, mass_of_classes
 from softmax_jax._checks import Options
 from softmax_jax._class_sums import class_sums
 from softmax_jax._classes import Classes
 from softmax_jax._dtypes import accumulator
 from softmax_jax._labels import Labels, unused_by
-from softmax_jax._masses import existing, existing_classes
-from softmax_jax._sharding import PyTree, psum
+from softmax_jax._sharding import PyTree
 from softmax_jax._sparse_labels import spread_evenly
 from softmax_jax._sums import Asked, ClassSums, Tokens
 
@@ -94,7 +94,7 @@ def _evenly(
         return labels, None
     number = mass = existing_classes(where, size, classes, dtype)
     if class_weights is not None:
-        mass = psum(jnp.sum(existing(class_weights, where), classes.axis), classes.over)
+        mass = mass_of_classes(class_weights, where, classes)
     if labels.others is None:
         return labels, _Evenly(number, mass)
     labels, each = spread_evenly(labels, where, number, size, classes)

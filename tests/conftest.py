@@ -1,14 +1,11 @@
 """Strict settings, simulated devices, and the fixtures that every file shares."""
 
 import gc
-import os
 from contextlib import ExitStack, nullcontext
 from importlib.metadata import entry_points
 
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-
-import jax  # noqa: E402
-import jaxtyping  # noqa: E402
+import jax
+import jaxtyping
 
 jaxtyping.install_import_hook("softmax_jax", "beartype.beartype")
 
@@ -18,7 +15,7 @@ import pytest  # noqa: E402
 from helpers import few_of, unoptimized  # noqa: E402
 from hypothesis import is_hypothesis_test, settings  # noqa: E402
 
-from softmax_jax import _platform  # noqa: E402
+from softmax_jax import _blocks  # noqa: E402
 
 for name, examples in {"quick": 2, "thorough": 4, "fuzz": 2400}.items():
     settings.register_profile(name, max_examples=examples, derandomize=True, deadline=None, database=None)
@@ -33,11 +30,15 @@ GPU = bool(entry_points(group="jax_plugins"))
 def pytest_addoption(parser):
     parser.addoption("--full-products", action="store_true", help="every cell of every product of parameters")
     parser.addoption("--fold", action="store_true", help="the sums in one pass also on the CPU, where that is slow")
+    parser.addoption("--block", type=int, help="logits of a block on the CPU: of so few that every loop turns")
+    parser.addoption("--devices", type=int, default=1, help="simulated; of several only the tests that need them run")
 
 
 def pytest_configure(config):
+    jax.config.update("jax_num_cpu_devices", config.getoption("--devices"))
     if config.getoption("--fold"):
-        _platform.PLATFORMS = ()
+        _blocks.PLATFORMS = ()
+    _blocks.BLOCK = config.getoption("--block") or _blocks.BLOCK
     if not config.getoption("--hypothesis-profile"):
         settings.load_profile("quick" if "not thorough" in config.option.markexpr else "thorough")
 
@@ -51,10 +52,16 @@ def pytest_collection_modifyitems(config, items):
     products.select(config, items)
     if config.getoption("--fold"):
         items[:] = [item for item in items if not item.get_closest_marker("cpu_compiler")]
+    several = config.getoption("--devices") > 1
+    items[:] = [item for item in items if _needs_devices(item) == several]
     for item in items:  # properties are in either run, with examples of its own number
         if is_hypothesis_test(getattr(item, "obj", None)) and "not thorough" not in config.option.markexpr:
             item.add_marker("thorough")
     items.sort(key=_optimized)  # each kind of program by itself, see `_optimized_or_not`
+
+
+def _needs_devices(item) -> bool:
+    return "devices" in item.path.parts or item.get_closest_marker("devices") is not None
 
 
 def pytest_collection_finish():

@@ -58,11 +58,16 @@ def has_code(name: str) -> bool:
     return any(language == "python" for language, _ in blocks(PAGES[name].read_text()))
 
 
+def marks_of(name: str) -> list[Any]:
+    of_devices = [pytest.mark.devices] if "host_platform_device_count" in PAGES[name].read_text() else []
+    return of_devices if name in QUICK else [pytest.mark.thorough, *of_devices]
+
+
 @pytest.mark.compiled
 @pytest.mark.nan
 @pytest.mark.parametrize(
     "name",
-    [name if name in QUICK else pytest.param(name, marks=pytest.mark.thorough) for name in PAGES if has_code(name)],
+    [pytest.param(name, marks=marks_of(name)) for name in PAGES if has_code(name)],
 )
 def test_code_of_a_page_runs_as_it_stands(name):
     names_of(name)

@@ -142,7 +142,7 @@ def test_what_the_top_class_learns_does_not_cancel(rng, beta):
 @pytest.mark.optimized
 @pytest.mark.thorough
 @pytest.mark.compiled
-@pytest.mark.parametrize("sharded", few_of([True, False], thorough=0), ids=["8 devices", "alone"])
+@pytest.mark.parametrize("sharded", [pytest.param(True, marks=pytest.mark.devices), False], ids=["8 devices", "alone"])
 @pytest.mark.parametrize("beta", few_of([0.25, 0.0, 1.0], thorough=0))
 def test_every_pair_of_margins_in_linear_form_and_over_devices(rng, beta, sharded):
     """Relative errors of the value and of what the tops learn, of heads whose logits are exact; tokens over two
@@ -514,6 +514,7 @@ def test_linear_memory_is_that_of_chunks_whatever_the_tokens(teacher):
 OF_ONE_DEVICE = {}  # the numbers of the whole, once for each kind of teacher
 
 
+@pytest.mark.devices
 @pytest.mark.thorough
 @pytest.mark.compiled
 @pytest.mark.diagonal
@@ -810,6 +811,7 @@ def by_temperature(teacher, student, beta, temperature, cotangent):
     return want.loss, (db / temperature, da / temperature, -np.sum(db * b + da * a) / temperature)
 
 
+@pytest.mark.devices
 @pytest.mark.diagonal
 @pytest.mark.compiled
 @pytest.mark.parametrize("linear", few_of([True, False]), ids=["states", "logits"])
@@ -842,6 +844,7 @@ def test_a_temperature_of_sharded_classes(rng, beta, how, linear):
         np.testing.assert_allclose(got, grad, rtol=0, atol=PROMISE * np.max(np.abs(grad)))
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("linear", [False, True], ids=["logits", "states"])
 def test_numbers_that_vary_over_devices_over_which_the_logits_do_not(rng, linear):
     """The gradients of all devices' losses are added up: a temperature and a β of each, the same logits."""

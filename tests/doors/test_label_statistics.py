@@ -98,7 +98,7 @@ def test_every_margin_from_minus_100_to_100(rng):
 @pytest.mark.diagonal
 @pytest.mark.optimized
 @pytest.mark.compiled
-@pytest.mark.parametrize("sharded", few_of([False, True]), ids=["alone", "8 devices"])
+@pytest.mark.parametrize("sharded", [False, pytest.param(True, marks=pytest.mark.devices)], ids=["alone", "8 devices"])
 @pytest.mark.parametrize("linear", few_of([True, False]), ids=["linear", "logits"])
 def test_every_margin_in_every_form(rng, linear, sharded):
     """Relative errors of the three, and of the gradients that do not cancel; of heads whose logits are exact; tokens
@@ -253,6 +253,7 @@ def test_nothing_of_logits_size_is_kept_and_only_what_is_used_is_computed():
     assert grad.memory_analysis().temp_size_in_bytes < 0.05 * logits.nbytes
 
 
+@pytest.mark.devices
 @pytest.mark.diagonal
 @pytest.mark.compiled
 @pytest.mark.parametrize("how", few_of(["axis_name", "automatic", "explicit"]))

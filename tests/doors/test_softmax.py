@@ -10,7 +10,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
-from softmax_jax import _platform, _softmax, log_softmax, softmax
+from softmax_jax import _blocks, _softmax, log_softmax, softmax
 
 DOORS = {
     "softmax": (softmax, reference.softmax, jax.nn.softmax),
@@ -200,7 +200,7 @@ def test_forward_mode_is_as_exact(rng, ours, truth, peer):
     top = np.argmax(x, -1)
     from_top = np.abs(np.take_along_axis(away, top[:, None, None], -1)[..., 0]) * (p if ours is softmax else 1)
     condition = np.abs(terms).sum(-1) + from_top * (top[:, None] != np.arange(x.shape[1]))
-    if ours is softmax and not _platform.PLATFORMS:  # in one pass, as if each v had been rounded; the top is no term
+    if ours is softmax and not _blocks.PLATFORMS:  # in one pass, as if each v had been rounded; the top is no term
         a = np.where(p > 0.5, np.float64(v), 0).sum(-1, keepdims=True)
         condition += p * np.sum(np.where(p > 0.5, 0, p) * (np.abs(v) + np.abs(a)), -1, keepdims=True)
     assert_within(tangent, terms.sum(-1), condition * (2 + np.abs(x).max(-1, keepdims=True)), 4)
@@ -214,7 +214,7 @@ def test_both_modes_to_second_order(rng, monkeypatch, side, masked, ours, truth,
     """JAX's own check, against differences in float64; of rows that a GPU takes as wide."""
     if side == "one pass":
         jax.clear_caches()
-        monkeypatch.setattr(_platform, "PLATFORMS", ())
+        monkeypatch.setattr(_blocks, "PLATFORMS", ())
     for name, value in {"KERNEL": 4, "SHORT": 1}.items():
         monkeypatch.setattr(_softmax, name, value)
     where = np.arange(7)[:, None] % 3 != 1 if masked else None
@@ -336,6 +336,7 @@ def test_the_gradient_of_wide_16_bit_rows(rng):
     assert np.all(abs(np.float64(dx) - p * (g - row(p * g))) <= kept)
 
 
+@pytest.mark.devices
 @doors
 def test_a_mask_that_varies_over_devices_over_which_x_does_not(rng, ours, truth, peer):
     """The gradients of all devices are added up."""

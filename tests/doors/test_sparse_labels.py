@@ -213,6 +213,7 @@ def test_nothing_of_logits_size_is_made_for_them(dtype):
 OF_ONE_DEVICE = {}  # the gradients of the whole, once for each form
 
 
+@pytest.mark.devices
 @pytest.mark.thorough
 @pytest.mark.compiled
 @pytest.mark.diagonal
@@ -298,6 +299,7 @@ def test_refuses():
         cross_entropy(logits, SparseLabels(ids, probs), ignore_index=0)
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("how", few_of(["explicit", "shard_map"]))
 def test_one_class_here_and_over_devices(rng, how):
     """The only class of a device is that of each of its k entries."""

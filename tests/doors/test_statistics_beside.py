@@ -104,6 +104,7 @@ def test_the_prediction_is_the_first_of_the_largest_that_exist():
     assert np.isnan(outside.log_prob[0]) and outside.prediction[0] == 7
 
 
+@pytest.mark.devices
 @pytest.mark.thorough
 @pytest.mark.parametrize("kind", few_of(["explicit", "automatic"]))
 def test_over_8_devices(rng, kind):

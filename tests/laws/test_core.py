@@ -7,82 +7,95 @@ import pytest
 import reference
 
 from softmax_jax import _sparse_labels
-from softmax_jax._adjustment import Adjustment, adjust, row_shift, z_at_of_all
+from softmax_jax._adjustment import Adjustment, z_at_of_all
+from softmax_jax._blocks import existing_classes, sums_of_block
 from softmax_jax._classes import Classes
-from softmax_jax._fold_cpu import dense_sums, moment_of_others, sum_of_others, top_class
-from softmax_jax._labels import Dense
-from softmax_jax._masses import existing_classes
 from softmax_jax._sparse_labels import Sparse, few, spread_evenly, sums_of_few
-from softmax_jax._sums import Tokens
+from softmax_jax._sums import Asked, Read, Tokens
 
 INF, NONE = np.inf, Adjustment(None, None, None)
 merged = jax.jit(_sparse_labels.merged, static_argnums=3)
-largest = jax.jit(lambda z, adjustment, axis: row_shift(adjust(z, adjustment), axis), static_argnums=2)
-top = jax.jit(top_class, static_argnums=3)
-sum_others, moment_others = (jax.jit(f, static_argnums=4) for f in (sum_of_others, moment_of_others))
+block = jax.jit(sums_of_block, static_argnames=("axis", "asked"))
 dense_of, number_of = (
     jax.jit(Sparse.probabilities, static_argnums=(2, 3)),
     jax.jit(existing_classes, static_argnums=(1, 2, 3)),
 )
 spread = jax.jit(spread_evenly, static_argnums=(3, 4))
 sparse_rest, few_of_shard = jax.jit(sums_of_few, static_argnums=4), jax.jit(few, static_argnums=1)
-dense_of_all = jax.jit(dense_sums, static_argnums=3)
 
 
-def top_of(z, adjustment=NONE, axis=-1):
-    z = jnp.asarray(z)
-    axis = axis % z.ndim
-    return np.asarray(top(z, largest(z, adjustment, axis), adjustment, Classes(axis)))
+def along(numbers):
+    return jnp.asarray(numbers)[:, None]
 
 
 @pytest.mark.nan
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
-def test_top_class_is_the_last_of_the_largest(dtype):
-    """Also where the largest is 0, or the format's largest or lowest number; none of a row of NaN or -inf."""
+def test_top_class_is_the_first_of_the_largest(dtype):
+    """Also where the largest is 0, or the format's largest or lowest number, and among classes that are there."""
     info = jnp.finfo(dtype)
     big, low, small = float(info.max), float(info.min), max(1e-20, float(info.smallest_subnormal))
     rows = {
-        (1, 3, 3, 2): 2,
-        (0, -1, 0, -2): 2,
+        (1, 3, 3, 2): 1,
+        (0, -1, 0, -2): 0,
         (0, -small, -1, -INF): 0,
         (-5, -3, -4, -9): 1,
         (big, low, 0, -big): 0,
-        (low, -INF, low, -INF): 2,
+        (low, -INF, low, -INF): 0,
         (-INF, 7, -INF, -INF): 1,
-        (-INF, -INF, -INF, -INF): 4,
-        (np.nan, 1, 2, 0): 4,
         (1, 1 + 2 * float(info.eps), 1, 1): 1,
         (-1, -1 - 2 * float(info.eps), -1.5, -2): 0,
-        (100, 101, 101, 100): 2,
+        (100, 101, 101, 100): 1,
     }
-    z, want = np.array(list(rows)).astype(dtype), np.array([*rows.values()])
-    np.testing.assert_array_equal(top_of(z), want)
-    np.testing.assert_array_equal(top_of(z.T, axis=0), want)
-    np.testing.assert_array_equal(top_of(np.tile(z, (100, 1))), np.tile(want, 100))  # class by class
-    where = np.arange(4) != 2
-    np.testing.assert_array_equal(
-        top_of(z, Adjustment(jnp.asarray(where)[None], None, None)), [1, 0, 0, 1, 0, 0, 1, 4, 4, 1, 0, 1]
-    )
+    z, want = jnp.asarray(np.array(list(rows)).astype(dtype)), np.array([*rows.values()])
+    for array, axis in ((z, -1), (z.T, -2)):
+        found = block(Read(array, NONE), axis=axis, asked=Asked())
+        np.testing.assert_array_equal(found.top.ravel(), want)
+        np.testing.assert_array_equal(found.m.ravel(), np.float32(z.max(-1)))
+    where = Adjustment(jnp.arange(4)[None] != 1)
+    hidden = block(Read(z, where), axis=-1, asked=Asked())
+    np.testing.assert_array_equal(hidden.top.ravel(), [2, 0, 0, 2, 0, 0, 0, 0, 0, 2])
 
 
-def test_top_class_where_rounding_leaves_no_maximum(rng):
-    """Of a maximum that another rounding made larger or smaller, one within a few roundings of it."""
-    z = np.float32(100 * rng.normal(size=(50, 33)))
-    m = z.max(-1)
-    for off in (m, np.nextafter(m, np.float32(INF)), np.nextafter(m, np.float32(-INF))):
-        at = np.asarray(top(jnp.asarray(z), jnp.asarray(off), NONE, Classes(1)))
-        assert np.all(m - z[np.arange(50), at] <= 8 * np.spacing(np.abs(m)))
+@pytest.mark.nan
+def test_a_row_that_has_no_sums_says_so():
+    """m is -inf in one of -inf alone, which adds nothing; rest is NaN beside a NaN or +inf, whatever the pivot."""
+    z = jnp.array([[-INF] * 3, [0, np.nan, 1], [1, INF, 0], [np.nan] * 3])
+    for label in (None, along([0, 2, 0, 1]), along([1, 1, 1, 3])):
+        found = block(Read(z, NONE, label), axis=-1, asked=Asked())
+        assert found.m[0] == -INF and found.rest[0] == 0
+        taken = jnp.zeros(3) if label is None or label[0] == 0 else found.own[1:, 0]
+        assert np.all(np.isnan(found.rest[1:, 0] + found.m[1:, 0] - found.m[1:, 0] + taken))
 
 
-def test_sums_of_all_but_the_pivot(rng):
-    """-inf adds nothing to either; the pivot may be any class or none."""
+def test_sums_of_all_but_the_label(rng):
+    """-inf adds nothing; the label may be any class or none, and is no part of the rest; its logit is told as it
+    came."""
     z = np.float32(3 * rng.normal(size=(5, 9)))
-    z[:, 4], pivot, m = -INF, np.int32([0, 8, 4, -1, 9]), z.max(-1)
-    others = np.exp(np.float64(z) - m[:, None]) * (np.arange(9) != pivot[:, None])
-    gap = np.where(np.isinf(z), 0, m[:, None] - np.float64(z))
-    operands = jnp.asarray(z), jnp.asarray(m), jnp.asarray(pivot), NONE, 1
-    np.testing.assert_allclose(sum_others(*operands), others.sum(-1), rtol=1e-6)
-    np.testing.assert_allclose(moment_others(*operands), (others * gap).sum(-1), rtol=1e-6)
+    z[:, 4], label = -INF, np.int32([0, 8, 4, -1, 9])
+    here = np.arange(9) == label[:, None]
+    z[0, 0] = 50  # also the largest
+    others = np.exp(np.float64(z) - z.max(-1, keepdims=True)) * ~here
+    found = block(Read(jnp.asarray(z), Adjustment(softcap=jnp.float32(1e6)), along(label)), axis=-1, asked=Asked())
+    np.testing.assert_allclose(found.rest.ravel(), others.sum(-1), rtol=1e-5)
+    np.testing.assert_array_equal(found.own.ravel(), np.where(here, z, 0).sum(-1))
+
+
+def test_sums_around_the_top(rng):
+    """The entropy's moment, how many are above a class, and what is spread evenly."""
+    z = np.float32(3 * rng.normal(size=(5, 9)))
+    z[:, 4], label = -INF, np.int32([0, 8, 4, 2, 7])
+    z[1, 8], z[2, 3] = z[1].max() + 1, z[2].max()
+    c, own = np.float32(rng.uniform(0.5, 2, 9)), z[np.arange(5), label]
+    c[4], m = 0, z.max(-1, keepdims=True)
+    down, others = np.float64(z) - m, np.arange(9) != np.argmax(z, -1)[:, None]
+    than, asked = (along(label), along(own)), Asked(prior=True, moment=True)
+    found = block(Read(jnp.asarray(z), NONE, class_weights=jnp.asarray(c)[None], than=than), axis=-1, asked=asked)
+    np.testing.assert_allclose(found.rest.ravel(), (np.exp(down) * others).sum(-1), rtol=1e-6)
+    gap = np.where(np.isinf(z), 0, -down)
+    np.testing.assert_allclose(found.moment.ravel(), (np.exp(down) * gap).sum(-1), rtol=1e-6)
+    np.testing.assert_array_equal(found.above.ravel(), (z > own[:, None]).sum(-1))
+    np.testing.assert_allclose(found.prior.ravel(), -(c * gap).sum(-1), rtol=1e-6)
+    np.testing.assert_allclose(found.each_mass.ravel(), np.full(5, c.sum()), rtol=1e-6)
 
 
 def test_z_of_a_class_of_all(rng):
@@ -159,41 +172,38 @@ def test_classes_are_counted_by_a_mask_that_they_share():
 @pytest.mark.nan
 @pytest.mark.parametrize("weighted", [False, True])
 def test_masses_and_sums_of_dense_and_of_few_labels(rng, weighted):
-    """Around any pivot; a target of 0 wins over z = -inf; a hidden class counts nowhere, whatever its
-    label; a shard has its part."""
+    """A target of 0 wins over z = -inf; a hidden class counts nowhere, whatever its label; a shard has its part, around
+    any pivot, and dense labels are summed around the top."""
     z = np.float32(rng.normal(size=(4, 6)))
     z[:, 3], where = -INF, np.ones((4, 6), bool)
     where[1, 5] = where[3, 1] = False
-    m = z.max(-1)
+    m = np.where(where, z, -INF).max(-1)
     ids = np.int32([[0, 4], [5, 1], [2, -1], [1, 2]])
     probs = np.float32([[0.5, 0.25], [0.4, 0.1], [0.2, 0], [0.7, 0.6]])
     weights = np.float32(rng.uniform(0.5, 2, 6)) if weighted else np.ones(6, np.float32)
-    t, pivot = np.float32(reference.dense_labels(ids, probs, None, where)), np.int32([0, 1, 5, 2])
-    labels = np.where(where, t, np.nan)
-    at = np.arange(6) == pivot[:, None]
+    t = np.float32(reference.dense_labels(ids, probs, None, where))
     gap = np.where(t == 0, 0, np.float64(z) - m[:, None])
-    mass, rest = (t * weights * at).sum(-1), t * weights * ~at
-    want = mass, rest.sum(-1), (rest * gap).sum(-1)
+
+    def around(pivot):
+        at = np.arange(6) == pivot[:, None]
+        rest = t * weights * ~at
+        return (t * weights * at).sum(-1), rest.sum(-1), (rest * gap).sum(-1)
 
     c, exists = jnp.asarray(weights)[None] if weighted else None, jnp.asarray(where)
-    adjustment = Adjustment(exists, None, None)
-    logits, place, classes = jnp.asarray(z), jnp.asarray(pivot), Classes(1)
-    tokens = Tokens(logits, Dense(jnp.asarray(labels)), c, adjustment)
-    dense = dense_of_all(tokens, jnp.asarray(m), place, classes)
-    for got, truth in zip(dense, want, strict=True):
-        np.testing.assert_allclose(got, truth, rtol=1e-6, atol=1e-7)
-    mass_at = lambda place: np.asarray(dense_of_all(tokens, jnp.asarray(m), place, classes)[0])  # noqa: E731
-    assert mass_at(jnp.full(4, 5, jnp.int32))[1] == 0
-    assert not np.any(mass_at(place + 6)) and not np.any(mass_at(place - 6))
+    adjustment, logits = Adjustment(exists, None, None), jnp.asarray(z)
+    labels = jnp.asarray(np.where(where, t, np.nan))
+    found = block(Read(logits, adjustment, values=labels, class_weights=c), axis=-1, asked=Asked())
+    for got, truth in zip((found.mass, found.rest_mass, found.label_sum), around(np.asarray(found.top).ravel()), strict=True):
+        np.testing.assert_allclose(got.ravel(), truth, rtol=1e-6, atol=1e-7)
 
-    total = np.zeros((3, 4))
+    total, pivot, classes = np.zeros((3, 4)), np.int32([0, 1, 5, 2]), Classes(1)
     for first, size in ((0, 2), (2, 4)):  # two shards
         here = slice(first, first + size)
         sparse = Sparse(jnp.asarray(ids - first), jnp.asarray(probs))
         shard = Tokens(logits[:, here], sparse, None if c is None else c[:, here], Adjustment(exists[:, here]))
-        found = few_of_shard(shard, classes)
-        total += np.stack(sparse_rest(found.logits - m[:, None], sparse.probs, found, place - first, classes))
-    np.testing.assert_allclose(total, want, rtol=1e-6, atol=1e-7)
+        few = few_of_shard(shard, classes)
+        total += np.stack(sparse_rest(few.logits - m[:, None], sparse.probs, few, jnp.asarray(pivot) - first, classes))
+    np.testing.assert_allclose(total, around(pivot), rtol=1e-6, atol=1e-7)
 
 
 def test_the_references_dense_labels_are_those(rng):

@@ -1,4 +1,4 @@
-"""Both sides of the seam: the sums in one pass, as GPUs and TPUs make them, against float64 and against the passes of
+"""Both sides of the seam: the sums in one pass, as GPUs and TPUs make them, against float64 and against the blocks of
 the CPU. (`pytest --fold` runs any other test on that side.)
 """
 
@@ -22,10 +22,9 @@ from jax.sharding import PartitionSpec as P
 from meshes import assert_equal, collectives, mesh_of, problem, truth, under_jit
 
 from softmax_jax import (
+    _blocks,
     _combine,
     _fold,
-    _passes_cpu,
-    _platform,
     _softmax,
     cross_entropy,
     kl_divergence,
@@ -34,7 +33,7 @@ from softmax_jax import (
     softmax,
 )
 from softmax_jax._adjustment import Adjustment
-from softmax_jax._classes import Classes
+from softmax_jax._sums import Asked, Read
 
 pytestmark = pytest.mark.compiled
 
@@ -43,7 +42,7 @@ pytestmark = pytest.mark.compiled
 def folded(monkeypatch):
     """JAX keeps programs by the function alone, which does not tell the side: it forgets them before and after."""
     jax.clear_caches()
-    monkeypatch.setattr(_platform, "PLATFORMS", ())
+    monkeypatch.setattr(_blocks, "PLATFORMS", ())
     monkeypatch.setattr(_fold, "SHORT", 0)
     monkeypatch.setattr(_fold, "FEW", 0)
     monkeypatch.setattr(_fold, "COLUMNS", (2, 4))
@@ -158,18 +157,19 @@ def test_both_sides_agree(rng, name, monkeypatch):
         gradient = jax.grad(lambda z: jnp.sum(f(z, y, t)))(z)
         return f(z, y, t), gradient, jax.grad(lambda z: jnp.sum(jax.grad(of_good)(z) ** 2))(z[good])
 
-    passes = jax.jit(all_of)(z)
+    in_blocks = jax.jit(all_of)(z)
     jax.clear_caches()
-    monkeypatch.setattr(_platform, "PLATFORMS", ())
+    monkeypatch.setattr(_blocks, "PLATFORMS", ())
     monkeypatch.setattr(_fold, "SHORT", 0)
     one_pass = jax.jit(all_of)(z)
     jax.clear_caches()
-    for got, want in zip(one_pass, passes, strict=True):
+    for got, want in zip(one_pass, in_blocks, strict=True):
         np.testing.assert_allclose(
             got, want, rtol=1e-5, atol=2e-6 * (1 + np.nanmax(np.where(np.isinf(want), 0, np.abs(want))))
         )
 
 
+@pytest.mark.devices
 @pytest.mark.diagonal
 @pytest.mark.usefixtures("folded")
 @pytest.mark.parametrize("kind", few_of(["automatic", "explicit"]))
@@ -182,6 +182,7 @@ def test_over_8_devices(rng, kind, dense):
     assert_equal(got, truth(asked, 1.7))
 
 
+@pytest.mark.devices
 @pytest.mark.usefixtures("folded")
 @pytest.mark.parametrize("kind", ["integer", "softmax"])
 def test_automatically_sharded_classes_stay_where_they_lie(monkeypatch, kind):
@@ -197,14 +198,15 @@ def test_automatically_sharded_classes_stay_where_they_lie(monkeypatch, kind):
     assert moved and max(c.largest for c in moved) <= 16 * 8
 
 
-@pytest.mark.parametrize("side", ["passes", "folded"])
+@pytest.mark.devices
+@pytest.mark.parametrize("side", ["blocks", "folded"])
 @pytest.mark.parametrize("classes", [24, 1024])
 def test_softmax_of_explicitly_sharded_classes(rng, monkeypatch, side, classes):
     jax.clear_caches()
-    monkeypatch.setattr(_platform, "PLATFORMS", () if side == "folded" else ("cpu",))
+    monkeypatch.setattr(_blocks, "PLATFORMS", () if side == "folded" else ("cpu",))
     for module in (_fold, _softmax):
         monkeypatch.setattr(module, "SHORT", 1)
-    for module, name in ((_passes_cpu, "BLOCK"), (_fold, "ROW"), (_softmax, "KERNEL")):
+    for module, name in ((_fold, "ROW"), (_softmax, "KERNEL")):
         monkeypatch.setattr(module, name, 64)
     x, g = (np.float32(3 * rng.normal(size=(16, classes))) for _ in range(2))
     sharding = NamedSharding(mesh_of("explicit"), P("data", "model"))
@@ -219,8 +221,9 @@ def test_softmax_of_explicitly_sharded_classes(rng, monkeypatch, side, classes):
 
 
 def test_a_row_without_any_class_is_told():
-    found = _fold.fold(_fold.Read(jnp.full((2, 3), -jnp.inf), Adjustment()), Classes(1))
-    np.testing.assert_array_equal(found.m, [-np.inf, -np.inf])
+    read = Read(jnp.full((2, 3), -jnp.inf), Adjustment())
+    found = _fold.sums_in_one_pass(read, axis=1, asked=Asked())
+    np.testing.assert_array_equal(found.m, [[-np.inf], [-np.inf]])
 
 
 @pytest.mark.usefixtures("folded")
@@ -249,10 +252,10 @@ def test_softmax_by_the_fold(rng, monkeypatch, dtype):
         again = jax.grad(lambda x: jnp.sum(jnp.float32(jax.vjp(softmax, x)[1](g)[0]) ** 2))(x)
         return y, pull(g)[0], again
 
-    monkeypatch.setattr(_platform, "PLATFORMS", ("cpu",))
+    monkeypatch.setattr(_blocks, "PLATFORMS", ("cpu",))
     jax.clear_caches()
     want = jax.jit(all_of)(x, g)
-    monkeypatch.setattr(_platform, "PLATFORMS", ())
+    monkeypatch.setattr(_blocks, "PLATFORMS", ())
     for module in (_fold, _softmax):
         monkeypatch.setattr(module, "SHORT", 1)
     jax.clear_caches()

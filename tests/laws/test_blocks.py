@@ -1,7 +1,7 @@
-"""How rows are summed depends on how many and how long they are: the same truth, every option, any kind of labels.
+"""Sums in blocks of tokens: the same truth in blocks of any shape, every option, any kind of labels, mapped or not.
 
-Many rows of few classes are summed class by class, rows longer than a block in blocks (test_exactness.py too). Last,
-more than 2**31 logits, where 32-bit indices wrap (`pytest -m slow`, 13 GiB), and more than 2**24 classes.
+(`pytest --block 150` runs any other test in blocks so small that every loop turns.) Last, more than 2**31 logits, where
+32-bit indices wrap (`pytest -m slow`, 13 GiB), and more than 2**24 classes.
 """
 
 import jax
@@ -14,10 +14,10 @@ from jax.sharding import PartitionSpec as P
 from meshes import assert_equal, collectives, mesh_of, problem, truth, under_jit
 
 from softmax_jax import SparseLabels, cross_entropy, kl_divergence, label_statistics, log_softmax
-from softmax_jax._passes_cpu import FEW, MANY
 
 pytestmark = pytest.mark.optimized
 
+MANY, FEW = 1024, 16
 SHAPES = [(MANY + 7, 6), (2, MANY // 2, FEW), (MANY, 1)]
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 
@@ -92,7 +92,6 @@ def test_rows_that_have_no_loss(device, rng, shape):
 @pytest.mark.cpu_compiler
 @pytest.mark.parametrize("classes", few_of([1_800_000, 2**21]))
 def test_the_top_of_millions_of_classes(rng, classes):
-    """Where a class times the ten steps of `top_class` is no float32 any more."""
     z = np.zeros((3, classes), np.float32)
     labels = np.array([1, classes // 2 + 1, classes - 1])
     z[np.arange(3), labels] = 60
@@ -185,6 +184,7 @@ def test_nothing_of_the_logits_size_is_made(dtype, dense):
     assert memory.temp_size_in_bytes <= (12 if dense else 6) * 4 * 8192
 
 
+@pytest.mark.devices
 @pytest.mark.diagonal
 @pytest.mark.compiled
 @pytest.mark.unoptimized

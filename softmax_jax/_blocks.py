@@ -1,0 +1,200 @@
+"""Sums over the classes on the CPU: as they are written, over blocks of tokens whose logits stay in the cache.
+
+XLA on the CPU makes a pass over memory of each row sum, and of what feeds two of them or holds a comparison. Inside a
+block such a pass reads the cache, so nothing here is arranged for the compiler: z once, its maximum, the first class
+that has it, and a sum each.
+
+A block's operands have one rank, with the classes on one axis of it, and broadcast against each other; scalars are
+scalars. That axis counts from the end, so that a mapped axis is one more batch axis in front.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.custom_batching import custom_vmap
+from jax.typing import ArrayLike, DTypeLike
+
+from softmax_jax._adjustment import adjust, beyond_exp
+from softmax_jax._barrier import apart
+from softmax_jax._classes import Classes
+from softmax_jax._combine import NO_CLASS, Folded, finite_max, mass_times
+from softmax_jax._dtypes import upcast
+from softmax_jax._masses import existing, target_of, uniform
+from softmax_jax._sharding import PyTree, count, laid_out_by_compiler, psum, vary, varying
+from softmax_jax._sums import Asked, Read
+
+BLOCK = 2**20
+"""Logits of a block: 4 MiB in float32."""
+
+PLATFORMS = ("cpu",)
+"""Those on which sums are made in blocks."""
+
+
+def by_platform(in_blocks: Callable, in_one_pass: Callable, axis: int, operands: PyTree) -> PyTree:
+    """The one place at which the ways of the CPU and of all other platforms part: the sums of every token, numbers with
+    the axis of the classes of size 1. Both are traced, one is compiled."""
+    of_blocks = dict.fromkeys(PLATFORMS, partial(over_blocks, in_blocks, axis))
+    return lax.platform_dependent(operands, default=in_one_pass, **of_blocks)
+
+
+def sums_of_block(read: Read, *, axis: int, asked: Asked) -> Folded:
+    """The sums of every token of a block, each with the axis of the classes of size 1. The pivot is taken out of the
+    logits before they are summed."""
+    logits, adjustment, label, values, class_weights, than = read
+    shape = jnp.broadcast_shapes(*(a.shape for a in jax.tree.leaves(read)))
+    total, largest = (partial(f, axis=axis, keepdims=True) for f in (jnp.sum, partial(jnp.max, initial=-jnp.inf)))
+    z, classes = jnp.broadcast_to(upcast(adjust(logits, adjustment)), shape), Classes(len(shape) + axis)
+    ids = lax.broadcasted_iota(jnp.int32, shape, classes.axis)
+    if label is None:
+        m = largest(z)
+        pivot = jnp.min(jnp.where(z == m, ids, NO_CLASS), axis, keepdims=True, initial=NO_CLASS)
+        others = _without(pivot, z, -jnp.inf, classes)
+        found = Folded(m, m, top=pivot)
+    else:
+        others = _without(label, z, -jnp.inf, classes)
+        m = jnp.maximum(largest(others), _entry(label, z, -jnp.inf, classes))
+        found = Folded(m, m, own=upcast(_entry(label, jnp.broadcast_to(logits, shape), 0, classes)))
+    down, others = z - finite_max(m), others - finite_max(m)
+    found = found._replace(rest=total(jnp.exp(others)))
+    if than is not None:
+        found = found._replace(above=total((z > than[1]) & (ids != than[0]), dtype=z.dtype))
+    if asked.moment:
+        found = found._replace(moment=total(jnp.exp(others) * -beyond_exp(others)))
+    if asked.prior:
+        c = uniform(class_weights, adjustment.where, z)
+        found = found._replace(each_mass=total(c), prior=total(mass_times(c, down)))
+    if values is not None:
+        t = target_of(jnp.broadcast_to(values, shape), class_weights, adjustment.where, z.dtype)
+        mass, rest_mass = _entry(pivot, t, 0, classes), total(_without(pivot, t, 0, classes))
+        found = found._replace(mass=mass, rest_mass=rest_mass, label_sum=total(mass_times(t, down)))
+    return found
+
+
+def _entry(place: Array, array: Array, absent: ArrayLike, classes: Classes) -> Array:
+    """Each token's entry at a class; `absent` where that is none of these."""
+    here = (place >= 0) & (place < array.shape[classes.axis])
+    return jnp.where(here, classes.at(jnp.where(here, place, 0), array), absent)
+
+
+def _without(place: Array, array: Array, instead: ArrayLike, classes: Classes) -> Array:
+    """The entries of all classes but that one, in whose place `instead` stands."""
+    size = array.shape[classes.axis]
+    place = jnp.where((place >= 0) & (place < size), place, size)
+    return classes.put(place, jnp.full(place.shape, instead, array.dtype), array)
+
+
+def sum_over_classes(f: Callable, classes: Classes, *operands: PyTree) -> PyTree:
+    """Σ_v f(v, *operands) of every token over this device's classes. v is the number of each, counted from the first
+    here; the sums are plain, and so are their derivatives."""
+    rank = max(jax.tree.leaves(jax.tree.map(jnp.ndim, operands)))
+    sums = _sums_as_written(f, classes.axis - rank, operands)
+    return jax.tree.map(lambda a: jnp.squeeze(a, classes.axis), sums)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _sums_as_written(f: Callable, axis: int, operands: tuple) -> PyTree:
+    written = partial(_written, f, axis)
+    return by_platform(written, written, axis, operands)
+
+
+@_sums_as_written.defjvp
+def _sums_as_written_jvp(f, axis, primals, tangents):
+    written = jax.checkpoint(partial(_written, f, axis), prevent_cse=False)
+    return _sums_as_written(f, axis, *primals), jax.jvp(written, primals, tangents)[1]
+
+
+def _written(f: Callable, axis: int, operands: tuple) -> PyTree:
+    shape = jnp.broadcast_shapes(*map(jnp.shape, jax.tree.leaves(operands)))
+    ids = lax.broadcasted_iota(jnp.int32, shape, len(shape) + axis)
+    return jax.tree.map(partial(jnp.sum, axis=axis, keepdims=True), f(ids, *operands))
+
+
+def existing_classes(where: Array | None, size: int, classes: Classes, dtype: DTypeLike) -> Array:
+    """K, how many classes of a token exist, on all devices; `size` are here."""
+    if where is None:
+        return jnp.asarray(count(size, classes.over), dtype)
+    width = size if where.shape[classes.axis] == 1 else 1
+    return psum(sum_over_classes(lambda _, where: where.astype(dtype), classes, where) * width, classes.over)
+
+
+def mass_of_classes(class_weights: Array, where: Array | None, classes: Classes) -> Array:
+    """Σ_v c_v over the classes that exist, on all devices."""
+    return psum(sum_over_classes(lambda _, *arrays: existing(*arrays), classes, class_weights, where), classes.over)
+
+
+def over_blocks(f: Callable, axis: int, operands: PyTree) -> PyTree:
+    """f(operands), one block at a time. Under `vmap` f would see one example alone, and never a block."""
+
+    @custom_vmap
+    def of_all(operands):
+        return _over_blocks(f, axis, operands)
+
+    @of_all.def_vmap
+    def _(size, mapped, operands):
+        rank = max(jax.tree.leaves(jax.tree.map(lambda a, is_mapped: a.ndim - is_mapped, operands, *mapped)))
+        out = over_blocks(f, axis, jax.tree.map(partial(_with_batch_axis, rank), operands, *mapped))
+        return out, jax.tree.map(lambda _: True, out)
+
+    return of_all(operands)
+
+
+def _with_batch_axis(rank: int, a: Array, is_mapped: bool) -> Array:
+    """With the mapped axis, or one of size 1, in front; a scalar that is the same for all stays one."""
+    if not is_mapped:
+        return a[None] if a.ndim else a
+    return a.reshape(len(a), *[1] * rank) if a.ndim == 1 else a
+
+
+def _over_blocks(f: Callable, axis: int, operands: PyTree) -> PyTree:
+    (operands,) = apart(operands)  # of what makes them nothing is made again in a block, or rounded otherwise
+    shape = jnp.broadcast_shapes(*(a.shape for a in jax.tree.leaves(operands)))
+    block = block_shape(shape, axis)
+    places = [a for a, (size, whole) in enumerate(zip(block, shape, strict=True)) if size != whole]
+    counts = [-(-shape[a] // block[a]) for a in places]
+
+    def of_block(firsts, operands):
+        for a, first in zip(places, firsts, strict=True):
+            operands = jax.tree.map(partial(_cut, a, first, block[a], len(shape)), operands)
+        numbers = [1 if a == len(shape) + axis else size for a, size in enumerate(block)]
+        return jax.tree.map(lambda number: jnp.broadcast_to(number, numbers), f(operands))
+
+    if not places:
+        return of_block((), operands)
+
+    def body(index, out):
+        steps = [index // math.prod(counts[i + 1 :]) % count for i, count in enumerate(counts)]
+        firsts = [jnp.minimum(i * block[a], shape[a] - block[a]) for i, a in zip(steps, places, strict=True)]
+        at = [firsts[places.index(a)] if a in places else 0 for a in range(len(shape))]
+        return jax.tree.map(lambda o, part: lax.dynamic_update_slice(o, part, at), out, of_block(firsts, operands))
+
+    shapes = jax.eval_shape(of_block, [0] * len(places), operands)
+    numbers = [1 if a == len(shape) + axis else size for a, size in enumerate(shape)]
+    empty = jax.tree.map(lambda kind: vary(jnp.zeros(numbers, kind.dtype), varying(operands)), shapes)
+    return lax.fori_loop(0, math.prod(counts), body, empty)
+
+
+def _cut(a: int, first: Array, size: int, rank: int, array: Array) -> Array:
+    if array.ndim < rank or array.shape[a] == 1:
+        return array
+    return lax.dynamic_slice_in_dim(array, first, size, a)
+
+
+def block_shape(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    """All classes of as many tokens as `BLOCK` holds, in parts of an axis that are as equal as may be; of all tokens
+    where sizes are symbols, or the compiler chooses how they lie over devices: it would gather them."""
+    if not all(isinstance(n, int) for n in shape) or laid_out_by_compiler():
+        return shape
+    block = [1] * len(shape)
+    block[axis] = shape[axis]
+    for a in reversed(range(len(shape))):
+        if a == len(shape) + axis:
+            continue
+        most = max(1, BLOCK // max(1, math.prod(block)))
+        block[a] = -(-shape[a] // -(-shape[a] // most)) if shape[a] else 0
+        if block[a] != shape[a]:
+            break
+    return tuple(block)
