@@ -14,7 +14,7 @@ from jax.custom_derivatives import zero_from_primal
 
 from softmax_jax._adjustment import Adjustment, adjust, rounded, scaled
 from softmax_jax._barrier import apart
-from softmax_jax._blocks import by_platform, sum_over_classes, sums_of_block
+from softmax_jax._blocks import by_platform, made_once, sum_over_classes, sums_of_block
 from softmax_jax._classes import Classes
 from softmax_jax._combine import Folded, over_devices
 from softmax_jax._dtypes import accumulator, is_floating, upcast
@@ -169,7 +169,7 @@ def _gradients(classes: Classes, asked: Asked, places: Places, given: Given, cot
     found = pulled(sums, tokens, places, around.cotangents)
     if sparse:
         return with_few(found, tokens, around, LOGITS)
-    return found
+    return {i: made_once(gradient) if i == LOGITS else gradient for i, gradient in found.items()}
 
 
 def class_sums(tokens: Tokens, classes: Classes, asked: Asked) -> ClassSums:

@@ -10,6 +10,7 @@ from jax import Array
 
 from softmax_jax._adjustment import rounded
 from softmax_jax._barrier import apart
+from softmax_jax._blocks import made_once
 from softmax_jax._classes import Classes
 from softmax_jax._divergence_sums import Half, Rows, rows_of
 from softmax_jax._divergence_terms import (
@@ -106,7 +107,8 @@ def _gradients(classes: Classes, places: Places, given: Given, cotangent: Array)
     cotangent = vary(cotangent, varying((given.pair.b, given.pair.a)))
     pair, slopes = _linearized(given, cotangent, classes)
     db, da = (classes.along(cotangent) * slope for slope in slopes)
-    return gradients_of(_z_of_both, pair, places, {"b": db, "a": da, "beta": dbeta})
+    found = gradients_of(_z_of_both, pair, places, {"b": db, "a": da, "beta": dbeta})
+    return jax.tree.map(made_once, found)
 
 
 def _z_of_both(pair: Pair) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from softmax_jax import _checks
 from softmax_jax._adjustment import Adjustment, adjust, row_shift, shifted
 from softmax_jax._arguments import hinted
 from softmax_jax._barrier import apart
-from softmax_jax._blocks import PLATFORMS
+from softmax_jax._blocks import PLATFORMS, sum_over_classes
 from softmax_jax._class_sums import top_sums
 from softmax_jax._classes import Classes, classes_last, from_classes_last
 from softmax_jax._dtypes import floating, upcast
@@ -289,7 +289,7 @@ def _log_softmax_tangent(classes: Classes, given: Given, dx: Array) -> Array:
 
 def _log_softmax_cotangent(classes: Classes, given: Given, g: Array) -> Array:
     x, where, _ = given
-    total = jnp.sum(existing(upcast(g), where), classes.axis, keepdims=True)
+    total = classes.along(sum_over_classes(lambda _, g, where: existing(upcast(g), where), classes, g, where))
     (p, miss), g = _probabilities(classes, *given), existing(upcast(g), where)
     return (g * miss - p * (total - g)).astype(x.dtype)
 

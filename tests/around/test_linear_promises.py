@@ -71,8 +71,8 @@ def test_tied_embeddings_are_not_copied():
 @pytest.mark.compiled
 @pytest.mark.cpu_compiler
 def test_one_chunk_with_its_gradient_is_one_array_of_its_logits(transposed):
-    """The gradient is written in their place, and neither product copies it."""
-    tokens, embed, classes = 512, 128, 4096
+    """The gradient is written in their place, and neither product copies it; beside it there is a block of tokens."""
+    tokens, embed, classes = 512, 512, 65536
     head = (classes, embed) if transposed else (embed, classes)
     shapes = (((tokens, embed), jnp.float32), (head, jnp.float32), ((tokens,), jnp.int32))
     loss = lambda x, w, y: linear_cross_entropy(x, w, y, transpose_weight=transposed)  # noqa: E731

@@ -232,11 +232,11 @@ def test_bitwise_the_same_whatever_the_other_rows_hold(rng, names):
 @pytest.mark.parametrize("teacher", [False, True], ids=["labels", "teacher"])
 def test_a_gradient_of_two_batch_axes_is_made_once(teacher):
     """Beside the logits that a product makes there is their gradient, transposed for that of the head, as of Optax."""
-    x, head = jax.ShapeDtypeStruct((4, 64, 32), jnp.float32), jax.ShapeDtypeStruct((32, 1024), jnp.float32)
-    labels = jax.ShapeDtypeStruct((4, 64, 1024) if teacher else (4, 64), jnp.float32 if teacher else jnp.int32)
+    x, head = jax.ShapeDtypeStruct((8, 512, 32), jnp.float32), jax.ShapeDtypeStruct((32, 16384), jnp.float32)
+    labels = jax.ShapeDtypeStruct((8, 512, 16384) if teacher else (8, 512), jnp.float32 if teacher else jnp.int32)
     loss = (lambda z, t: kl_divergence(z, teacher_logits=t)) if teacher else cross_entropy
     program = jax.jit(jax.grad(lambda x, head, labels: loss(x @ head, labels), (0, 1))).lower(x, head, labels)
-    logits = 4 * 4 * 64 * 1024
+    logits = 4 * 8 * 512 * 16384
     assert program.compile().memory_analysis().temp_size_in_bytes < 2.2 * logits
 
 
@@ -244,7 +244,7 @@ def test_a_gradient_of_two_batch_axes_is_made_once(teacher):
 @pytest.mark.cpu_compiler
 def test_two_losses_in_one_program_share_nothing_of_logits_size():
     """XLA on the CPU writes out at the logits' size what two row sums share, be it a constant."""
-    logits, labels = jax.ShapeDtypeStruct((64, 4096), jnp.float32), jax.ShapeDtypeStruct((64,), jnp.int32)
+    logits, labels = jax.ShapeDtypeStruct((4096, 32000), jnp.float32), jax.ShapeDtypeStruct((4096,), jnp.int32)
 
     def temporary(f, *operands):
         program = jax.jit(jax.grad(lambda a, b, *o: jnp.sum(f(a, *o) + f(b, *o)), (0, 1)))
@@ -252,6 +252,6 @@ def test_two_losses_in_one_program_share_nothing_of_logits_size():
 
     teacher = lambda a, t: kl_divergence(a, teacher_logits=t)  # noqa: E731
     for f, operands in [(cross_entropy, [labels]), (cross_entropy, [logits]), (teacher, [logits])]:
-        assert temporary(f, *operands) < 0.05 * 4 * 64 * 4096, f
+        assert temporary(f, *operands) < 0.1 * 4 * 4096 * 32000, f
     both = jax.jit(lambda a, b: (log_softmax(a), log_softmax(b))).lower(logits, logits).compile()
-    assert both.memory_analysis().temp_size_in_bytes < 0.05 * 4 * 64 * 4096
+    assert both.memory_analysis().temp_size_in_bytes < 0.1 * 4 * 4096 * 32000

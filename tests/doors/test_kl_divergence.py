@@ -479,12 +479,12 @@ def test_logits_near_the_largest_number():
 @pytest.mark.cpu_compiler
 @pytest.mark.parametrize("beta", few_of([0.25, 0.0, 1.0], thorough=1))
 def test_nothing_of_logits_size_is_kept(beta):
-    """Of one loss and of its gradients: a row sum of more than a hundred steps XLA on the CPU does not fuse."""
-    shape = jax.ShapeDtypeStruct((64, 4096), jnp.float32)
+    """Of one loss and of its gradients: blocks of tokens alone are made."""
+    shape = jax.ShapeDtypeStruct((4096, 32000), jnp.float32)
     loss = lambda a, b: kl_divergence(a, teacher_logits=b, beta=beta)  # noqa: E731
     for f in (loss, jax.value_and_grad(loss), jax.value_and_grad(loss, (0, 1))):
         program = jax.jit(f).lower(shape, shape).compile()
-        assert program.memory_analysis().temp_size_in_bytes < 0.05 * 4 * 64 * 4096
+        assert program.memory_analysis().temp_size_in_bytes < 0.1 * 4 * 4096 * 32000
 
 
 @pytest.mark.thorough

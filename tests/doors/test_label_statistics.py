@@ -238,7 +238,7 @@ def test_linear_memory_is_that_of_the_loss_whatever_the_tokens():
 @pytest.mark.compiled
 @pytest.mark.cpu_compiler
 def test_nothing_of_logits_size_is_kept_and_only_what_is_used_is_computed():
-    logits, labels = jnp.zeros((64, 4096), jnp.float32), jnp.zeros(64, jnp.int32)
+    logits, labels = jax.ShapeDtypeStruct((4096, 32000), jnp.float32), jnp.zeros(4096, jnp.int32)
 
     def program(f):
         return jax.jit(f).lower(logits).compile()
@@ -247,10 +247,11 @@ def test_nothing_of_logits_size_is_kept_and_only_what_is_used_is_computed():
     one = program(lambda z: label_statistics(z, labels).log_prob)
     flops = lambda program: program.cost_analysis()["flops"]  # noqa: E731
     assert flops(one) < 0.6 * flops(every)
-    assert every.memory_analysis().temp_size_in_bytes < 0.05 * logits.nbytes
+    size = 4 * 4096 * 32000
+    assert every.memory_analysis().temp_size_in_bytes < 0.1 * size
 
     grad = program(jax.grad(lambda z: jnp.sum(label_statistics(z, labels).entropy)))
-    assert grad.memory_analysis().temp_size_in_bytes < 0.05 * logits.nbytes
+    assert grad.memory_analysis().temp_size_in_bytes < 0.1 * size
 
 
 @pytest.mark.devices

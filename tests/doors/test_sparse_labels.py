@@ -198,16 +198,16 @@ def test_linear_is_plain(rng, how):
 @pytest.mark.cpu_compiler
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: d.__name__)
 def test_nothing_of_logits_size_is_made_for_them(dtype):
-    """The gradient of the logits is written once, in its own format."""
+    """The gradient of the logits is written once, in its own format; beside it there are blocks of tokens."""
     if dtype == jnp.bfloat16 and jax.__version_info__ < (0, 12):
         pytest.skip("XLA on the CPU scatters bfloat16 as float32")
-    tokens, classes, k = 256, 8192, 16
+    tokens, classes, k = 4096, 32000, 16
     logits, ids = jax.ShapeDtypeStruct((tokens, classes), dtype), jax.ShapeDtypeStruct((tokens, k), jnp.int32)
     probs = jax.ShapeDtypeStruct((tokens, k), jnp.float32)
     loss = lambda z, ids, p: cross_entropy(z, SparseLabels(ids, p, 1 - jnp.sum(p, -1)))  # noqa: E731
     program = jax.jit(jax.value_and_grad(loss)).lower(logits, ids, probs).compile()
     size = tokens * classes * jnp.dtype(dtype).itemsize
-    assert program.memory_analysis().temp_size_in_bytes < 0.05 * size
+    assert program.memory_analysis().temp_size_in_bytes < 0.1 * size
 
 
 OF_ONE_DEVICE = {}  # the gradients of the whole, once for each form
