@@ -11,6 +11,7 @@ scalars. That axis counts from the end, so that a mapped axis is one more batch 
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from softmax_jax._classes import Classes
 from softmax_jax._combine import NO_CLASS, Folded, finite_max, mass_times
 from softmax_jax._dtypes import upcast
 from softmax_jax._masses import existing, target_of, uniform
-from softmax_jax._sharding import PyTree, count, laid_out_by_compiler, psum, vary, varying
+from softmax_jax._sharding import PyTree, count, explicit_mesh, laid_out_by_compiler, psum, vary, varying
 from softmax_jax._sums import Asked, Read
 
 BLOCK = 2**20
@@ -36,7 +37,9 @@ PLATFORMS = ("cpu",)
 
 def by_platform(in_blocks: Callable, in_one_pass: Callable, axis: int, operands: PyTree) -> PyTree:
     """The one place at which the ways of the CPU and of all other platforms part: the sums of every token, numbers with
-    the axis of the classes of size 1. Both are traced, one is compiled."""
+    the axis of the classes of size 1. Both are traced, one is compiled. What is laid out explicitly has no blocks."""
+    if explicit_mesh(operands) is not None:
+        return in_one_pass(operands)
     of_blocks = dict.fromkeys(PLATFORMS, partial(over_blocks, in_blocks, axis))
     return lax.platform_dependent(operands, default=in_one_pass, **of_blocks)
 
@@ -165,7 +168,7 @@ def _with_batch_axis(rank: int, a: Array, is_mapped: bool) -> Array:
 
 def _over_blocks(f: Callable, axis: int, operands: PyTree) -> PyTree:
     (operands,) = apart(operands)  # of what makes them nothing is made again in a block, or rounded otherwise
-    shape = jnp.broadcast_shapes(*(a.shape for a in jax.tree.leaves(operands)))
+    shape: Any = jnp.broadcast_shapes(*(a.shape for a in jax.tree.leaves(operands)))
     block = block_shape(shape, axis)
     places = [a for a, (size, whole) in enumerate(zip(block, shape, strict=True)) if size != whole]
     counts = [-(-shape[a] // block[a]) for a in places]

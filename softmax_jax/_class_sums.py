@@ -48,8 +48,8 @@ def _found(tokens: Tokens, classes: Classes, asked: Asked) -> tuple[ClassSums, A
     than = (labels.ids - first, labels.z) if isinstance(labels, Placed) else None
     here = None if label is None else label - first
     found = _sums_here(Read(logits, adjustment, here, values, class_weights, than), classes, asked)
-    if here is not None:
-        own = classes.if_here(partial(_adjusted, found.own, adjustment, classes), here, logits)
+    if label is not None:
+        own = classes.if_here(partial(_adjusted, found.own, adjustment, classes), label - first, logits)
         found = found._replace(own=of_existing(own, label, tokens, classes))
     found = over_devices(found, classes.over)
     m, top, rest = _settled(found, classes.of_all(logits))

@@ -13,7 +13,7 @@ from helpers import ALONE, assert_within, check_against_reference, epsilon, few_
 from jax.sharding import PartitionSpec as P
 from meshes import assert_equal, collectives, mesh_of, problem, truth, under_jit
 
-from softmax_jax import SparseLabels, cross_entropy, kl_divergence, label_statistics, log_softmax
+from softmax_jax import SparseLabels, _blocks, cross_entropy, kl_divergence, label_statistics, log_softmax
 
 pytestmark = pytest.mark.optimized
 
@@ -208,6 +208,102 @@ def test_the_same_as_rows_of_a_small_batch(rng):
     losses = cross_entropy(z, labels, reduction="none")
     part = cross_entropy(z[: MANY - 1], labels[:-1], reduction="none")
     np.testing.assert_allclose(losses[:-1], part, rtol=FEW * epsilon(jnp.float32))
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "block"),
+    [
+        ((5, 7, 11), -1, (1, 7, 11)),
+        ((5, 40, 11), -1, (1, 8, 11)),  # parts as equal as may be, the last of which overlaps
+        ((7, 2, 2, 11), -1, (2, 2, 2, 11)),
+        ((11, 5, 43), -3, (11, 1, 9)),
+        ((3, 11, 5, 4), -3, (1, 11, 2, 4)),
+        ((5, 300), -1, (1, 300)),  # more classes than a block holds
+        ((300,), -1, (300,)),
+        ((2, 0, 11), -1, (2, 0, 11)),
+        ((4, 0), -1, (4, 0)),
+    ],
+)
+def test_a_block_is_whole_along_the_classes(monkeypatch, shape, axis, block):
+    monkeypatch.setattr(_blocks, "BLOCK", 100)
+    assert _blocks.block_shape(shape, axis) == block
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Blocks of 40 logits: JAX keeps programs by the function alone, it forgets them before and after."""
+    jax.clear_caches()
+    monkeypatch.setattr(_blocks, "BLOCK", 40)
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("axis", [-1, 0, 1])
+@pytest.mark.parametrize("names", few_of([ALONE, ()]), ids=["every option", "none"])
+@both
+def test_blocks_of_any_axis(rng, axis, names, dense):
+    """Also one that overlaps the one before, whose tokens are then summed twice and told once."""
+    shape = {-1: (3, 13, 7), 0: (7, 3, 13), 1: (3, 7, 2, 13)}[axis]
+    names = [name for name in names if not (dense and name == "ignore_index")]
+    case = random_case(rng, shape, axis=axis, dense=dense, names=names)
+    check_against_reference(jax.jit, rng, *case[:2], {**case[2], "reduction": "none"})
+
+
+OPERANDS = ["z", "y", "t", "where", "cap", "scale", "class_weights"]
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("some", few_of([OPERANDS, *([name] for name in OPERANDS)]), ids="+".join)
+def test_a_mapped_axis_is_one_of_the_blocks(rng, some):
+    """Every operand mapped alone and all together, once and twice: value and gradient of each example by itself."""
+    z, t = rng.normal(size=(2, 2, 3, 9, 7)).astype(np.float32)
+    operands = {
+        "z": 3 * z,
+        "y": rng.integers(0, 7, (2, 3, 9)),
+        "t": np.abs(t),
+        "where": rng.random((2, 3, 9, 7)) < 0.8,
+        "cap": rng.uniform(2, 5, (2, 3)).astype(np.float32),
+        "scale": rng.uniform(0.5, 2, (2, 3)).astype(np.float32),
+        "class_weights": rng.uniform(0.5, 2, (2, 3, 7)).astype(np.float32),
+    }
+
+    def each(operands):
+        z, y, t, where, cap, scale, c = (operands[name] for name in OPERANDS)
+        more = {"where": where, "softcap": cap, "logit_scale": scale, "reduction": "none"}
+        told = label_statistics(z, y, where=where, softcap=cap, logit_scale=scale)
+        ids = cross_entropy(z, y, class_weights=c, **more)
+        divergence = kl_divergence(z, teacher_logits=t, where=where, softcap=cap, temperature=scale, reduction="none")
+        told = jnp.where(jnp.isfinite(told.log_prob), told.entropy + told.rank.astype(jnp.float32), 0)
+        return jnp.where(jnp.isfinite(ids), ids, 0) + cross_entropy(z, t, label_smoothing=0.1, **more), told, divergence
+
+    def both(operands):
+        value, pull = jax.vjp(lambda z: each({**operands, "z": z}), operands["z"])
+        return value, pull(tuple(jnp.cos(jnp.arange(v.size)).reshape(v.shape) for v in value))[0]
+
+    mapped = {name: 0 if name in some else None for name in OPERANDS}
+    once = {name: operands[name][0] if name in some else operands[name][0, 0] for name in OPERANDS}
+    twice = {name: operands[name] if name in some else operands[name][0, 0] for name in OPERANDS}
+    of_each = jax.jit(both)
+    for got, of in (
+        (jax.jit(jax.vmap(both, (mapped,)))(once), [(i,) for i in range(3)]),
+        (jax.jit(jax.vmap(jax.vmap(both, (mapped,)), (mapped,)))(twice), [(i, j) for i in range(2) for j in range(3)]),
+    ):
+        for index in of:
+            given = twice if len(index) == 2 else once
+            alone = of_each({name: a[index] if name in some else a for name, a in given.items()})
+            for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(alone), strict=True):
+                np.testing.assert_allclose(a[index], b, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.compiled
+@pytest.mark.cpu_compiler
+@pytest.mark.parametrize("f", [cross_entropy, lambda z, y: tuple(label_statistics(z, y))], ids=["loss", "statistics"])
+def test_rows_that_are_mapped_one_by_one_are_blocks_all_the_same(f):
+    """Failure 45: `vmap` shows a function one example, which is no block."""
+    z, y = jax.ShapeDtypeStruct((4096, 32000), jnp.float32), jax.ShapeDtypeStruct((4096,), jnp.int32)
+    program = jax.jit(jax.vmap(f)).lower(z, y).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 0.1 * 4 * 4096 * 32000
 
 
 ROWS, CLASSES = 65537, 32768  # the last row begins at entry 2**31

@@ -193,7 +193,8 @@ def test_masses_and_sums_of_dense_and_of_few_labels(rng, weighted):
     adjustment, logits = Adjustment(exists, None, None), jnp.asarray(z)
     labels = jnp.asarray(np.where(where, t, np.nan))
     found = block(Read(logits, adjustment, values=labels, class_weights=c), axis=-1, asked=Asked())
-    for got, truth in zip((found.mass, found.rest_mass, found.label_sum), around(np.asarray(found.top).ravel()), strict=True):
+    dense = found.mass, found.rest_mass, found.label_sum
+    for got, truth in zip(dense, around(np.asarray(found.top).ravel()), strict=True):
         np.testing.assert_allclose(got.ravel(), truth, rtol=1e-6, atol=1e-7)
 
     total, pivot, classes = np.zeros((3, 4)), np.int32([0, 1, 5, 2]), Classes(1)
