@@ -51,6 +51,8 @@ def test_options_keep_no_array_of_logits_size_but_the_operands(variant, rng, den
 @pytest.mark.cpu_compiler
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_compiled_gradient_needs_at_most_a_twentieth_of_the_logits(device, dtype, label_smoothing):
+    if dtype == jnp.bfloat16 and device.platform == "cpu" and jax.__version_info__ < (0, 11):
+        pytest.skip("XLA on the CPU makes float32 of a 16-bit array that a loop slices")
     logits = jax.ShapeDtypeStruct((4096, 32000), dtype)
     labels = jax.ShapeDtypeStruct((4096,), jnp.int32)
     f = jax.value_and_grad(lambda x, y: cross_entropy(x, y, label_smoothing=label_smoothing))
