@@ -167,14 +167,19 @@ def test_chunks_that_do_not_divide_the_tokens(rng, kind):
         assert_moves_little(program, 98, {EMBED * CLASSES // 4, 51 * EMBED, CLASSES // 4})  # 49 tokens in 3 chunks
 
 
+def loops(program) -> list[str]:
+    """But for those that XLA makes of a scatter (0.10)."""
+    return [line for line in program.as_text().splitlines() if " while(" in line and "/scatter" not in line]
+
+
 @pytest.mark.parametrize("batch", few_of([P("data"), P(("data", "model"))]), ids=str)
 def test_one_chunk_a_device_is_no_loop(rng, batch):
     """The size of a chunk is judged on a device's own tokens, so that sharding a batch does not switch on the loop."""
     asked = problem(rng, (*TOKENS, CLASSES), embed=EMBED, chunk_size=64)
     _, program = under_jit(asked, mesh_of("explicit"), asked.specs(batch, None), 1.0)
-    assert " while(" not in program.as_text()
+    assert not loops(program)
     _, one_device = under_jit(asked, mesh_of("explicit"), asked.specs(P(), None), 1.0)
-    assert " while(" in one_device.as_text()
+    assert loops(one_device)
 
 
 @pytest.mark.diagonal
