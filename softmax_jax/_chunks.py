@@ -31,35 +31,41 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
-from jax.custom_derivatives import zero_from_primal
 from jax.typing import ArrayLike
 
 from softmax_jax._dtypes import accumulator, is_floating, upcast
-from softmax_jax._linear_map import Leaves, Places, at_places, linear_map, moving, tangent_of
 from softmax_jax._product import Product, kept_in
 from softmax_jax._sharding import PyTree, buffer_for, same_on_devices, vary, varying, zeros_as
+from softmax_jax._sums import in_rule
 
 Products = tuple[Product, ...]
 Operands = tuple[Products, PyTree, PyTree]  # products, shared, chunks
 
 
-def sum_over(f: Callable[..., tuple[Array, PyTree]], operands: Operands, super_chunks: int = 1) -> tuple[Array, PyTree]:
+def sum_over(
+    f: Callable[..., tuple[Array, PyTree]], operands: Operands, super_chunks: int = 1, forward_mode: bool = False
+) -> tuple[Array, PyTree]:
     """Σ_c f(shared, chunk_c, *logits_c) in float32, with its gradient computed and summed chunk by chunk; beside it f
     gives numbers [size], which have no gradient, each as [size, count].
 
-    `super_chunks`, in how many parts the gradients of products are taken, divides the count.
+    `super_chunks`, in how many parts the gradients of products are taken, divides the count. In `forward_mode` the loop
+    has no rule of its own, and its backward pass makes each chunk again.
 
     Inside `shard_map`, an operand that is the same on devices over which the sum varies has the sum of their gradients,
     taken once, after the loops.
     """
     refuse_closure(f, *operands)
-    return _sum(f, super_chunks, *operands)
+    return _plain_sum(_made_again(f), f, _up(operands)) if forward_mode else _sum(f, super_chunks, *operands)
 
 
-def map_over(f: Callable[..., PyTree], operands: Operands, super_chunks: int = 1) -> PyTree:
+def map_over(f: Callable[..., PyTree], operands: Operands, super_chunks: int = 1, forward_mode: bool = False) -> PyTree:
     """f(shared, chunk_c, *logits_c) of every chunk: numbers [size] in any pytree, each as [size, count]."""
     refuse_closure(f, *operands)
-    return _map(f, super_chunks, *operands)
+    return _plain_map(_made_again(f), f, _up(operands)) if forward_mode else _map(f, super_chunks, *operands)
+
+
+def _made_again(f: Callable) -> Callable:
+    return jax.checkpoint(partial(_of_index, f), prevent_cse=False)
 
 
 def refuse_closure(f: Callable, *operands: PyTree) -> PyTree:
@@ -234,101 +240,59 @@ def _of_sum(value: tuple[Array, PyTree]) -> PyTree:
     return jnp.ones_like(value[0]), jax.tree.map(none, value[1])
 
 
-# The rules. Forward mode goes through the chunks once more, by what has a tangent alone.
+# The rules. Neither asks what is perturbed: its residuals have one structure.
 
 
-def _along(f: Callable, operands: Operands, dinputs: Leaves, index: ArrayLike) -> PyTree:
-    """The tangent of f of one chunk."""
-    return tangent_of(lambda operands: _of_index(f, index, *operands), operands, dinputs)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _sum(f: Callable, super_chunks: int, *operands: PyTree) -> tuple[Array, PyTree]:
-    products, _, chunks = operands
-    count = _count(products, chunks)
-
-    def of_index(index, sums):
-        return _added(sums, _of_index(f, index, *operands), index)
-
-    return _loop(of_index, _nothing(_zeros(f, *operands), count), count)
+    return _plain_sum(partial(_of_index, f), f, operands)
 
 
-def _sum_jvp(f: Callable, super_chunks: int, operands: Operands, tangents: PyTree) -> tuple[PyTree, PyTree]:
-    (total, beside), *found = _sum_and_gradients(f, super_chunks, *operands)
-    inputs, dinputs = moving(operands, tangents)
-    along, back = partial(_sum_along, f), partial(_sum_back, super_chunks, tuple(inputs))
-    dtotal = linear_map(along, back, (operands, found), inputs, total, dinputs)
-    return (total, beside), (dtotal, zero_from_primal(beside, symbolic_zeros=True))
-
-
-_sum.defjvp(_sum_jvp, symbolic_zeros=True)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _sum_and_gradients(f: Callable, super_chunks: int, *operands: PyTree) -> tuple:
-    """`_pull` of a sum, as a rule of its own: of a loop that stands in another's rule JAX 0.10 forgets the rules
-    inside, and a second derivative fails."""
-    return _pull(f, super_chunks, operands, None)
-
-
-@_sum_and_gradients.defjvp
-def _sum_and_gradients_jvp(f: Callable, super_chunks: int, operands: Operands, tangents: PyTree) -> tuple:
-    return jax.jvp(lambda *operands: _pull(f, super_chunks, operands, None), operands, tangents)
-
-
-def _sum_along(f: Callable, given: tuple[Operands, PyTree], dinputs: Leaves) -> Array:
-    (operands, _), f = given, partial(_first, f)
+def _plain_sum(of_index: Callable, f: Callable, operands: Operands) -> tuple[Array, PyTree]:
     count = _count(operands[0], operands[2])
-    return _loop(lambda index, sum_: sum_ + _along(f, operands, dinputs, index), _zeros(f, *operands), count)
+
+    def of_chunk(index, sums):
+        return _added(sums, of_index(index, *operands), index)
+
+    return _loop(of_chunk, _nothing(_zeros(f, *operands), count), count)
 
 
-def _first(f: Callable, *operands: PyTree) -> Array:
-    return f(*operands)[0]
+def _sum_fwd(f: Callable, super_chunks: int, *operands: PyTree) -> tuple[PyTree, PyTree]:
+    sums, *gradients = in_rule(partial(_pull, f, super_chunks))(operands, None)
+    return sums, (operands, gradients)
 
 
-def _sum_back(super_chunks: int, places: Places, given: tuple[Operands, PyTree], cotangent: Array) -> Leaves:
-    operands, (dshared, dchunks, of_products) = given
-    return at_places(places, operands, _gradients(super_chunks, operands, dshared, dchunks, of_products, cotangent))
+def _sum_bwd(f: Callable, super_chunks: int, residuals: PyTree, cotangents: PyTree) -> Operands:
+    operands, gradients = residuals
+    return _gradients(super_chunks, operands, *gradients, cotangents[0])
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+_sum.defvjp(_sum_fwd, _sum_bwd)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _map(f: Callable, super_chunks: int, *operands: PyTree) -> PyTree:
-    return _of_all(f, operands, partial(_of_index, f))
+    return _plain_map(partial(_of_index, f), f, operands)
 
 
-def _of_all(f: Callable, operands: Operands, of_index: Callable) -> PyTree:
-    """of_index(index, *operands), of the types of f of a chunk, of every chunk."""
+def _plain_map(of_index: Callable, f: Callable, operands: Operands) -> PyTree:
     count, init = _count(operands[0], operands[2]), _zeros(f, *operands)
     return _loop(lambda index, out: _put(out, of_index(index, *operands), index), _for_all(init, count), count)
 
 
-def _map_jvp(f: Callable, super_chunks: int, operands: Operands, tangents: PyTree) -> tuple[PyTree, PyTree]:
-    value, floats = _map(f, super_chunks, *operands), partial(_floats_of, f)
-    inputs, dinputs = moving(operands, tangents)
-    along, back = partial(_map_along, floats), partial(_map_back, floats, super_chunks, tuple(inputs))
-    dfloats = linear_map(along, back, operands, inputs, _floats(value), dinputs)
-    return value, _with_floats(value, dfloats, partial(zero_from_primal, symbolic_zeros=True))
+def _map_fwd(f: Callable, super_chunks: int, *operands: PyTree) -> tuple[PyTree, Operands]:
+    """By way of `jax.vjp`: a rule inside f that is called by itself has no second derivative."""
+
+    def of_index(index, products, shared, chunks):
+        return _vjp(f, shared, _take(chunks, index), [product.logits(index) for product in products])[0]
+
+    return in_rule(partial(_plain_map, of_index, f))(operands), operands
 
 
-_map.defjvp(_map_jvp, symbolic_zeros=True)
+def _map_bwd(f: Callable, super_chunks: int, operands: Operands, cotangents: PyTree) -> Operands:
+    """By those results that are floats."""
+    _, *gradients = _pull(lambda *of_chunk: _floats(f(*of_chunk)), super_chunks, operands, _floats(cotangents))
+    return _gradients(super_chunks, operands, *gradients)
 
 
-def _floats_of(f: Callable, *operands: PyTree) -> list[Array]:
-    return _floats(f(*operands))
-
-
-def _map_along(f: Callable, operands: Operands, dinputs: Leaves) -> list[Array]:
-    return _of_all(f, operands, lambda index, *_: _along(f, operands, dinputs, index))
-
-
-def _map_back(
-    f: Callable, super_chunks: int, places: Places, operands: Operands, cotangents: list[Array | None]
-) -> Leaves:
-    """By those results that have a cotangent."""
-    used = {i: c for i, c in enumerate(cotangents) if c is not None}
-
-    def of_used(*of_chunk):
-        return {i: result for i, result in enumerate(f(*of_chunk)) if i in used}
-
-    _, dshared, dchunks, of_products = _pull(of_used, super_chunks, operands, used)
-    return at_places(places, operands, _gradients(super_chunks, operands, dshared, dchunks, of_products))
+_map.defvjp(_map_fwd, _map_bwd)

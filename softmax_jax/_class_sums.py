@@ -20,11 +20,10 @@ from softmax_jax._combine import Folded, over_devices
 from softmax_jax._dtypes import accumulator, is_floating, upcast
 from softmax_jax._fold import sums_in_one_pass
 from softmax_jax._labels import Dense, Placed, of_existing
-from softmax_jax._linear_map import Leaves, Places, linear_map, moving, tangent_of
 from softmax_jax._sharding import PyTree, check_gradient, pmax, psum, vary, varying
 from softmax_jax._sparse_labels import Sparse, with_few
-from softmax_jax._sums import LABELS, Asked, ClassSums, Read, Tokens, Top
-from softmax_jax._waist import Around, of_classes, pulled
+from softmax_jax._sums import LABELS, Asked, ClassSums, Read, Tokens, Top, in_rule
+from softmax_jax._waist import NO_COTANGENTS, Around, of_classes, pulled, tangent_of
 
 
 def _sums_here(read: Read, classes: Classes, asked: Asked) -> Folded:
@@ -79,12 +78,16 @@ def _settled(found: Folded, classes: int) -> Top:
     return Top(m, top, jnp.where(lacking, 0, found.rest) + (m - m))
 
 
-CONSTANT = ("shift", "above", "ties", "first")
-LOGITS = 0  # their place among the leaves of `Tokens`
+# The rule: around a given m and pivot, both derivatives are those of the sums as they are written. In the mean loss of
+# N tokens nll = log(rest + exp(own)) - own has the cotangents drest = 1/(N total) and down = -rest/(N total); written are
+# rest = Σ_{v≠y} exp(z_v - m) and own = z_y - m, so that
+#
+#     dz_v = drest · exp(z_v - m) = p_v / N        dz_y = down = -(1 - p_y) / N        dz = (p - t) / N
+#
+# elementwise, pulled back through `adjust`, where it is cast once. Kept: the operands as they came, m and the pivot,
+# one number each per token. Made again: z and its exponential.
 
-# The rule: around a given m and pivot, the tangent and the gradient of the sums as they are written. The gradient is
-# pulled back through `adjust`, where it is cast once. Kept: the operands as they came, m and the pivot, one number each
-# per token. Made again: z and its exponential.
+CONSTANT = ("shift", "above", "ties", "first")
 
 
 class Given(NamedTuple):
@@ -96,22 +99,53 @@ class Given(NamedTuple):
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def _class_sums(tokens: Tokens, classes: Classes, asked: Asked) -> tuple[ClassSums, Array]:
+def _sums_in_both_modes(tokens: Tokens, classes: Classes, asked: Asked) -> tuple[ClassSums, Array]:
     return _found(tokens, classes, asked)
 
 
-def _class_sums_jvp(classes: Classes, asked: Asked, primals: tuple[Tokens], tangents: PyTree):
+def _jvp(classes: Classes, asked: Asked, primals: tuple[Tokens], tangents: tuple[PyTree]) -> PyTree:
     check_gradient(classes.over)
-    sums, pivot = _class_sums(*primals, classes, asked)
-    (tokens,), (inputs, dinputs) = primals, moving(*primals, *tangents)
-    given = Given(tokens, *lax.stop_gradient((sums.shift, pivot)))
-    along, back = partial(_tangent, classes, asked), partial(_gradients, classes, asked, tuple(inputs))
-    dsums = linear_map(along, back, given, inputs, sums._replace(**dict.fromkeys(CONSTANT)), dinputs)
+    sums, pivot = _sums_in_both_modes(*primals, classes, asked)
+    given = Given(*primals, *lax.stop_gradient((sums.shift, pivot)))
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def of_all(tokens):
+        tokens, around = _as_read(tokens, given, classes, asked)
+        found = _with_labels(of_classes(tokens, around), tokens, around)
+        return psum(found._replace(**dict.fromkeys(CONSTANT)), classes.over)
+
+    dsums = tangent_of(of_all, *primals, *tangents)
     constant = {name: jax.tree.map(jnp.zeros_like, getattr(sums, name)) for name in CONSTANT}
     return (sums, pivot), (dsums._replace(**constant), zero_from_primal(pivot, symbolic_zeros=True))
 
 
-_class_sums.defjvp(_class_sums_jvp, symbolic_zeros=True)
+_sums_in_both_modes.defjvp(_jvp, symbolic_zeros=True)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _class_sums(tokens: Tokens, classes: Classes, asked: Asked) -> tuple[ClassSums, Array]:
+    return _sums_in_both_modes(tokens, classes, asked)
+
+
+def _class_sums_fwd(tokens: Tokens, classes: Classes, asked: Asked) -> tuple[tuple[ClassSums, Array], Given]:
+    sums, pivot = in_rule(partial(_sums_in_both_modes, classes=classes, asked=asked))(tokens)
+    return (sums, pivot), Given(tokens, *lax.stop_gradient((sums.shift, pivot)))
+
+
+def _class_sums_bwd(classes: Classes, asked: Asked, given: Given, cotangents: tuple[ClassSums, Array]) -> tuple[Tokens]:
+    check_gradient(classes.over)
+    dsums = vary(cotangents[0]._replace(**dict.fromkeys(CONSTANT)), varying(given.tokens.logits))
+    tokens, around = _as_read(given.tokens, given, classes, asked, dsums)
+    if isinstance(tokens.labels, Sparse):
+        dtokens = with_few(pulled(lambda tokens: of_classes(tokens, around), tokens, around.cotangents), tokens, around)
+    else:
+        dtokens = pulled(
+            lambda tokens: _with_labels(of_classes(tokens, around), tokens, around), tokens, around.cotangents
+        )
+    return (dtokens._replace(logits=made_once(dtokens.logits)),)
+
+
+_class_sums.defvjp(_class_sums_fwd, _class_sums_bwd)
 
 
 def _emptied(tokens: Tokens, m: Array, classes: Classes) -> tuple[Tokens, Array]:
@@ -137,39 +171,13 @@ def _with_labels(sums: ClassSums, tokens: Tokens, around: Around) -> ClassSums:
 
 
 def _as_read(
-    tokens: Tokens, given: Given, classes: Classes, drest: Array | None = None
-) -> tuple[Tokens, Array, Array, Array | None]:
-    """(tokens, m, the pivot among the classes here, drest), as a derivative reads them."""
-    logits, labels, m, drest = apart(tokens.logits, tokens.labels, given.m, drest)
+    tokens: Tokens, given: Given, classes: Classes, asked: Asked, cotangents: ClassSums = NO_COTANGENTS
+) -> tuple[Tokens, Around]:
+    """The operands as a derivative reads them, behind a fence: of the forward pass nothing of their size is kept."""
+    logits, labels, m, drest = apart(tokens.logits, tokens.labels, given.m, cotangents.rest)
     tokens, m = _emptied(tokens._replace(logits=logits, labels=labels), m, classes)
-    return tokens, m, given.pivot - classes.first(logits), drest
-
-
-def _tangent(classes: Classes, asked: Asked, given: Given, dinputs: Leaves) -> ClassSums:
-    """Of the sums that have a derivative."""
-
-    def sums(tokens):
-        tokens, m, here, _ = _as_read(tokens, given, classes)
-        around = Around(m, here, classes, asked)
-        found = _with_labels(of_classes(tokens, around), tokens, around)
-        return psum(found._replace(**dict.fromkeys(CONSTANT)), classes.over)
-
-    return tangent_of(sums, given.tokens, dinputs)
-
-
-def _gradients(classes: Classes, asked: Asked, places: Places, given: Given, cotangents: ClassSums) -> Leaves:
-    cotangents = vary(cotangents, varying(given.tokens.logits))
-    tokens, m, here, drest = _as_read(given.tokens, given, classes, cotangents.rest)
-    around, sparse = Around(m, here, classes, asked, cotangents._replace(rest=drest)), isinstance(tokens.labels, Sparse)
-
-    def sums(tokens):
-        found = of_classes(tokens, around)
-        return found if sparse else _with_labels(found, tokens, around)
-
-    found = pulled(sums, tokens, places, around.cotangents)
-    if sparse:
-        return with_few(found, tokens, around, LOGITS)
-    return {i: made_once(gradient) if i == LOGITS else gradient for i, gradient in found.items()}
+    here = given.pivot - classes.first(logits)
+    return tokens, Around(m, here, classes, asked, cotangents._replace(rest=drest))
 
 
 def class_sums(tokens: Tokens, classes: Classes, asked: Asked) -> ClassSums:
@@ -179,7 +187,7 @@ def class_sums(tokens: Tokens, classes: Classes, asked: Asked) -> ClassSums:
     logits, class_weights, adjustment = vary((logits, class_weights, adjustment), over)
     unused = vary(unused, tuple(name for name in over if name not in classes.over))
     tokens = Tokens(logits, labels.vary(over, classes), class_weights, adjustment, unused)
-    return _class_sums(tokens, classes, asked)[0]
+    return (_sums_in_both_modes if asked.forward_mode else _class_sums)(tokens, classes, asked)[0]
 
 
 # The same around the largest z alone, of which m and the top are constants.
@@ -198,7 +206,7 @@ def _top_sums_jvp(classes: Classes, primals: tuple[Array, Adjustment], tangents:
     def written(operands):
         return rest_of_top(operands[0], operands[1], None, m, top, classes)
 
-    drest = tangent_of(jax.checkpoint(written, prevent_cse=False), primals, moving(primals, tangents)[1])
+    drest = tangent_of(jax.checkpoint(written, prevent_cse=False), primals, tangents)
     return sums, Top(jnp.zeros_like(m), zero_from_primal(top, symbolic_zeros=True), drest)
 
 

@@ -50,12 +50,13 @@ class Operands(NamedTuple):
 class How(NamedTuple):
     """Static arguments."""
 
-    numbers: Callable  # (logits, target, weights, options, more, classes) -> ([*batch], what is beside)
+    numbers: Callable  # (logits, target, weights, options, more, classes, forward_mode) -> ([*batch], what is beside)
     dtype: DTypeLike  # of the logits
     classes: Classes
     reduction: Reduction = "none"
     in_chunks: bool = False  # where no head asks for them too
     chunk_size: int | None = None
+    forward_mode: bool = False
     token_axes: Names = ()  # the mesh axes of the tokens, where the loss is one of all devices
 
 
@@ -80,10 +81,10 @@ def _of_device(
     labels, weights, options, more = _in_one_form(target, options, more, shape, how)
     if how.in_chunks or student.weight is not None:
         operands = dealt(student, replace(target, x=labels), weights, options, more, how.dtype, how.chunk_size)
-        numbers = partial(how.numbers, classes=replace(how.classes, axis=1))
-        found, beside = over_chunks(numbers, operands, batch, summed)
+        numbers = partial(how.numbers, classes=replace(how.classes, axis=1), forward_mode=how.forward_mode)
+        found, beside = over_chunks(numbers, operands, batch, summed, how.forward_mode)
     else:
-        found, beside = how.numbers(student.x, labels, weights, options, more, how.classes)
+        found, beside = how.numbers(student.x, labels, weights, options, more, how.classes, how.forward_mode)
         found = jnp.sum(found) if summed else found
     if not summed:
         return found, beside

@@ -82,8 +82,9 @@ def cross_entropy(
         Gradients need check_vma=True, the default. Under plain `jit` sharded arrays need no `axis_name`. Leave it out
         where the tokens are sharded: each device's would count as further classes of the same tokens, a wrong number
         that no type tells. To see it, look at the loss of `0 * logits`: it must be the log of the number of classes.
-      forward_mode: without effect, for code that has it: derivatives work in both modes (`jax.jvp`, `jax.jacfwd`,
-        `jax.linearize` too).
+      forward_mode: True for `jax.jvp`, `jax.jacfwd` and `jax.linearize` of the loss: the same values, and the gradient
+        at the same price. Without it JAX says that a `custom_vjp` has no forward mode. `jax.hessian` and products with
+        it, forward over reverse, need no flag.
       statistics: True returns (loss, `LabelStatistics`): what `label_statistics` says of every token, without a
         gradient, on a GPU from the same pass; for `jax.value_and_grad(..., has_aux=True)`. Only what is used is
         computed. Of integer labels; 0 where the weight is. With `weights` w, a step's accuracy is Σ w · correct / Σ w,
@@ -121,6 +122,7 @@ def cross_entropy(
         reduction,
         normalizer,
         axis_name,
+        forward_mode=bool(forward_mode),
         statistics=bool(statistics),
     )
 
@@ -146,6 +148,7 @@ def linear_cross_entropy(
     axis_name: str | tuple[str, ...] | None = None,
     dtype: DTypeLike | None = None,
     chunk_size: int | None = None,
+    forward_mode: bool = False,
     statistics: bool = False,
 ) -> Loss:
     """`cross_entropy(x @ weight + bias, labels, ...)` without ever holding the logits.
@@ -180,7 +183,8 @@ def linear_cross_entropy(
         size divides the number of tokens, the per-token operands are copied once, padded with tokens of weight 0.
         Strided: chunk c holds tokens c, c + count, c + 2 count, ...
 
-    The other arguments, their edge behaviour, the reductions and what is raised are those of `cross_entropy`. A row
+    The other arguments, their edge behaviour, the reductions and what is raised are those of `cross_entropy`; in
+    `forward_mode` a backward pass makes each chunk's logits again, of float32 copies of the operands. A row
     of weight 0 contributes exactly 0 also to the gradient of `weight`, whatever its `x` holds. Gradients flow to `x`,
     `weight`, `bias`, `weights`, `class_weights`, the float options and dense labels. Under `jit` one that is not used
     is dead code (a frozen head costs two matrix products, not three); outside of it all are computed. Over devices
@@ -207,7 +211,7 @@ def linear_cross_entropy(
     head = _checks.head(x, weight, bias, transpose_weight, dtype)
     options = Options(where, weights, ignore_index, class_weights, label_smoothing, z_loss, logit_scale, softcap)
     how = reduction, normalizer, axis_name, chunk_size
-    return _loss(head, labels, len(head.shape) - 1, options, *how, statistics=bool(statistics))
+    return _loss(head, labels, len(head.shape) - 1, options, *how, bool(forward_mode), bool(statistics))
 
 
 def _loss(
@@ -219,6 +223,7 @@ def _loss(
     normalizer: Any,
     axis_name: Any,
     chunk_size: Any = None,
+    forward_mode: bool = False,
     statistics: bool = False,
 ) -> Loss:
     """What both have in common, once the logits are known."""
@@ -230,6 +235,7 @@ def _loss(
     _checks.sharded(*student.of_classes(), class_axes)
     divisor = _checks.reduction_of(reduction, normalizer, dtype)
     numbers, chunk_size = losses_and_statistics if statistics else weighted_losses, _checks.chunk_size_of(chunk_size)
-    how = How(numbers, dtype, Classes(axis, class_axes), reduction, chunk_size=chunk_size)
+    classes = Classes(axis, class_axes)
+    how = How(numbers, dtype, classes, reduction, chunk_size=chunk_size, forward_mode=forward_mode)
     loss, beside = compute(Operands(student, Source(labels), options, divisor), how)
     return (loss, beside) if statistics else loss

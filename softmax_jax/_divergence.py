@@ -26,9 +26,10 @@ from softmax_jax._divergence_terms import (
     z_of,
 )
 from softmax_jax._dtypes import nan_unless
-from softmax_jax._linear_map import Leaves, Places, gradients_of, linear_map, moving, tangent_of
 from softmax_jax._sharding import PyTree, check_gradient, psum, vary, varying
+from softmax_jax._sums import in_rule
 from softmax_jax._token_loss import without
+from softmax_jax._waist import tangent_of
 
 
 def _value(rows: Rows, beta: Any) -> Array:
@@ -72,43 +73,54 @@ class Given(NamedTuple):
     rows: Rows
 
 
-def _forward(pair: Pair, classes: Classes) -> tuple[Array, Rows]:
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _in_both_modes(pair: Pair, classes: Classes) -> tuple[Array, Rows]:
     rows = without(pair.unused, rows_of(pair, classes))
     return _value(rows, pair.beta), rows
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _divergence(pair: Pair, classes: Classes) -> Array:
-    return _forward(pair, classes)[0]
-
-
-def _divergence_jvp(classes: Classes, primals: tuple[Pair], tangents: PyTree) -> tuple[Array, Array]:
+def _jvp(classes: Classes, primals: tuple[Pair], tangents: tuple[PyTree]) -> PyTree:
     check_gradient(classes.over)
-    (pair,), (inputs, dinputs) = primals, moving(*primals, *tangents)
-    value, rows = _forward(pair, classes)
-    along, back = partial(_tangent, classes), partial(_gradients, classes, tuple(inputs))
-    return value, linear_map(along, back, Given(pair, rows), inputs, value, dinputs)
+    (pair,), (dpair,) = primals, tangents
+    value, rows = _in_both_modes(pair, classes)
+    drows = tangent_of(lambda pair: without(pair.unused, rows_of(pair, classes)), pair, dpair)
+
+    def along(given, *dz):
+        slopes = _linearized(given, jnp.ones_like(value), classes)[1]
+        terms = (jnp.where(s == 0, 0, s * d) for s, d in zip(slopes, dz, strict=True))
+        return psum(sum(jnp.sum(of_one, classes.axis) for of_one in terms), classes.over)
+
+    dz = tangent_of(_z_of_both, pair, dpair)
+    dvalue = jax.checkpoint(along, prevent_cse=False)(Given(pair, rows), dz["b"], dz["a"])
+    return (value, rows), (dvalue if pair.beta is None else dvalue + dz["beta"] * _by_beta(rows), drows)
 
 
-_divergence.defjvp(_divergence_jvp, symbolic_zeros=True)
+_in_both_modes.defjvp(_jvp, symbolic_zeros=True)
 
 
-def _tangent(classes: Classes, given: Given, dinputs: Leaves) -> Array:
-    """Σ_v db_v · dz_b,v + da_v · dz_a,v, of all devices' classes."""
-    pair, slopes = _linearized(given, jnp.ones_like(given.rows.of_t.divergence), classes)
-    along = tangent_of(_z_of_both, pair, dinputs)
-    terms = (jnp.where(s == 0, 0, s * dz) for s, dz in zip(slopes, (along["b"], along["a"]), strict=True))
-    change = psum(sum(jnp.sum(of_one, classes.axis) for of_one in terms), classes.over)
-    return change if pair.beta is None else change + along["beta"] * _by_beta(given.rows)
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _divergence(pair: Pair, classes: Classes) -> Array:
+    return _in_both_modes(pair, classes)[0]
 
 
-def _gradients(classes: Classes, places: Places, given: Given, cotangent: Array) -> Leaves:
+def _divergence_fwd(pair: Pair, classes: Classes) -> tuple[Array, Given]:
+    value, rows = in_rule(partial(_in_both_modes, classes=classes))(pair)
+    return value, Given(pair, rows)
+
+
+def _divergence_bwd(classes: Classes, given: Given, cotangent: Array) -> tuple[Pair]:
+    check_gradient(classes.over)
     dbeta = None if given.pair.beta is None else jnp.sum(cotangent * _by_beta(given.rows))
     cotangent = vary(cotangent, varying((given.pair.b, given.pair.a)))
     pair, slopes = _linearized(given, cotangent, classes)
     db, da = (classes.along(cotangent) * slope for slope in slopes)
-    found = gradients_of(_z_of_both, pair, places, {"b": db, "a": da, "beta": dbeta})
-    return jax.tree.map(made_once, found)
+    _, pull = jax.vjp(_z_of_both, pair)
+    (dpair,) = pull({"b": db, "a": da, "beta": dbeta})
+    raw = (side._replace(raw=made_once(side.raw)) for side in (dpair.b, dpair.a))
+    return (dpair._replace(**dict(zip("ba", raw, strict=True))),)
+
+
+_divergence.defvjp(_divergence_fwd, _divergence_bwd)
 
 
 def _z_of_both(pair: Pair) -> dict[str, Any]:
@@ -159,10 +171,11 @@ def _if_finite(sum_: Array, cotangent: Array) -> Array:
     return nan_unless(finite | (cotangent == 0), jnp.where(finite, sum_, 0))
 
 
-def divergence(pair: Pair, classes: Classes) -> Array:
+def divergence(pair: Pair, classes: Classes, forward_mode: bool) -> Array:
     """KL(t ‖ p) of t = softmax(scale · b) and p = softmax(scale · a), or of a number `beta` the mixture, of every
     token; 0 in `unused` rows, whatever they hold. A token without any class must be one of them."""
     over = varying(pair)
     (b, a, where), others = vary((pair.b, pair.a, pair.where), over), tuple(n for n in over if n not in classes.over)
     scale, beta = vary((pair.scale, pair.beta), others)  # numbers of a token's sums are the same on its devices
-    return _divergence(Pair(b, a, where, scale, beta, pair.unused), classes)
+    pair = Pair(b, a, where, scale, beta, pair.unused)
+    return _in_both_modes(pair, classes)[0] if forward_mode else _divergence(pair, classes)

@@ -72,13 +72,15 @@ def dealt(
     return Dealt((tuple(products), shared, each), super_chunks)
 
 
-def over_chunks(numbers: Callable, operands: Dealt, batch: tuple[int, ...], summed: bool) -> tuple[PyTree, PyTree]:
+def over_chunks(
+    numbers: Callable, operands: Dealt, batch: tuple[int, ...], summed: bool, forward_mode: bool
+) -> tuple[PyTree, PyTree]:
     """`numbers` of a chunk's logits, target, weights, options and `more`: each [*batch], or the sum of the first."""
     of_chunk, undealt = partial(_of_chunk, numbers), partial(jax.tree.map, partial(_undealt, batch))
     if summed:
-        total, beside = sum_over(partial(_total, of_chunk), *operands)
+        total, beside = sum_over(partial(_total, of_chunk), *operands, forward_mode)
         return total, undealt(beside)
-    return undealt(map_over(of_chunk, *operands))
+    return undealt(map_over(of_chunk, *operands, forward_mode))
 
 
 def _total(of_chunk: Callable, *operands: Any) -> tuple[Array, PyTree]:

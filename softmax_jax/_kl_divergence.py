@@ -46,6 +46,7 @@ def kl_divergence(
     normalizer: ArrayLike | None = None,
     axis_name: str | tuple[str, ...] | None = None,
     chunk_size: int | None = None,
+    forward_mode: bool = False,
 ) -> Float[Array, "..."]:
     """Divergence of the student p = softmax(logits) from a teacher t.
 
@@ -72,6 +73,7 @@ def kl_divergence(
       softcap, teacher_softcap: softcap · tanh(z / softcap), before the temperature; each of its own logits.
       reduction, normalizer, axis_name: as in `cross_entropy`.
       chunk_size: of probabilities, as in `linear_cross_entropy`.
+      forward_mode: as in `cross_entropy`.
 
     Gradients flow to the teacher too: `jax.lax.stop_gradient` it, unless you mean that. inf where one has probability
     0 and the other, which weights it, has not; the gradient of the logits that weight is NaN there. Under `jit`, a
@@ -104,9 +106,8 @@ def kl_divergence(
         logits, where, axis = last(logits), None if where is None else last(where), logits.ndim - 1
     numbers = beta, temperature, softcap, teacher_softcap
     student = Source(logits, dtype=logits.dtype)
-    return _divergence(
-        kind, student, teacher, axis, where, weights, numbers, reduction, normalizer, axis_name, chunk_size
-    )
+    how = reduction, normalizer, axis_name, chunk_size, bool(forward_mode)
+    return _divergence(kind, student, teacher, axis, where, weights, numbers, *how)
 
 
 @hinted
@@ -133,6 +134,7 @@ def linear_kl_divergence(
     axis_name: str | tuple[str, ...] | None = None,
     dtype: DTypeLike | None = None,
     chunk_size: int | None = None,
+    forward_mode: bool = False,
 ) -> Float[Array, "..."]:
     """`kl_divergence(x @ weight + bias, ...)` without ever holding the logits, as `linear_cross_entropy`; with
     `teacher_x` and `teacher_weight`, whose logits are teacher_x @ teacher_weight + teacher_bias, the teacher's neither.
@@ -157,9 +159,8 @@ def linear_kl_divergence(
     axis, of_states = len(student.shape) - 1, (teacher_x, teacher_weight, teacher_bias, teacher_transpose_weight)
     kind, teacher = _checks.one_teacher(student.shape, axis, teacher_probs, teacher_logits, of_states, dtype)
     numbers = beta, temperature, softcap, teacher_softcap
-    return _divergence(
-        kind, student, teacher, axis, where, weights, numbers, reduction, normalizer, axis_name, chunk_size
-    )
+    how = reduction, normalizer, axis_name, chunk_size, bool(forward_mode)
+    return _divergence(kind, student, teacher, axis, where, weights, numbers, *how)
 
 
 class _Numbers(NamedTuple):
@@ -182,6 +183,7 @@ def _divergence(
     normalizer: Any,
     axis_name: Any,
     chunk_size: Any,
+    forward_mode: bool,
 ) -> Array:
     """What both have in common, once the two sides are known."""
     beta, temperature, *softcaps = numbers
@@ -205,7 +207,8 @@ def _divergence(
     reverse, beta = _checks.mixture("beta", beta, dtype)
     divisor = _checks.reduction_of(reduction, normalizer, dtype)
     in_chunks, chunk_size = kind == "probabilities", _checks.chunk_size_of(chunk_size)
-    how = How(_numbers(kind, reverse), dtype, Classes(axis, class_axes), reduction, in_chunks, chunk_size)
+    numbers, classes = _numbers(kind, reverse), Classes(axis, class_axes)
+    how = How(numbers, dtype, classes, reduction, in_chunks, chunk_size, forward_mode)
     return compute(Operands(student, teacher, options, divisor, _Numbers(caps[1], scale, beta)), how)[0]
 
 
@@ -224,6 +227,7 @@ def _losses(
     options: Options,
     more: _Numbers,
     classes: Classes,
+    forward_mode: bool,
 ) -> tuple[Array, None]:
     """weights · divergence of every token."""
     if kind == "probabilities":
@@ -240,7 +244,7 @@ def _losses(
     student = Logits(wide(logits), Adjustment(None, options.logit_scale, options.softcap))
     teacher = Logits(wide(of_teacher), Adjustment(softcap=more.teacher_softcap))
     both, unused = (student, teacher) if reverse else (teacher, student), unused_by(weights)
-    losses = divergence(Pair(*both, options.where, more.scale, more.beta, unused), classes)
+    losses = divergence(Pair(*both, options.where, more.scale, more.beta, unused), classes, forward_mode)
     return losses if weights is None else weights * losses, None
 
 

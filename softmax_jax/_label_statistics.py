@@ -26,6 +26,7 @@ def label_statistics(
     logit_scale: Scalar = 1.0,
     softcap: Scalar | None = None,
     axis_name: str | tuple[str, ...] | None = None,
+    forward_mode: bool = False,
 ) -> LabelStatistics:
     """What softmax(logits) says of a label, per token.
 
@@ -42,8 +43,8 @@ def label_statistics(
         -inf, gives NaN; -inf is a class of probability zero, which adds 0 to the entropy.
       labels: integer class ids of the batch shape. An id outside `[0, classes)` has log_prob NaN.
       ignore_index: rows with this label are left out: all their numbers are 0, and their gradients.
-      axis, where, logit_scale, softcap, axis_name: as in `cross_entropy`. A label that `where` hides has log_prob -inf;
-        in a row without any class all numbers are 0.
+      axis, where, logit_scale, softcap, axis_name, forward_mode: as in `cross_entropy`. A label that `where` hides has
+        log_prob -inf; in a row without any class all numbers are 0.
 
     Returns:
       `LabelStatistics`. Where log_prob is NaN, `correct` is False and `rank` -1; `prediction` is -1 in a row that is
@@ -66,7 +67,8 @@ def label_statistics(
     logits = _checks.floating("logits", logits)
     axis = _checks.class_axis("logits", logits.shape, axis)
     options = Options(where, logit_scale=logit_scale, softcap=softcap)
-    return _of_source(Source(logits, dtype=logits.dtype), labels, axis, options, ignore_index, axis_name)
+    student = Source(logits, dtype=logits.dtype)
+    return _of_source(student, labels, axis, options, ignore_index, axis_name, None, bool(forward_mode))
 
 
 @hinted
@@ -84,6 +86,7 @@ def linear_label_statistics(
     axis_name: str | tuple[str, ...] | None = None,
     dtype: DTypeLike | None = None,
     chunk_size: int | None = None,
+    forward_mode: bool = False,
 ) -> LabelStatistics:
     """`label_statistics(x @ weight + bias, labels, ...)` without ever holding the logits, as `linear_cross_entropy`.
 
@@ -97,7 +100,8 @@ def linear_label_statistics(
     """
     head = _checks.head(x, weight, bias, transpose_weight, dtype)
     options = Options(where, logit_scale=logit_scale, softcap=softcap)
-    return _of_source(head, labels, len(head.shape) - 1, options, ignore_index, axis_name, chunk_size)
+    how = ignore_index, axis_name, chunk_size, bool(forward_mode)
+    return _of_source(head, labels, len(head.shape) - 1, options, *how)
 
 
 def _of_source(
@@ -107,7 +111,8 @@ def _of_source(
     options: Options,
     ignore_index: int | None,
     axis_name: Any,
-    chunk_size: Any = None,
+    chunk_size: Any,
+    forward_mode: bool,
 ) -> LabelStatistics:
     """What both have in common. A row to ignore has weight 0."""
     shape, dtype = student.shape, student.dtype
@@ -117,5 +122,6 @@ def _of_source(
     options = _checks.options_for(shape, dtype, axis, checked, options)
     class_axes = _checks.mesh_axes(axis_name)
     _checks.sharded(*student.of_classes(), class_axes)
-    how = How(statistics, dtype, Classes(axis, class_axes), chunk_size=_checks.chunk_size_of(chunk_size))
+    chunk_size, classes = _checks.chunk_size_of(chunk_size), Classes(axis, class_axes)
+    how = How(statistics, dtype, classes, chunk_size=chunk_size, forward_mode=forward_mode)
     return compute(Operands(student, Source(checked), options), how)[0]

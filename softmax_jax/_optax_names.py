@@ -148,7 +148,7 @@ def _poly_loss(logits: Array, labels: Array, epsilon: Array, where: Array | None
 
 
 def _losses(logits: Array, labels: Array, where: Array | None, axes: Axes) -> Array:
-    return cross_entropy(logits, labels, where=where, axis=_axis(axes), reduction="none")
+    return cross_entropy(logits, labels, where=where, axis=_axis(axes), reduction="none", forward_mode=True)
 
 
 def _broadcast(labels: ArrayLike, logits: Array) -> Array:

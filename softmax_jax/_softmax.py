@@ -1,8 +1,7 @@
-"""softmax and log_softmax, each with its full Jacobian-vector product as a rule."""
+"""softmax and log_softmax: each a `custom_jvp`, written around the largest entry, which JAX turns into the gradient."""
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,20 +13,13 @@ from jaxtyping import Bool, Num
 from softmax_jax import _checks
 from softmax_jax._adjustment import Adjustment, adjust, row_shift, shifted
 from softmax_jax._arguments import hinted
-from softmax_jax._barrier import apart
-from softmax_jax._blocks import PLATFORMS, sum_over_classes
 from softmax_jax._class_sums import top_sums
 from softmax_jax._classes import Classes, classes_last, from_classes_last
-from softmax_jax._dtypes import floating, upcast
-from softmax_jax._fold import SHORT, by_neighbours, reduced
-from softmax_jax._linear_map import linear_map
+from softmax_jax._dtypes import floating, nan_unless, upcast
 from softmax_jax._masses import existing
 from softmax_jax._sharding import vary_alike
-from softmax_jax._token_loss import negative_log_likelihood
 
 Axes = tuple[int, ...]
-Kept = tuple[Array, Array, Array]  # (m, a, nll) of each row
-Given = tuple[Array, Array | None, Kept]  # (x, where, kept)
 
 
 @hinted
@@ -96,29 +88,23 @@ def _operands(x: ArrayLike, axis: int | Axes | None, where: ArrayLike | None) ->
     return *vary_alike(floating(x), where), axes
 
 
-# y = exp(x - m) / Σ exp(x - m), and with the whole Jacobian ∂y_v/∂x_u = y_v (δ_uv - y_u), of a tangent or cotangent g,
+# y = exp(x - m) / Σ exp(x - m), and with the whole Jacobian ∂y_v/∂x_u = y_v (δ_uv - y_u)
 #
-#     (J g)_v = y_v (g_v - Σ_u g_u y_u)
+#     dy_v = y_v (dx_v - M)        M = Σ_u y_u dx_u
 #
-# which cancels where y_v → 1. Since Σ y = 1, the same holds of g - c for any number c of the row. With c = Σ g y as it
-# is rounded, g - c at such a v is exact and no larger than Σ_{u≠v} |g_u - g_v| y_u and a rounding of c, so that the
-# second difference loses a rounding of that alone. In one pass c is g of the class that has y > 1/2, 0 in a row
-# without any: as exact as if each g had been rounded.
+# which cancels where y_v → 1: for at most one class a, y_a > 1/2. Since Σ_v dy_v = 0, it is there
+#
+#     dy_a = (1 - y_a) M - S       S = Σ_{v≠a} y_v dx_v       1 - y_a = Σ_{v≠a} y_v
+#
+# of sums that lose nothing, nor does what JAX makes of it backwards, of a cotangent g:
+#
+#     dx_v = y_v ((g_v - g_a) + N)        dx_a = y_a N        N = (1 - y_a) g_a - Σ_{v≠a} y_v g_v
+#
+# in which the two S below come apart. In a row without a class a it is as if dx_a and g_a were 0. Kept in 16 bits, y
+# sums to 1 but for their rounding: M is divided by that sum. Kept: y alone.
 
 KERNEL = 2**14
 """Entries of a row, up to which XLA makes one kernel of a softmax on a GPU."""
-
-
-def _size(x: Array, axes: Axes) -> int:
-    """Of the rows, 0 where a fold is not for them."""
-    size = x.shape[axes[0]] if len(axes) == 1 else 0
-    return size if isinstance(size, int) else 0
-
-
-def _by_platform(plain: Callable, by_fold: Callable, *operands: Any, gpu: bool) -> Any:
-    """The fold where the sums are made in one pass, on a GPU only where that is said to gain by it."""
-    platforms = PLATFORMS if gpu else (*PLATFORMS, "cuda", "rocm")
-    return lax.platform_dependent(*operands, default=by_fold, **dict.fromkeys(platforms, plain))
 
 
 def _softmax_value(x: Array, where: Array | None, axes: Axes) -> Array:
@@ -128,18 +114,20 @@ def _softmax_value(x: Array, where: Array | None, axes: Axes) -> Array:
         e = jnp.exp(shifted(x, masked, row_shift(adjust(x, masked), axes), axes))
         return e, jnp.sum(e, axes, keepdims=True)
 
-    def by_fold(x):
+    def by_sums(x):
         m, top, rest = top_sums(x, masked, Classes(axes[0]))
-        own = jnp.exp(_highest(x, m, top, Classes(axes[0])) - m)  # 1, with its slope
-        total = jnp.where(top < x.shape[axes[0]], own + rest, rest)
+        total = jnp.where(top < x.shape[axes[0]], 1 + rest, rest)
         return jnp.exp(shifted(x, masked, m, axes)), jnp.expand_dims(total, axes)
 
-    size = _size(x, axes)
-    e, total = plain(x) if not size or size < SHORT else _by_platform(plain, by_fold, x, gpu=size > KERNEL)
+    one_kernel = isinstance(x.shape[axes[0]], int) and x.shape[axes[0]] <= KERNEL
+    if len(axes) > 1:
+        e, total = plain(x)
+    else:
+        of_gpus = {"cuda": plain, "rocm": plain} if one_kernel else {}
+        e, total = lax.platform_dependent(x, default=by_sums, **of_gpus)
     if where is not None:
         total = jnp.where(jnp.any(where, axes, keepdims=True), total, 1)
-    y = e / total
-    return (y if where is None else jnp.where(where, y, 0)).astype(x.dtype)
+    return existing(e / total, where).astype(x.dtype)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -149,149 +137,83 @@ def _softmax_rule(x: Array, where: Array | None, axes: Axes) -> Array:
 
 @_softmax_rule.defjvp
 def _softmax_jvp(axes, primals, tangents):
-    y, jacobian = _softmax_rule(*primals, axes), partial(_times_jacobian, axes)
-    return y, linear_map(jacobian, jacobian, (y, primals[1]), y, y, tangents[0])  # it is symmetric
+    y = _softmax_rule(*primals, axes)
+    return y, _softmax_tangent(y, primals[1], tangents[0], axes)
 
 
-def _times_jacobian(axes: Axes, given: tuple[Array, Array | None], g: Array) -> Array:
-    y, where = given
-    return _sloped(y, existing(g, where), axes).astype(y.dtype)
-
-
-def _around_mean(y: Array, g: Array, axes: Axes) -> Array:
-    p, g = upcast(y), upcast(g)
-    g = g - jnp.sum(g * p, axes, keepdims=True)
-    return p * (g - jnp.sum(g * p, axes, keepdims=True))
-
-
-def _around_top(y: Array, g: Array, axes: Axes) -> Array:
-    if y.dtype.itemsize < 4:  # else XLA on a GPU keeps a float32 copy for the two passes (H200: 11 reads, not 8)
-        y = lax.platform_dependent(y, tpu=lambda y: y, default=lambda y: apart(y)[0])
-    of_row = by_neighbours(partial(_mean_around_top, axis=axes[0]), axes[0], 1, y, y, g)
-    c, mean = (jnp.expand_dims(of_row, axes) for of_row in of_row)
-    return upcast(y) * ((upcast(g) - c) - mean)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _sloped(y: Array, g: Array, axes: Axes) -> Array:
-    """J g, of which the two ways have one derivative, that of the first."""
-    around_mean, around_top = (partial(f, axes=axes) for f in (_around_mean, _around_top))
-    if not _size(y, axes):
-        return around_mean(y, g)
-    return _by_platform(around_mean, around_top, y, g, gpu=axes[0] == y.ndim - 1)  # columns XLA writes out there
-
-
-@_sloped.defjvp
-def _sloped_jvp(axes, primals, tangents):
-    return _sloped(*primals, axes), jax.jvp(partial(_around_mean, axes=axes), primals, tangents)[1]
-
-
-def _mean_around_top(y: Array, g: Array, *, axis: int, parts: int, step: int) -> tuple[Array, Array]:
-    """(c, Σ y (g - c) / Σ y) with c = g where y > 1/2, if that is anywhere, else 0, in one pass: no difference loses
-    more there than above. Kept in 16 bits, y sums to 1 but for their rounding."""
-
-    def join(a, b):
-        """Of two sets: the largest y, c there, Σ y, Σ y (g - c)."""
-        high, low = (jax.tree.map(partial(jnp.where, a[0] >= b[0]), *pair) for pair in ((a, b), (b, a)))
-        return high[0], high[1], high[2] + low[2], high[3] + low[3] + low[2] * (low[1] - high[1])
-
-    p, g = upcast(y), upcast(g)
-    c, zero = jnp.where(p > 0.5, g, 0), jnp.zeros((), p.dtype)
-    _, c, total, mean = reduced(join, (p, c, p, p * (g - c)), (zero - 1, zero, zero, zero), axis, parts)
-    return c, mean / jnp.where(total > 0, total, 1)
+@partial(jax.checkpoint, prevent_cse=False, static_argnums=3)
+def _softmax_tangent(y: Array, where: Array | None, dx: Array, axes: Axes) -> Array:
+    p, dx, total = upcast(y), existing(upcast(dx), where), partial(jnp.sum, axis=axes, keepdims=True)
+    here = p > 0.5
+    others, top = jnp.where(here, 0, p), total(jnp.where(here, p, 0))
+    miss, terms = total(others), others * dx
+    mean = (top * total(jnp.where(here, dx, 0)) + total(terms)) / (top + miss)
+    of_top = miss * mean - total(terms)
+    return existing(jnp.where(here, of_top, terms - others * mean), where).astype(y.dtype)
 
 
 _jitted_softmax = jax.jit(_softmax_rule, static_argnums=2)
 
 
-# The sums of the loss around the largest entry a, rest = Σ_{v≠a} exp(x_v - m) and own = x_a - m = 0 give
+# With a the largest entry, rest = Σ_{v≠a} exp(x_v - x_a), p_a = 1/(1 + rest) and 1 - p_a = rest/(1 + rest)
 #
-#     y_a = -nll(rest, own)                      y_v = (x_v - x_a) - nll
-#     dy_v = (dx_v - dx_a) - dnll                dnll = Σ_v p_v (dx_v - dx_a)
-#     backwards, of the cotangent g:             g_v (1 - p_v) - p_v (Σ_u g_u - g_v)
+#     y_a = -log1p(rest)        y_v = (x_v - x_a) - log1p(rest)
+#     dy_a = -D                 dy_v = (dx_v - dx_a) - D                D = Σ_{v≠a} p_v dx_v - (1 - p_a) dx_a
 #
-# where 1 - p_a = -expm1(-nll) does not cancel. Kept: x, and of each row m, a and nll. Several axes are made one.
+# if p_a > 1/2, else it is as if dx_a were 0 and a one of the others. JAX turns it into dx_v = g_v - p_v Σ_u g_u and
+# dx_a = (1 - p_a) Σ_u g_u - Σ_{v≠a} g_v. Kept: x, and three numbers of each row. Several axes are made one.
 
 
-def _log_softmax_value(x: Array, where: Array | None, classes: Classes) -> tuple[Array, Kept]:
-    axis, (m, top, rest) = classes.axis, top_sums(x, Adjustment(where=where), classes)
-    highest = _highest(x, m, top, classes)
-    nll = negative_log_likelihood(rest, jnp.where(top < x.shape[axis], highest - m, -jnp.inf))
-    nll = nll if where is None else jnp.where(jnp.any(where, axis), nll, 0)
-    kept = apart(m, top, nll)
-    at_top, nll, log_p = _log_p(x, where, highest, kept, classes)
-    y = jnp.where(at_top, -nll, log_p)
-    return (y if where is None else jnp.where(where, y, -jnp.inf)).astype(x.dtype), kept
+class Row(NamedTuple):
+    """The largest entry, its class and `rest` of each row. NaN in one that has no softmax."""
 
-
-@partial(jax.custom_jvp, nondiff_argnums=(3,))
-def _highest(x: Array, m: Array, top: Array, classes: Classes) -> Array:
-    """x_a: m, with the slope of x_a, for second derivatives."""
-    return m
-
-
-@_highest.defjvp
-def _highest_jvp(classes, primals, tangents):
-    x, m, top = primals
-    return m, _at_top(upcast(tangents[0]), top, classes)
-
-
-def _at_top(v: Array, top: Array, classes: Classes) -> Array:
-    return jnp.sum(jnp.where(classes.is_at(top, v), v, 0), classes.axis)
-
-
-def _log_p(x: Array, where: Array | None, highest: Array, kept: Kept, classes: Classes) -> tuple[Array, Array, Array]:
-    """Where the top is, its nll, and log p_v elsewhere."""
-    _, top, nll = kept
-    log_p = shifted(x, Adjustment(where=where), highest, classes.axis) - classes.along(nll)
-    return classes.is_at(top, x), classes.along(nll), log_p
+    m: Array
+    top: Array
+    rest: Array
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _log_softmax_rule(x: Array, where: Array | None, classes: Classes) -> tuple[Array, Kept]:
-    """(y, (m, a, nll) of each row)."""
-    return _log_softmax_value(x, where, classes)
+def _row(x: Array, where: Array | None, classes: Classes) -> Row:
+    m, top, rest = top_sums(x, Adjustment(where=where), classes)
+    hidden = None if where is None else ~jnp.any(where, classes.axis)
+    return Row(m, top, nan_unless(top < x.shape[classes.axis], rest, hidden))
 
 
+@_row.defjvp
+def _row_jvp(classes, primals, tangents):
+    """For second derivatives: the rule of `log_softmax` knows what x does to its result by the row."""
+    (x, where), row = primals, _row(*primals, classes)
+    dx, at_top = existing(upcast(tangents[0]), where), classes.is_at(row.top, x)
+    dm = _sum(jnp.where(at_top, dx, 0), classes)
+    e = jnp.where(at_top, 0, jnp.exp(shifted(x, Adjustment(where=where), row.m, classes.axis)))
+    return row, Row(dm, zero_from_primal(row.top), _sum(e * (dx - classes.along(dm)), classes))
+
+
+def _sum(terms: Array, classes: Classes) -> Array:
+    return jnp.sum(terms, classes.axis)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _log_softmax_rule(x: Array, where: Array | None, row: Row, classes: Classes) -> Array:
+    nll, down = classes.along(jnp.log1p(row.rest)), shifted(x, Adjustment(where=where), row.m, classes.axis)
+    y = jnp.where(classes.is_at(row.top, x), -nll, down - nll)
+    return (y if where is None else jnp.where(where, y, -jnp.inf)).astype(x.dtype)
+
+
+@_log_softmax_rule.defjvp
 def _log_softmax_jvp(classes, primals, tangents):
-    y, kept = _log_softmax_rule(*primals, classes)
-    m, top, _ = kept
-    given, dx = (*primals, kept), tangents[0]
-    f, transposed = partial(_log_softmax_tangent, classes), partial(_log_softmax_cotangent, classes)
-    dy = linear_map(f, transposed, given, primals[0], y, dx)
-    dkept = jnp.zeros_like(m), zero_from_primal(top, symbolic_zeros=True), _from_top(classes, given, dx)[1]
-    return (y, kept), (dy, dkept)
+    return _log_softmax_rule(*primals, classes), _log_softmax_tangent(*primals, tangents[0], classes)
 
 
-_log_softmax_rule.defjvp(_log_softmax_jvp, symbolic_zeros=True)
-
-
-def _probabilities(classes: Classes, x: Array, where: Array | None, kept: Kept) -> tuple[Array, Array]:
-    """p and 1 - p."""
-    at_top, nll, log_p = _log_p(x, where, _highest(x, *kept[:2], classes), kept, classes)
-    top_p, top_miss = apart(jnp.exp(-nll), -jnp.expm1(-nll))
-    p = jnp.exp(log_p)
-    return jnp.where(at_top, top_p, p), jnp.where(at_top, top_miss, 1 - p)
-
-
-def _from_top(classes: Classes, given: Given, dx: Any) -> tuple[Array, Array]:
-    """(dx_v - dx_a, dnll)."""
-    x, where, kept = given
-    dx = existing(upcast(dx), where)
-    dx = dx - classes.along(_at_top(dx, kept[1], classes))
-    return dx, jnp.sum(_probabilities(classes, *given)[0] * dx, classes.axis)
-
-
-def _log_softmax_tangent(classes: Classes, given: Given, dx: Array) -> Array:
-    dx, dnll = _from_top(classes, given, dx)
-    return existing(dx - classes.along(dnll), given[1]).astype(given[0].dtype)
-
-
-def _log_softmax_cotangent(classes: Classes, given: Given, g: Array) -> Array:
-    x, where, _ = given
-    total = classes.along(sum_over_classes(lambda _, g, where: existing(upcast(g), where), classes, g, where))
-    (p, miss), g = _probabilities(classes, *given), existing(upcast(g), where)
-    return (g * miss - p * (total - g)).astype(x.dtype)
+@partial(jax.checkpoint, prevent_cse=False, static_argnums=4)
+def _log_softmax_tangent(x: Array, where: Array | None, row: Row, dx: Array, classes: Classes) -> Array:
+    dx, total = existing(upcast(dx), where), 1 + row.rest
+    here = classes.is_at(row.top, x) & classes.along(row.rest < 1)
+    p = jnp.exp(shifted(x, Adjustment(where=where), row.m, classes.axis)) / classes.along(total)
+    top = _sum(jnp.where(here, dx, 0), classes)
+    away = _sum(jnp.where(here, 0, p) * dx, classes) - row.rest / total * top
+    dy = jnp.where(here, 0, dx - classes.along(top)) - classes.along(away)
+    return existing(dy, where).astype(x.dtype)
 
 
 @partial(jax.jit, static_argnums=2)
@@ -299,6 +221,6 @@ def _jitted_log_softmax(x: Array, where: Array | None, axes: Axes) -> Array:
     if x.size == 0:
         return x
     where = where if where is None or len(axes) == 1 else classes_last(jnp.broadcast_to(where, x.shape), axes)
-    classes = Classes(axes[0] if len(axes) == 1 else x.ndim - len(axes))
-    y, _ = _log_softmax_rule(classes_last(x, axes), where, classes)
+    classes, last = Classes(axes[0] if len(axes) == 1 else x.ndim - len(axes)), classes_last(x, axes)
+    y = _log_softmax_rule(last, where, _row(last, where, classes), classes)
     return y if len(axes) == 1 else from_classes_last(y, x.shape, axes)

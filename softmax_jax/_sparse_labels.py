@@ -13,7 +13,6 @@ from softmax_jax._blocks import existing_classes
 from softmax_jax._classes import Classes
 from softmax_jax._dtypes import class_ids, nan_unless
 from softmax_jax._labels import Labels
-from softmax_jax._linear_map import Leaves
 from softmax_jax._masses import existing, target_of, uniform
 from softmax_jax._sharding import fit, offset, psum
 from softmax_jax._sums import LABELS, Tokens
@@ -110,9 +109,9 @@ def few(tokens: Tokens, classes: Classes) -> Few:
     return Few(ids, classes.at(ids, tokens.logits), exists, weights_of_few(ids, tokens.class_weights, classes))
 
 
-def with_few(gradients: Leaves, tokens: Tokens, around: Around, place: int) -> Leaves:
+def with_few(gradients: Tokens, tokens: Tokens, around: Around) -> Tokens:
     """The gradients of all classes with what `Sparse` labels add: that of their few logits as a whole is computed for
-    them alone, and written over what all classes have, at that place."""
+    them alone, and written over what all classes have."""
     m, pivot, classes, asked, cotangents = around
     at = few(tokens, classes)
 
@@ -123,14 +122,11 @@ def with_few(gradients: Leaves, tokens: Tokens, around: Around, place: int) -> L
         adjustment = tokens.adjustment._replace(where=at.where)
         return written(x, adjustment, t, c, at.ids == classes.along(pivot), around)
 
-    others = [i for i in gradients if i != place]
     of_labels = NO_COTANGENTS._replace(**{name: getattr(cotangents, name) for name in LABELS})
-    added = pulled(partial(sums, at.logits), tokens, others, of_labels)
-    found = {**gradients, **{i: gradients[i] + added[i] for i in others}}
-    if place in gradients:
-        of_logits = pulled(lambda x: sums(x, tokens), at.logits, [0], cotangents)[0]
-        found[place] = classes.put(at.ids, of_logits, gradients[place])
-    return found
+    added = pulled(partial(sums, at.logits), tokens, of_labels)
+    found = jax.tree.map(lambda a, b: a + b if a.dtype != jax.dtypes.float0 else a, gradients, added)
+    of_logits = pulled(lambda x: sums(x, tokens), at.logits, cotangents)
+    return found._replace(logits=classes.put(at.ids, of_logits, gradients.logits))
 
 
 def weights_of_few(ids: Array, class_weights: Array | None, classes: Classes) -> Array | None:

@@ -10,7 +10,9 @@ from softmax_jax._chunks import PyTree, refuse_closure, sum_over
 from softmax_jax._dtypes import is_floating
 
 
-def sum_over_chunks(f: Callable[[PyTree, PyTree], Array], shared: PyTree, chunks: PyTree) -> Array:
+def sum_over_chunks(
+    f: Callable[[PyTree, PyTree], Array], shared: PyTree, chunks: PyTree, *, forward_mode: bool = False
+) -> Array:
     r"""Σ_c f(shared, chunk_c), with its gradient taken chunk by chunk: for a head that is a function.
 
     What `f` makes of a chunk, such as its logits, exists for one chunk at a time, in the backward pass too: the
@@ -23,11 +25,13 @@ def sum_over_chunks(f: Callable[[PyTree, PyTree], Array], shared: PyTree, chunks
       chunks: a pytree of arrays `[size, count, ...]`, the same size and count for all; `f` gets `[size, ...]`. So
         `h.reshape(-1, count, embed)` deals the tokens out in turn, token t to chunk t % count, and a batch that is
         sharded over its first axis stays where it is.
+      forward_mode: True for `jax.jvp`, `jax.jacfwd` and `jax.linearize`, where `f` has them; a backward pass then makes
+        each chunk again, of float32 copies of the operands.
 
     Floating arrays come to `f` as float32 where they are 16-bit, so that their gradient is summed in float32 and cast
     once, at the end; `f` casts back where it wants to multiply in 16 bits. Inside `shard_map`, an operand that is the
     same on devices over which the sum varies has the sum of their gradients. Under `jit` a gradient that is not used
-    is dead code. Forward mode (`jax.jvp`) works where it does for `f`.
+    is dead code.
 
     Returns:
       A scalar, float32 where `f` gives that.
@@ -53,7 +57,8 @@ def sum_over_chunks(f: Callable[[PyTree, PyTree], Array], shared: PyTree, chunks
     shared, chunks = jax.tree.map(jnp.asarray, (shared, chunks))
     _check_operands(shared, chunks)
     _check_scalar(refuse_closure(f, (), shared, chunks))
-    return sum_over(lambda *operands: (f(*operands), None), ((), shared, chunks))[0]
+    operands = (), shared, chunks
+    return sum_over(lambda *of_chunk: (f(*of_chunk), None), operands, forward_mode=bool(forward_mode))[0]
 
 
 def _check_operands(shared: PyTree, chunks: PyTree) -> None:

@@ -1,6 +1,5 @@
 """What the sums of a token are made of, which are asked for, and what they are."""
 
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,11 +9,10 @@ from jax import Array
 from softmax_jax._adjustment import Adjustment
 
 
-def once_traced(f: Callable) -> Callable:
-    """f, for what a rule and its function both make: one trace of each set of shapes serves all (a quarter of the time
-    that tracing a gradient takes)."""
-    static = [name for name in inspect.signature(f).parameters if name in ("classes", "asked")]
-    return jax.jit(f, static_argnames=static, inline=True)
+def in_rule(f: Callable) -> Callable:
+    """f, which has a `custom_jvp`, where the forward pass of a `custom_vjp` calls it. JAX 0.10 forgets a rule that is
+    called there, under `scan`, when it is differentiated again; under a checkpoint it keeps it."""
+    return jax.checkpoint(f, prevent_cse=False) if jax.__version_info__ < (0, 11) else f
 
 
 class Tokens(NamedTuple):
@@ -53,6 +51,7 @@ class Asked(NamedTuple):
     prior: bool = False
     moment: bool = False
     beside: bool = False  # statistics of the same logits, whose pass is this one if both take each class by itself
+    forward_mode: bool = False
 
 
 class Read(NamedTuple):

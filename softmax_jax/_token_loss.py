@@ -126,6 +126,7 @@ def weighted_losses(
     options: Options,
     _: None,
     classes: Classes,
+    forward_mode: bool,
     beside: bool = False,
 ) -> tuple[Array, None]:
     """weights · ℓ of every token; with statistics of the same logits `beside`."""
@@ -133,7 +134,7 @@ def weighted_losses(
     labels, evenly = _evenly(labels, options, size, classes, dtype)
     adjustment = Adjustment(options.where, options.logit_scale, options.softcap)
     tokens = Tokens(logits, labels, options.class_weights, adjustment, unused)
-    sums = class_sums(tokens, classes, Asked(prior=evenly is not None, beside=beside))
+    sums = class_sums(tokens, classes, Asked(prior=evenly is not None, beside=beside, forward_mode=forward_mode))
     if weights is None or unused is None:
         return loss_of(sums, evenly, options), None
     return jnp.where(unused, 0, weights * loss_of(without(unused, sums), evenly, options)), None

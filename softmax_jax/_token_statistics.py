@@ -33,12 +33,12 @@ class LabelStatistics(NamedTuple):
 
 
 def statistics(
-    logits: Array, labels: Ids, weights: Array | None, options: Options, _: None, classes: Classes
+    logits: Array, labels: Ids, weights: Array | None, options: Options, _: None, classes: Classes, forward_mode: bool
 ) -> tuple[LabelStatistics, None]:
     """All 0 for a token of weight 0."""
     unused, adjustment = unused_by(weights), Adjustment(options.where, options.logit_scale, options.softcap)
     tokens = Tokens(logits, Placed(labels.ids), None, adjustment, unused)
-    sums: Any = class_sums(tokens, classes, Asked(moment=True))
+    sums: Any = class_sums(tokens, classes, Asked(moment=True, forward_mode=forward_mode))
     sums = without(unused, sums)
     nll, spread = negative_log_likelihood(sums.rest, sums.own), log_spread(sums.rest, sums.own)
     log_prob = -loss_of(sums, None, options)
@@ -57,9 +57,15 @@ def statistics(
 
 
 def losses_and_statistics(
-    logits: Array, labels: Ids, weights: Array | None, options: Options, more: None, classes: Classes
+    logits: Array,
+    labels: Ids,
+    weights: Array | None,
+    options: Options,
+    more: None,
+    classes: Classes,
+    forward_mode: bool,
 ) -> tuple[Array, LabelStatistics]:
     """weights · ℓ of every token, and what there is beside it, which has no gradient."""
-    losses, _ = weighted_losses(logits, labels, weights, options, more, classes, beside=True)
+    losses, _ = weighted_losses(logits, labels, weights, options, more, classes, forward_mode, beside=True)
     constant = lax.stop_gradient((logits, labels, weights, options._replace(label_smoothing=None, z_loss=None)))
-    return losses, statistics(*constant, more, classes)[0]
+    return losses, statistics(*constant, more, classes, forward_mode)[0]

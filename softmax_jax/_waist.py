@@ -26,17 +26,17 @@ The waist is also where devices meet: of classes that are sharded over mesh axes
 that may be none of them, and one psum adds the sums up.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.custom_derivatives import SymbolicZero
 
 from softmax_jax._adjustment import Adjustment, beyond_exp, shifted, weighed
 from softmax_jax._classes import Classes
-from softmax_jax._linear_map import Leaves, gradients_of
 from softmax_jax._masses import uniform
 from softmax_jax._sharding import PyTree
 from softmax_jax._sums import Asked, ClassSums, Tokens
@@ -106,12 +106,24 @@ def of_classes(tokens: Tokens, around: Around) -> ClassSums:
     return written(logits, adjustment, t, c, around.classes.is_at(around.pivot, logits), around)
 
 
-def pulled(sums: Callable, operands: PyTree, places: Sequence[int], cotangents: ClassSums) -> Leaves:
-    """The gradients of the leaves at those places, by the sums that have a cotangent."""
+def pulled(sums: Callable[[PyTree], ClassSums], operands: PyTree, cotangents: ClassSums) -> PyTree:
+    """The gradients of the operands, by the sums that have a cotangent."""
     given = {name: cotangent for name, cotangent in cotangents._asdict().items() if cotangent is not None}
 
     def of_given(operands):
         found = sums(operands)._asdict()
         return {name: found[name] for name in given if found[name] is not None}
 
-    return gradients_of(of_given, operands, places, given)
+    found, pull = jax.vjp(of_given, operands)
+    return pull({name: given[name] for name in found})[0]
+
+
+def tangent_of(f: Callable, operands: PyTree, tangents: PyTree) -> PyTree:
+    """The tangent of f(operands) in a rule with `symbolic_zeros`, by the operands that have one."""
+    leaves, tree = jax.tree.flatten(operands)
+    moving = {i: t for i, t in enumerate(tree.flatten_up_to(tangents)) if not isinstance(t, SymbolicZero)}
+
+    def of_moving(some):
+        return f(tree.unflatten([some.get(i, leaf) for i, leaf in enumerate(leaves)]))
+
+    return jax.jvp(of_moving, ({i: leaves[i] for i in moving},), (moving,))[1]

@@ -284,10 +284,12 @@ def test_forward_mode(rng):
         return asked.loss({**arrays, "logits": logits}, **more)
 
     arrays = {name: a for name, a in asked.arrays.items() if name != "logits"}
-    _, want = jax.jit(lambda z, t: jax.jvp(lambda z: loss(z), (z,), (t,)))(asked.arrays["logits"], tangent)
+    _, want = jax.jit(lambda z, t: jax.jvp(lambda z: loss(z, forward_mode=True), (z,), (t,)))(
+        asked.arrays["logits"], tangent
+    )
     arrays_at = {name: specs[name] for name in arrays}
     mapped = jax.shard_map(
-        lambda z, arrays: asked.loss({**arrays, "logits": z}, axis_name="model"),
+        lambda z, arrays: asked.loss({**arrays, "logits": z}, axis_name="model", forward_mode=True),
         mesh=MESH,
         in_specs=(specs["logits"], arrays_at),
         out_specs=P("data", None),
@@ -359,7 +361,7 @@ def test_axis_name_outside_of_shard_map():
 
 
 def test_forward_mode_needs_check_vma():
-    f = lambda z: cross_entropy(z, jnp.zeros(8, int), axis_name="model")  # noqa: E731
+    f = lambda z: cross_entropy(z, jnp.zeros(8, int), axis_name="model", forward_mode=True)  # noqa: E731
     mapped = jax.shard_map(f, mesh=MESH, in_specs=P(None, "model"), out_specs=P(), check_vma=False)
     with pytest.raises(ValueError, match="the derivative over axis_name=.* needs `jax.shard_map"):
         jax.jvp(mapped, (jnp.zeros((8, 64)),), (jnp.ones((8, 64)),))

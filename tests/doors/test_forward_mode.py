@@ -1,4 +1,4 @@
-"""Forward mode: jvp, jacfwd, linearize and hessian, which agree with the gradient."""
+"""Forward mode, by the flag: jvp, jacfwd, linearize, which agree with the gradient; and hessian, which needs none."""
 
 from functools import partial
 
@@ -19,6 +19,8 @@ from softmax_jax import (
     linear_label_statistics,
     sum_over_chunks,
 )
+
+FORWARD = {"forward_mode": True}
 
 # Both go through the same sums; their derivatives are at most a few dozen products and sums of them.
 BUDGET = 64 * epsilon(jnp.float32)
@@ -49,9 +51,9 @@ def differentiable(rng, dense, what=""):
     if dense:
         floats["labels"] = jnp.asarray(labels)
 
-    def f(point):
+    def f(point, **how):
         rest = {"labels": jnp.asarray(labels)} | point
-        return cross_entropy(rest.pop("logits"), rest.pop("labels"), **options, **rest)
+        return cross_entropy(rest.pop("logits"), rest.pop("labels"), **options, **rest, **how)
 
     return f, floats
 
@@ -69,13 +71,28 @@ def test_derivatives_along_a_direction_are_those_of_the_gradient(rng, dense):
 
     @jax.jit
     def both_modes(point, direction):
-        along = jax.jvp(f, (point,), (direction,)), jax.linearize(f, point)[1](direction)
-        of_logits = lambda x: f(point | {"logits": x})  # noqa: E731
-        return along, jax.jacfwd(of_logits)(point["logits"]), jax.value_and_grad(f)(point)
+        forward = partial(f, **FORWARD)
+        along = jax.jvp(forward, (point,), (direction,)), jax.linearize(forward, point)[1](direction)
+        of_logits = lambda x: forward(point | {"logits": x})  # noqa: E731
+        jacobian = jax.jacfwd(of_logits)(point["logits"])
+        return along, jacobian, jax.value_and_grad(f)(point), jax.value_and_grad(forward)(point)
 
-    along, jacobian, (value, gradient) = both_modes(point, direction)
+    along, jacobian, (value, gradient), by_flag = both_modes(point, direction)
     want = sum(jax.tree.leaves(jax.tree.map(jnp.vdot, gradient, direction)))
-    assert_close((along, jacobian), (((value, want), want), gradient["logits"]))
+    assert_close((along, jacobian, by_flag), (((value, want), want), gradient["logits"], (value, gradient)))
+
+
+@pytest.mark.parametrize("door", ["cross_entropy", "linear_cross_entropy", "kl_divergence", "linear_label_statistics"])
+def test_without_the_flag_jax_says_that_there_is_none(door):
+    z, y = jnp.ones((3, 3)), jnp.zeros(3, int)
+    calls = {
+        "cross_entropy": lambda z: cross_entropy(z, y),
+        "linear_cross_entropy": lambda z: linear_cross_entropy(z, z, y),
+        "kl_divergence": lambda z: kl_divergence(z, teacher_logits=z),
+        "linear_label_statistics": lambda z: linear_label_statistics(z, z, y).log_prob,
+    }
+    with pytest.raises(TypeError, match="custom_vjp"):
+        jax.jvp(calls[door], (z,), (z,))
 
 
 def in_chunks(rng):
@@ -87,27 +104,28 @@ def in_chunks(rng):
     bias, teacher, few = jnp.float32(rng.normal(size=7)), rng.dirichlet(np.ones(7), 10), rng.integers(0, 7, (10, 3))
     probs, of_few = jnp.float32(teacher), jnp.float32(teacher[:, :3])
 
-    def loss(p, reduction="mean"):
-        found = linear_cross_entropy(labels=labels, reduction=reduction, chunk_size=4, **options, **p)
+    def loss(p, reduction="mean", **how):
+        found = linear_cross_entropy(labels=labels, reduction=reduction, chunk_size=4, **options, **p, **how)
         return jnp.sum(jnp.sin(found))
 
-    def divergence(p):
+    def divergence(p, **how):
         teacher = {"teacher_x": p["x"] * p["x"], "teacher_weight": p["weight"]}
-        return linear_kl_divergence(p["x"], p["weight"], **teacher, beta=0.3, chunk_size=4)
+        return linear_kl_divergence(p["x"], p["weight"], **teacher, beta=0.3, chunk_size=4, **how)
 
-    def statistics(p):
-        told = linear_label_statistics(**p, labels=labels, chunk_size=4)
+    def statistics(p, **how):
+        told = linear_label_statistics(**p, labels=labels, chunk_size=4, **how)
         return jnp.sum(told.log_prob * told.entropy)
 
-    def of_head(p):
-        of_chunk = lambda weight, chunk: cross_entropy(jnp.tanh(chunk[0]) @ weight, chunk[1], reduction="sum")  # noqa: E731
-        return sum_over_chunks(of_chunk, p["weight"], (p["x"].reshape(-1, 2, 4), labels.reshape(-1, 2)))
+    def of_head(p, **how):
+        of_chunk = lambda weight, chunk: cross_entropy(jnp.tanh(chunk[0]) @ weight, chunk[1], reduction="sum", **how)  # noqa: E731
+        return sum_over_chunks(of_chunk, p["weight"], (p["x"].reshape(-1, 2, 4), labels.reshape(-1, 2)), **how)
 
     yield "linear", loss, {**floats, **head, "bias": bias}
     yield "linear, none", partial(loss, reduction="none"), {**floats, **head}
     z, t, k = jnp.asarray(logits), {"probs": probs}, {"probs": of_few}
-    yield "probabilities", lambda p: kl_divergence(p["z"], teacher_probs=p["probs"], chunk_size=4), {"z": z, **t}
-    of_sparse = lambda p: kl_divergence(p["z"], teacher_probs=SparseLabels(few, p["probs"]), chunk_size=4)  # noqa: E731
+    of_probs = lambda p, **how: kl_divergence(p["z"], teacher_probs=p["probs"], chunk_size=4, **how)  # noqa: E731
+    yield "probabilities", of_probs, {"z": z, **t}
+    of_sparse = lambda p, **how: of_probs({"z": p["z"], "probs": SparseLabels(few, p["probs"])}, **how)  # noqa: E731
     yield "few probabilities", of_sparse, {"z": z, **k}
     yield "linear divergence", divergence, head
     yield "linear statistics", statistics, head
@@ -122,19 +140,20 @@ def test_chunk_by_chunk(rng, name):
     """The value along a direction, and again after a gradient was asked for; second derivatives, by both orders."""
     f, point = next((f, point) for of, f, point in in_chunks(rng) if of == name)
     direction = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape), jnp.float32), point)
-    along = lambda p: jax.jvp(f, (p,), (direction,))[1]  # noqa: E731
+    forward = partial(f, **FORWARD)
+    along = lambda p: jax.jvp(forward, (p,), (direction,))[1]  # noqa: E731
 
     @jax.jit
     def both_modes(point):
         by_slope = jax.grad(along)(point), jax.jvp(jax.grad(f), (point,), (direction,))[1]
-        return along(point), jax.grad(f)(point), along(point), by_slope
+        return along(point), jax.grad(f)(point), along(point), by_slope, jax.grad(forward)(point)
 
-    first, gradient, again, (reverse_of_forward, forward_of_reverse) = both_modes(point)
+    first, gradient, again, (reverse_of_forward, forward_of_reverse), by_flag = both_modes(point)
     want = sum(jax.tree.leaves(jax.tree.map(jnp.vdot, gradient, direction)))
-    assert_close((first, again), (want, want))
+    assert_close((first, again, by_flag), (want, want, gradient))
     assert_close(reverse_of_forward, forward_of_reverse)
     only = {name: direction[name] for name in list(point)[:1]}
-    of_one = lambda some: f({**point, **some})  # noqa: E731
+    of_one = lambda some: forward({**point, **some})  # noqa: E731
     of_first = jax.jit(lambda p: jax.jvp(of_one, (p,), (only,))[1])({name: point[name] for name in only})
     assert_close(of_first, sum(jnp.vdot(gradient[name], only[name]) for name in only))
 
@@ -162,13 +181,13 @@ def test_second_derivatives_by_both_operands_of_the_gradient_of_one(rng, name):
 
 def test_a_direction_along_which_nothing_changes(rng):
     """Logits and temperature grow alike: a tangent of logits / temperature is 0, and has a derivative all the same."""
-    f = lambda p: kl_divergence(p["a"], teacher_logits=p["b"], temperature=p["temperature"])  # noqa: E731
+    f = lambda p, **how: kl_divergence(p["a"], teacher_logits=p["b"], temperature=p["temperature"], **how)  # noqa: E731
     point = {name: jnp.float32(rng.normal(size=(3, 5))) for name in ("a", "b")} | {"temperature": jnp.float32(2)}
     other = jax.tree.map(lambda a: jnp.float32(rng.normal(size=a.shape)), point)
 
     @jax.jit
     def both_orders(point, other):
-        along = lambda p: jax.jvp(f, (p,), (point,))[1]  # noqa: E731
+        along = lambda p: jax.jvp(partial(f, **FORWARD), (p,), (point,))[1]  # noqa: E731
         by_gradient = jax.jvp(jax.grad(f), (point,), (point,))[1]
         return jax.jvp(along, (point,), (other,)), sum(jax.tree.leaves(jax.tree.map(jnp.vdot, by_gradient, other)))
 
@@ -187,12 +206,13 @@ reverse_only.defvjp(lambda x: (jnp.sin(x), x), lambda x, g: (jnp.cos(x) * g,))
 def test_a_head_that_has_no_forward_mode_has_its_gradient(rng):
     """Under vmap too: nothing of forward mode is traced for a gradient."""
     weights, chunks = (jnp.float32(rng.normal(size=size)) for size in ((3, 5), (4, 2, 5)))
-    f = lambda w: sum_over_chunks(lambda w, chunk: jnp.sum(reverse_only(chunk * w[None])), w, chunks)  # noqa: E731
+    of_chunk = lambda w, chunk: jnp.sum(reverse_only(chunk * w[None]))  # noqa: E731
+    f = lambda w, **how: sum_over_chunks(of_chunk, w, chunks, **how)  # noqa: E731
     got = jax.jit(jax.vmap(jax.grad(f)))(weights)
     want = jax.vmap(jax.grad(lambda w: jnp.sum(jnp.sin(chunks * w[None, None]))))(weights)
     np.testing.assert_allclose(got, want, rtol=1e-5)
     with pytest.raises(TypeError, match="custom_vjp"):
-        jax.jit(lambda w: jax.jvp(f, (w,), (w,)))(weights[0])
+        jax.jit(lambda w: jax.jvp(partial(f, **FORWARD), (w,), (w,)))(weights[0])
 
 
 @pytest.mark.thorough
@@ -202,9 +222,10 @@ def test_second_derivatives_are_the_same_in_every_order(rng, dense):
 
     @jax.jit
     def hessians(x):
-        of_logits = lambda x: f(point | {"logits": x})  # noqa: E731
-        modes = jax.jacfwd, jax.jacrev
-        return [outer(inner(of_logits))(x) for outer in modes for inner in modes]
+        of_logits = lambda x, **how: f(point | {"logits": x}, **how)  # noqa: E731
+        by_flag, modes = partial(of_logits, **FORWARD), (jax.jacfwd, jax.jacrev)
+        plain = [outer(jax.jacrev(of_logits))(x) for outer in modes]
+        return plain + [outer(inner(by_flag))(x) for outer in modes for inner in modes]
 
     want, *others = hessians(point["logits"])
     for got in others:
@@ -226,7 +247,7 @@ def test_derivatives_of_awkward_logits_are_those_of_the_gradient(rng, what, dens
 
     @jax.jit
     def both_modes(point, direction):
-        return jax.jvp(f, (point,), (direction,)), jax.grad(f)(point)
+        return jax.jvp(partial(f, **FORWARD), (point,), (direction,)), jax.grad(f)(point)
 
     along_direction, rounded = both_modes(point, direction)
     assert_close(along_direction, (value, along))
@@ -237,7 +258,9 @@ def test_derivatives_of_awkward_logits_are_those_of_the_gradient(rng, what, dens
 def test_a_row_of_weight_zero_that_holds_nan_has_derivative_zero(rng, dense):
     f, point = differentiable(rng, dense, "NaN row")
     direction = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape), jnp.float32), point)
-    along, gradient = jax.jit(lambda p, d: (jax.jvp(f, (p,), (d,)), jax.grad(f)(p)))(point, direction)
+    along, gradient = jax.jit(lambda p, d: (jax.jvp(partial(f, **FORWARD), (p,), (d,)), jax.grad(f)(p)))(
+        point, direction
+    )
     chex.assert_tree_all_finite((along, gradient))
     np.testing.assert_array_equal(gradient["logits"][1], 0)
     assert_close(along[1], sum(jax.tree.leaves(jax.tree.map(jnp.vdot, gradient, direction))))
@@ -248,7 +271,7 @@ def test_exact_in_the_tail():
     logits = np.float32([[0, 0], [40, 0], [60, 0]])
     odds = np.exp(-np.array([0.0, 40, 60]))
     labels = jnp.zeros(3, jnp.int32)
-    f = lambda z: cross_entropy(z, labels, reduction="none")  # noqa: E731
+    f = lambda z: cross_entropy(z, labels, reduction="none", **FORWARD)  # noqa: E731
     direction = np.float32([[1, 0]] * 3)
     value, tangent = jax.jit(lambda z: jax.jvp(f, (z,), (direction,)))(logits)
     np.testing.assert_allclose(value, np.log1p(odds), rtol=1e-5)
@@ -272,22 +295,16 @@ def test_along_the_labels_alone(rng):
     """Σ_v dt_v (log_normalizer - z_v); the logits have no tangent."""
     logits, labels, _ = random_case(rng, (4, 9), -1, jnp.float32, True, [])
     direction = rng.normal(size=labels.shape).astype(np.float32)
-    f = lambda t: cross_entropy(logits, t, reduction="none")  # noqa: E731
+    f = lambda t: cross_entropy(logits, t, reduction="none", **FORWARD)  # noqa: E731
     tangent = jax.jit(lambda t, dt: jax.jvp(f, (t,), (dt,))[1])(labels, direction)
     terms = -direction * np.asarray(jax.nn.log_softmax(np.float64(logits)), np.float64)
     np.testing.assert_allclose(tangent, terms.sum(-1), atol=16 * 1.2e-7 * np.abs(terms).sum(-1).max(), rtol=0)
 
 
-def test_the_argument_is_without_effect():
-    z, y = jnp.zeros((3, 5)), jnp.zeros(3, int)
-    traced = [str(jax.make_jaxpr(partial(cross_entropy, labels=y, **how))(z)) for how in ({}, {"forward_mode": True})]
-    assert traced[0] == traced[1]
-
-
 def test_along_logits_of_which_one_is_infinite_in_a_dense_loss():
     """The loss is inf, and its slope by what is not infinite too; by what has no tangent it is not asked."""
     z, t = np.float32([[0, -np.inf, 0]]), np.float32([[1 / 3] * 3])
-    loss = lambda z: cross_entropy(z, t, reduction="none")[0]  # noqa: E731
+    loss = lambda z: cross_entropy(z, t, reduction="none", **FORWARD)[0]  # noqa: E731
     along, gradient = jax.jit(lambda z: (jax.jvp(loss, (z,), (np.float32([[1, 0, 0]]),)), jax.grad(loss)(z)))(z)
     assert along[0] == np.inf
     np.testing.assert_allclose(along[1], gradient[0, 0], rtol=1e-6)
@@ -299,12 +316,12 @@ def test_a_function_of_chunks_that_knows_the_axis_it_is_mapped_over(rng):
 
     def of_chunk(w, chunk):
         logits = chunk[0] @ w
-        return cross_entropy(logits - jax.lax.pmean(logits, "v"), chunk[1], reduction="sum")
+        return cross_entropy(logits - jax.lax.pmean(logits, "v"), chunk[1], reduction="sum", **FORWARD)
 
     def along(total, x, labels):
         return jax.jvp(lambda w: total(w, x, labels), (w,), (dw,))[1]
 
-    in_chunks = lambda w, x, y: sum_over_chunks(of_chunk, w, (x.reshape(-1, 2, 4), y.reshape(-1, 2)))  # noqa: E731
+    in_chunks = lambda w, x, y: sum_over_chunks(of_chunk, w, (x.reshape(-1, 2, 4), y.reshape(-1, 2)), **FORWARD)  # noqa: E731
     at_once = lambda w, x, y: of_chunk(w, (x, y))  # noqa: E731
     run = jax.jit(lambda: [jax.vmap(partial(along, f), axis_name="v")(x, labels) for f in (in_chunks, at_once)])
     assert_close(*run())

@@ -665,7 +665,12 @@ def test_both_modes_to_second_order(rng, case):
 
         def loss(student, teacher, numbers):
             losses = kl_divergence(
-                student, teacher_logits=teacher, where=where, reduction="none", **{"beta": beta} | numbers
+                student,
+                teacher_logits=teacher,
+                where=where,
+                reduction="none",
+                forward_mode=True,
+                **{"beta": beta} | numbers,
             )
             return jnp.sum(weights * losses)
 
@@ -678,7 +683,7 @@ def test_forward_mode_is_as_exact(rng, beta):
     """Along the student's top alone, at every margin, the divergence changes by what that learns."""
     (teacher, _), (student, _) = (at_margins(rng, m) for m in (np.linspace(-30, 30, 31), np.linspace(-5, 60, 31)))
     top = np.eye(student.shape[1], dtype=np.float32)[np.argmax(student, -1)]
-    loss = lambda b, a: kl_divergence(a, teacher_logits=b, beta=beta, reduction="none")  # noqa: E731
+    loss = lambda b, a: kl_divergence(a, teacher_logits=b, beta=beta, reduction="none", forward_mode=True)  # noqa: E731
     tangent = jax.jit(lambda b, a: jax.jvp(partial(loss, b), (a,), (top,))[1])(teacher, student)
     exact, sizes = reference.divergence_in_long_double(teacher, student, beta)
     want, size = (np.sum(of * top, -1) for of in (exact[1], sizes[1]))
@@ -690,10 +695,10 @@ def test_forward_mode_of_rows_that_do_not_count(rng):
     student, teacher, v = (np.float32(rng.normal(size=(4, 3))) for _ in range(3))
     student[1], teacher[2], teacher[0, 1] = np.nan, np.inf, -np.inf
     weights, where = np.float32([1, 0, 0, 2]), np.arange(4)[:, None] < 3
-    loss = lambda a, b: kl_divergence(  # noqa: E731
-        a, teacher_logits=b, weights=weights, where=where, reduction="none"
+    loss = lambda a, b, **how: kl_divergence(  # noqa: E731
+        a, teacher_logits=b, weights=weights, where=where, reduction="none", **how
     )
-    tangent = np.asarray(jax.jvp(loss, (student, teacher), (v, v))[1])
+    tangent = np.asarray(jax.jvp(partial(loss, forward_mode=True), (student, teacher), (v, v))[1])
     reverse = jax.jit(jax.grad(lambda a, b: loss(a, b)[0], (0, 1)))(student, teacher)
     np.testing.assert_array_equal(tangent[1:], 0)
     np.testing.assert_allclose(tangent[0], sum(np.sum(np.asarray(g) * v) for g in reverse), rtol=1e-5)

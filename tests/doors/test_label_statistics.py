@@ -301,8 +301,9 @@ def test_derivatives_in_both_modes(rng, margin):
     logits, labels, _ = random_case(rng, (5, 7))
     logits[np.arange(5), labels] += margin
     direction = rng.normal(size=logits.shape).astype(np.float32)
-    floats = lambda z: label_statistics(z, labels)[:3]  # noqa: E731
-    both = jax.jit(lambda z, dz: (jax.jvp(floats, (z,), (dz,))[1], jax.jacrev(floats)(z), jax.jacfwd(floats)(z)))
+    floats = lambda z, **how: label_statistics(z, labels, **how)[:3]  # noqa: E731
+    by_flag = partial(floats, forward_mode=True)
+    both = jax.jit(lambda z, dz: (jax.jvp(by_flag, (z,), (dz,))[1], jax.jacrev(floats)(z), jax.jacfwd(by_flag)(z)))
     log_p = reference.log_softmax(np.float64(logits))
     p = np.exp(log_p)
     sizes = [np.where(np.eye(7)[labels] == 1, 1 - p, p), p, p * (np.abs(log_p) - (p * log_p).sum(-1, keepdims=True))]

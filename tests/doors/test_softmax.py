@@ -200,23 +200,23 @@ def test_forward_mode_is_as_exact(rng, ours, truth, peer):
     top = np.argmax(x, -1)
     from_top = np.abs(np.take_along_axis(away, top[:, None, None], -1)[..., 0]) * (p if ours is softmax else 1)
     condition = np.abs(terms).sum(-1) + from_top * (top[:, None] != np.arange(x.shape[1]))
-    if ours is softmax and not _blocks.PLATFORMS:  # in one pass, as if each v had been rounded; the top is no term
-        a = np.where(p > 0.5, np.float64(v), 0).sum(-1, keepdims=True)
-        condition += p * np.sum(np.where(p > 0.5, 0, p) * (np.abs(v) + np.abs(a)), -1, keepdims=True)
+    # As if each v had been rounded; the top is no term.
+    a = np.where(p > 0.5, np.float64(v), 0).sum(-1, keepdims=True)
+    rounded = np.sum(np.where(p > 0.5, 0, p) * (np.abs(v) + np.abs(a)), -1, keepdims=True)
+    condition += p * (rounded + np.abs(v)) if ours is softmax else rounded
     assert_within(tangent, terms.sum(-1), condition * (2 + np.abs(x).max(-1, keepdims=True)), 4)
 
 
 @pytest.mark.diagonal
 @doors
-@pytest.mark.parametrize("side", few_of(["passes", "one pass"]))
+@pytest.mark.parametrize("side", few_of(["blocks", "one pass"]))
 @pytest.mark.parametrize("masked", few_of([True, False]), ids=["where", "all"])
 def test_both_modes_to_second_order(rng, monkeypatch, side, masked, ours, truth, peer):
     """JAX's own check, against differences in float64; of rows that a GPU takes as wide."""
     if side == "one pass":
         jax.clear_caches()
         monkeypatch.setattr(_blocks, "PLATFORMS", ())
-    for name, value in {"KERNEL": 4, "SHORT": 1}.items():
-        monkeypatch.setattr(_softmax, name, value)
+    monkeypatch.setattr(_softmax, "KERNEL", 4)
     where = np.arange(7)[:, None] % 3 != 1 if masked else None
     with jax.enable_x64(True):
         x, weights = rng.normal(size=(2, 7, 3))

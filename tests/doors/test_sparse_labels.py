@@ -275,7 +275,7 @@ def test_forward_mode(rng, names):
 
     @jax.jit
     def both_modes(z, tangent):
-        forward = jax.jvp(lambda z: cross_entropy(z, labels, **options), (z,), (tangent,))[1]
+        forward = jax.jvp(lambda z: cross_entropy(z, labels, forward_mode=True, **options), (z,), (tangent,))[1]
         return forward, jnp.sum(jax.grad(lambda z: cross_entropy(z, labels, **options))(z) * tangent)
 
     forward, reverse = both_modes(logits, tangent)

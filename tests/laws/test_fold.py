@@ -204,8 +204,7 @@ def test_automatically_sharded_classes_stay_where_they_lie(monkeypatch, kind):
 def test_softmax_of_explicitly_sharded_classes(rng, monkeypatch, side, classes):
     jax.clear_caches()
     monkeypatch.setattr(_blocks, "PLATFORMS", () if side == "folded" else ("cpu",))
-    for module in (_fold, _softmax):
-        monkeypatch.setattr(module, "SHORT", 1)
+    monkeypatch.setattr(_fold, "SHORT", 1)
     for module, name in ((_fold, "ROW"), (_softmax, "KERNEL")):
         monkeypatch.setattr(module, name, 64)
     x, g = (np.float32(3 * rng.normal(size=(16, classes))) for _ in range(2))
@@ -256,8 +255,7 @@ def test_softmax_by_the_fold(rng, monkeypatch, dtype):
     jax.clear_caches()
     want = jax.jit(all_of)(x, g)
     monkeypatch.setattr(_blocks, "PLATFORMS", ())
-    for module in (_fold, _softmax):
-        monkeypatch.setattr(module, "SHORT", 1)
+    monkeypatch.setattr(_fold, "SHORT", 1)
     jax.clear_caches()
     for got, of_short in zip(jax.jit(all_of)(x, g), want, strict=True):
         size = 1 + np.max(np.abs(np.float64(of_short)))
@@ -286,7 +284,6 @@ def test_softmaxs_gradient_is_as_exact_as_its_cotangent(rng, monkeypatch, dtype)
     """Against float64, at every margin, of cotangents that have something in common, and one that stands out. Right to
     roundings of y as it is kept, of each difference's term, and of each cotangent, in which the class of y > 1/2 has no
     term of its own."""
-    monkeypatch.setattr(_softmax, "SHORT", 1)
     x = rng.normal(size=(31, 37)) * np.linspace(0, 30, 31)[:, None]
     g = rng.normal(size=x.shape) + rng.choice([0, 100], (31, 1)) + 1000 * (rng.random(x.shape) < 0.02)
     x, g = np.asarray(x, dtype), np.asarray(g, dtype)
