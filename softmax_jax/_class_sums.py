@@ -79,8 +79,8 @@ def _settled(found: Folded, classes: int) -> Top:
 
 
 # The rule: around a given m and pivot, both derivatives are those of the sums as they are written. In the mean loss of
-# N tokens nll = log(rest + exp(own)) - own has the cotangents drest = 1/(N total) and down = -rest/(N total); written are
-# rest = Σ_{v≠y} exp(z_v - m) and own = z_y - m, so that
+# N tokens nll = log(rest + exp(own)) - own has the cotangents drest = 1/(N total) and down = -rest/(N total); written
+# are rest = Σ_{v≠y} exp(z_v - m) and own = z_y - m, so that
 #
 #     dz_v = drest · exp(z_v - m) = p_v / N        dz_y = down = -(1 - p_y) / N        dz = (p - t) / N
 #

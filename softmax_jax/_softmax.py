@@ -13,6 +13,7 @@ from jaxtyping import Bool, Num
 from softmax_jax import _checks
 from softmax_jax._adjustment import Adjustment, adjust, row_shift, shifted
 from softmax_jax._arguments import hinted
+from softmax_jax._barrier import apart
 from softmax_jax._class_sums import top_sums
 from softmax_jax._classes import Classes, classes_last, from_classes_last
 from softmax_jax._dtypes import floating, nan_unless, upcast
@@ -143,6 +144,8 @@ def _softmax_jvp(axes, primals, tangents):
 
 @partial(jax.checkpoint, prevent_cse=False, static_argnums=3)
 def _softmax_tangent(y: Array, where: Array | None, dx: Array, axes: Axes) -> Array:
+    # As it is kept, not as it was before: XLA on a GPU would keep that (attention on an H200: 18 units, not 14).
+    y = lax.platform_dependent(y, tpu=lambda y: y, default=lambda y: apart(y)[0])
     p, dx, total = upcast(y), existing(upcast(dx), where), partial(jnp.sum, axis=axes, keepdims=True)
     here = p > 0.5
     others, top = jnp.where(here, 0, p), total(jnp.where(here, p, 0))
@@ -155,13 +158,14 @@ def _softmax_tangent(y: Array, where: Array | None, dx: Array, axes: Axes) -> Ar
 _jitted_softmax = jax.jit(_softmax_rule, static_argnums=2)
 
 
-# With a the largest entry, rest = Σ_{v≠a} exp(x_v - x_a), p_a = 1/(1 + rest) and 1 - p_a = rest/(1 + rest)
+# With a the largest entry, rest = Σ_{v≠a} exp(x_v - x_a), p_a = 1/(1 + rest), 1 - p_a = rest/(1 + rest), and of the
+# others S = Σ_{v≠a} p_v dx_v
 #
-#     y_a = -log1p(rest)        y_v = (x_v - x_a) - log1p(rest)
-#     dy_a = -D                 dy_v = (dx_v - dx_a) - D                D = Σ_{v≠a} p_v dx_v - (1 - p_a) dx_a
+#     y_a = -log1p(rest)             y_v = (x_v - x_a) - log1p(rest)
+#     dy_a = (1 - p_a) dx_a - S      dy_v = dx_v - p_a dx_a - S
 #
-# if p_a > 1/2, else it is as if dx_a were 0 and a one of the others. JAX turns it into dx_v = g_v - p_v Σ_u g_u and
-# dx_a = (1 - p_a) Σ_u g_u - Σ_{v≠a} g_v. Kept: x, and three numbers of each row. Several axes are made one.
+# which JAX turns into dx_a = (1 - p_a) g_a - p_a Σ_{v≠a} g_v and dx_v = g_v - p_v Σ_u g_u. Kept: x, and three numbers
+# of each row. Several axes are made one.
 
 
 class Row(NamedTuple):
@@ -207,12 +211,13 @@ def _log_softmax_jvp(classes, primals, tangents):
 
 @partial(jax.checkpoint, prevent_cse=False, static_argnums=4)
 def _log_softmax_tangent(x: Array, where: Array | None, row: Row, dx: Array, classes: Classes) -> Array:
-    dx, total = existing(upcast(dx), where), 1 + row.rest
-    here = classes.is_at(row.top, x) & classes.along(row.rest < 1)
-    p = jnp.exp(shifted(x, Adjustment(where=where), row.m, classes.axis)) / classes.along(total)
-    top = _sum(jnp.where(here, dx, 0), classes)
-    away = _sum(jnp.where(here, 0, p) * dx, classes) - row.rest / total * top
-    dy = jnp.where(here, 0, dx - classes.along(top)) - classes.along(away)
+    dx, top, miss = existing(upcast(dx), where), 1 / (1 + row.rest), row.rest / (1 + row.rest)
+    p = jnp.exp(shifted(x, Adjustment(where=where), row.m, classes.axis)) * classes.along(top)
+    # As factors: of a select XLA on a GPU keeps the zeros, at the size of x (65536 x 512 float32: 16 units, not 13).
+    others = 1 - classes.is_at(row.top, x).astype(p.dtype)
+    of_top, of_others = _sum((1 - others) * dx, classes), _sum(others * p * dx, classes)
+    dy = (1 - others) * classes.along(miss * of_top) + others * (dx - classes.along(top * of_top))
+    dy = dy - classes.along(of_others)
     return existing(dy, where).astype(x.dtype)
 
 

@@ -200,10 +200,12 @@ def test_forward_mode_is_as_exact(rng, ours, truth, peer):
     top = np.argmax(x, -1)
     from_top = np.abs(np.take_along_axis(away, top[:, None, None], -1)[..., 0]) * (p if ours is softmax else 1)
     condition = np.abs(terms).sum(-1) + from_top * (top[:, None] != np.arange(x.shape[1]))
-    # As if each v had been rounded; the top is no term.
-    a = np.where(p > 0.5, np.float64(v), 0).sum(-1, keepdims=True)
-    rounded = np.sum(np.where(p > 0.5, 0, p) * (np.abs(v) + np.abs(a)), -1, keepdims=True)
-    condition += p * (rounded + np.abs(v)) if ours is softmax else rounded
+    # As if each v had been rounded. Of a top that p_a v_a is taken from, 1 - p_a is left.
+    a = p > 0.5 if ours is softmax else np.arange(x.shape[1]) == top[:, None]
+    of_top = np.where(a, np.abs(v), 0).sum(-1, keepdims=True)
+    of_others = np.sum(np.where(a, 0, p) * (np.abs(v) + (of_top if ours is softmax else 0)), -1, keepdims=True)
+    each = np.where(a, (1 - p) * np.abs(v), np.abs(v) + of_top)
+    condition += (of_others + each) * (p if ours is softmax else 1)
     assert_within(tangent, terms.sum(-1), condition * (2 + np.abs(x).max(-1, keepdims=True)), 4)
 
 
