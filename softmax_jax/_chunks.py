@@ -263,8 +263,8 @@ def _sum_fwd(f: Callable, super_chunks: int, *operands: PyTree) -> tuple[PyTree,
 
 
 def _sum_bwd(f: Callable, super_chunks: int, residuals: PyTree, cotangents: PyTree) -> Operands:
-    operands, gradients = residuals
-    return _gradients(super_chunks, operands, *gradients, cotangents[0])
+    operands, (dshared, dchunks, of_products) = residuals
+    return _gradients(super_chunks, operands, dshared, dchunks, of_products, cotangents[0])
 
 
 _sum.defvjp(_sum_fwd, _sum_bwd)

@@ -26,6 +26,7 @@ from softmax_jax._sums import LABELS, Asked, ClassSums, Read, Tokens, Top, in_ru
 from softmax_jax._waist import NO_COTANGENTS, Around, of_classes, pulled, tangent_of
 
 
+@partial(jax.jit, static_argnums=(1, 2), inline=True)  # a rule and its function make the same: one trace serves both
 def _sums_here(read: Read, classes: Classes, asked: Asked) -> Folded:
     """The sums of every token over this device's classes. A row of -inf alone has m = -inf."""
     axis, rank, first = classes.axis, read.logits.ndim, classes.first(read.logits)

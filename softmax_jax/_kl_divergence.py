@@ -207,8 +207,8 @@ def _divergence(
     reverse, beta = _checks.mixture("beta", beta, dtype)
     divisor = _checks.reduction_of(reduction, normalizer, dtype)
     in_chunks, chunk_size = kind == "probabilities", _checks.chunk_size_of(chunk_size)
-    numbers, classes = _numbers(kind, reverse), Classes(axis, class_axes)
-    how = How(numbers, dtype, classes, reduction, in_chunks, chunk_size, forward_mode)
+    losses, classes = _numbers(kind, reverse), Classes(axis, class_axes)
+    how = How(losses, dtype, classes, reduction, in_chunks, chunk_size, forward_mode)
     return compute(Operands(student, teacher, options, divisor, _Numbers(caps[1], scale, beta)), how)[0]
 
 

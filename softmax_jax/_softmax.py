@@ -108,6 +108,7 @@ KERNEL = 2**14
 """Entries of a row, up to which XLA makes one kernel of a softmax on a GPU."""
 
 
+@partial(jax.jit, static_argnums=2, inline=True)  # the rule and its function make the same: one trace serves both
 def _softmax_value(x: Array, where: Array | None, axes: Axes) -> Array:
     masked = Adjustment(where=where)
 

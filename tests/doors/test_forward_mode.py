@@ -325,3 +325,74 @@ def test_a_function_of_chunks_that_knows_the_axis_it_is_mapped_over(rng):
     at_once = lambda w, x, y: of_chunk(w, (x, y))  # noqa: E731
     run = jax.jit(lambda: [jax.vmap(partial(along, f), axis_name="v")(x, labels) for f in (in_chunks, at_once)])
     assert_close(*run())
+
+
+ROWS = {
+    "weights": {"weights": np.float32([1, 2])},
+    "where": {"where": np.array([[True, True, True], [True, False, True]])},
+    "class weights, an ignored id": {"class_weights": np.float32([1, 2, 3]), "ignore_index": 1},
+    "statistics": {"statistics": True},
+    "a mapped cap": {"softcap": "mapped"},
+    "a mapped scale": {"logit_scale": "mapped"},
+}
+
+
+@pytest.mark.parametrize("name", few_of(list(ROWS), 3))
+def test_the_gradient_of_a_mapped_loss(name):
+    """Failure 35: its primal and its tangent may be batched differently. As of the losses one by one."""
+    x = jnp.arange(6.0).reshape(2, 3)
+    rows, numbers, labels = jnp.stack([x, 2 * x]), jnp.array([3.0, 2.0]), jnp.array([1, 2])
+
+    def loss(x, number):
+        options = {key: number if isinstance(value, str) else value for key, value in ROWS[name].items()}
+        found = cross_entropy(x, labels, **options)
+        return found[0] if "statistics" in options else found
+
+    @jax.jit
+    def both(rows, numbers):
+        mapped = jax.grad(lambda rows: jnp.sum(jax.vmap(loss)(rows, numbers)))(rows)
+        return mapped, jnp.stack([jax.grad(loss)(row, number) for row, number in zip(rows, numbers, strict=True)])
+
+    assert_close(*both(rows, numbers))
+
+
+DOORS = {
+    "ids": lambda x, w, y: cross_entropy(x @ w, y),
+    "dense": lambda x, w, y: cross_entropy(x @ w, jax.nn.softmax(x @ w * w[:1, :1])),
+    "statistics": lambda x, w, y: jnp.sum(label_statistics(x @ w, y).entropy),
+    "divergence": lambda x, w, y: kl_divergence(x @ w, teacher_logits=jnp.sin(x @ w)),
+    "linear": lambda x, w, y: linear_cross_entropy(x, w, y, chunk_size=1),
+    "linear, none": lambda x, w, y: jnp.sum(linear_cross_entropy(x, w, y, chunk_size=1, reduction="none") ** 2),
+    "linear statistics": lambda x, w, y: jnp.sum(linear_label_statistics(x, w, y, chunk_size=1).entropy),
+    "linear divergence": lambda x, w, y: linear_kl_divergence(x, w, teacher_x=x * x, teacher_weight=w, chunk_size=1),
+}
+
+
+@pytest.mark.parametrize("door", few_of(list(DOORS), 4))
+def test_second_derivatives_in_a_loop(rng, door):
+    """Failure 44: of a loss that a scan sums, and of a scan whose carry takes gradient steps; as without the loop."""
+    x, w = (jnp.float32(rng.normal(size=size)) for size in ((2, 3, 4), (4, 5)))
+    y, f = rng.integers(0, 5, (2, 3)).astype(np.int32), DOORS[door]
+    along = jnp.float32(rng.normal(size=w.shape))
+
+    def summed(w):
+        return jax.lax.scan(lambda total, xy: (total + f(xy[0], w, xy[1]), None), jnp.zeros(()), (x, y))[0]
+
+    def stepped(w):
+        step = lambda w, xy: (w - 0.1 * jax.grad(f, 1)(xy[0], w, xy[1]), None)  # noqa: E731
+        return f(x[0], jax.lax.scan(step, w, (x, y))[0], y[0])
+
+    def unrolled(w):
+        for a, b in zip(x, y, strict=True):
+            w = w - 0.1 * jax.grad(f, 1)(a, w, b)
+        return f(x[0], w, y[0])
+
+    @jax.jit
+    def every(w):
+        plainly = lambda w: f(x[0], w, y[0]) + f(x[1], w, y[1])  # noqa: E731
+        product = lambda g: jax.jvp(jax.grad(g), (w,), (along,))[1]  # noqa: E731
+        again = lambda g: jax.grad(lambda w: jnp.vdot(jax.grad(g)(w), along))(w)  # noqa: E731
+        in_loop = product(summed), again(summed), jax.grad(stepped)(w), jax.hessian(summed)(w)
+        return in_loop, (product(plainly), again(plainly), jax.grad(unrolled)(w), jax.hessian(plainly)(w))
+
+    assert_close(*every(w))

@@ -3,6 +3,8 @@
 Read this one first. It runs on every device that JAX finds.
 """
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -58,6 +60,7 @@ class TestOnTheCpu(chex.TestCase):
     """Each in two of `chex.variants`: with `jit` and without."""
 
     backend = "cpu"
+    variant: Any
 
     def setUp(self):
         super().setUp()
