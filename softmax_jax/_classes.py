@@ -4,10 +4,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from softmax_jax._sharding import Names, count, offset
+from softmax_jax._sharding import Names, count, explicit_mesh, offset
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Classes:
 
     def is_at(self, ids: Array, like: Array) -> Array:
         """Whether an entry is at its token's class, in the shape of `like`."""
-        return lax.broadcasted_iota(jnp.int32, like.shape, self.axis) == self.along(ids)
+        lies = None if explicit_mesh(like) is None else jax.typeof(like).sharding
+        return lax.broadcasted_iota(jnp.int32, like.shape, self.axis, out_sharding=lies) == self.along(ids)
 
     def at(self, ids: Array, array: Array) -> Array:
         """The entries at several classes of each token: `ids`, from 0, has them on the axis. Beyond the last class
