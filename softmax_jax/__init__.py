@@ -1,7 +1,8 @@
 """Softmax and cross-entropy for JAX: exact, small, fast.
 
 The table of contents, in reading order: the functions. The idea is in four files behind them: `_token_loss` (from sums
-to a loss), `_waist` (which sums), `_class_sums` (their derivatives), `_combine` (how two sets of classes are joined).
+to a loss), `_waist` (which sums), `_class_sums` (the `custom_vjp`: why the gradient is (p - t)/N), `_blocks` (the sums
+as they are written, on the CPU). On GPUs and TPUs `_combine` joins two sets of classes.
 """
 
 # ruff: noqa: I001

@@ -30,10 +30,14 @@ class Classes:
         """A number a token, as one for each of its classes."""
         return jnp.expand_dims(row, self.axis)
 
+    def ids(self, like: Array) -> Array:
+        """The class of each entry, in the shape of `like`, and laid out as that is."""
+        lies = None if explicit_mesh(like) is None else jax.typeof(like).sharding
+        return lax.broadcasted_iota(jnp.int32, like.shape, self.axis, out_sharding=lies)
+
     def is_at(self, ids: Array, like: Array) -> Array:
         """Whether an entry is at its token's class, in the shape of `like`."""
-        lies = None if explicit_mesh(like) is None else jax.typeof(like).sharding
-        return lax.broadcasted_iota(jnp.int32, like.shape, self.axis, out_sharding=lies) == self.along(ids)
+        return self.ids(like) == self.along(ids)
 
     def at(self, ids: Array, array: Array) -> Array:
         """The entries at several classes of each token: `ids`, from 0, has them on the axis. Beyond the last class

@@ -125,8 +125,8 @@ def _softmax_value(x: Array, where: Array | None, axes: Axes) -> Array:
     if len(axes) > 1:
         e, total = plain(x)
     else:
-        of_gpus = {"cuda": plain, "rocm": plain} if one_kernel else {}
-        e, total = lax.platform_dependent(x, default=by_sums, **of_gpus)
+        platforms = ("cpu", "cuda", "rocm") if one_kernel else ("cpu",)
+        e, total = lax.platform_dependent(x, default=by_sums, **dict.fromkeys(platforms, plain))
     if where is not None:
         total = jnp.where(jnp.any(where, axes, keepdims=True), total, 1)
     return existing(e / total, where).astype(x.dtype)

@@ -18,7 +18,7 @@ def test_the_version_is_that_of_the_installed_package():
 def test_one_version_in_every_file():
     number = softmax_jax.__version__
     (cited,) = re.findall(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
-    newest, *_ = re.findall(r"^## \[(.+)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    newest, *_ = re.findall(r"^## \[(\d.+)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert number == cited == newest
 
 
