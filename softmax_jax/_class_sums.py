@@ -22,7 +22,7 @@ from softmax_jax._fold import sums_in_one_pass
 from softmax_jax._labels import Dense, Placed, of_existing
 from softmax_jax._sharding import PyTree, check_gradient, pmax, psum, vary, varying
 from softmax_jax._sparse_labels import Sparse, with_few
-from softmax_jax._sums import LABELS, Asked, ClassSums, Read, Tokens, Top, in_rule
+from softmax_jax._sums import LABELS, Asked, ClassSums, Read, Tokens, Top, batched_alike, in_rule
 from softmax_jax._waist import NO_COTANGENTS, Around, of_classes, pulled, tangent_of
 
 
@@ -101,7 +101,7 @@ class Given(NamedTuple):
 
 @partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def _sums_in_both_modes(tokens: Tokens, classes: Classes, asked: Asked) -> tuple[ClassSums, Array]:
-    return _found(tokens, classes, asked)
+    return batched_alike(_found(tokens, classes, asked))
 
 
 def _jvp(classes: Classes, asked: Asked, primals: tuple[Tokens], tangents: tuple[PyTree]) -> PyTree:

@@ -151,7 +151,8 @@ def _softmax_tangent(y: Array, where: Array | None, dx: Array, axes: Axes) -> Ar
     here = p > 0.5
     others, top = jnp.where(here, 0, p), total(jnp.where(here, p, 0))
     miss, terms = total(others), others * dx
-    mean = (top * total(jnp.where(here, dx, 0)) + total(terms)) / (top + miss)
+    every = jnp.where(top + miss == 0, 1, top + miss)  # 0 where all are hidden, or rounded to 0 in 8 bits
+    mean = (top * total(jnp.where(here, dx, 0)) + total(terms)) / every
     of_top = miss * mean - total(terms)
     return existing(jnp.where(here, of_top, terms - others * mean), where).astype(y.dtype)
 

@@ -4,15 +4,33 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import Array
+from jax.custom_batching import custom_vmap
 
 from softmax_jax._adjustment import Adjustment
+from softmax_jax._sharding import PyTree
 
 
 def in_rule(f: Callable) -> Callable:
     """f, which has a `custom_jvp`, where the forward pass of a `custom_vjp` calls it. JAX 0.10 forgets a rule that is
     called there, under `scan`, when it is differentiated again; under a checkpoint it keeps it."""
     return jax.checkpoint(f, prevent_cse=False) if jax.__version_info__ < (0, 11) else f
+
+
+@custom_vmap
+def batched_alike(numbers: PyTree) -> PyTree:
+    """The same numbers, of which `vmap` maps all or none: of a function with a rule JAX takes the cotangent of a result
+    that is not mapped for one that all examples share, once for each of them (0.10), or refuses it."""
+    return numbers
+
+
+@batched_alike.def_vmap
+def _(size: int, mapped: list, numbers: PyTree) -> tuple[PyTree, PyTree]:
+    def of_all(a, is_mapped):
+        return a if is_mapped else jnp.broadcast_to(a[None], (size, *a.shape))
+
+    return jax.tree.map(of_all, numbers, *mapped), jax.tree.map(lambda _: True, numbers)
 
 
 class Tokens(NamedTuple):

@@ -396,3 +396,54 @@ def test_second_derivatives_in_a_loop(rng, door):
         return in_loop, (product(plainly), again(plainly), jax.grad(unrolled)(w), jax.hessian(plainly)(w))
 
     assert_close(*every(w))
+
+
+MAPPED = {
+    "weights": ["weights"],
+    "weights of dense labels": ["weights", "dense"],
+    "weights of few labels": ["weights", "few"],
+    "few labels": ["few", "probs"],
+    "logits beside class weights": ["logits", "class_weights shared"],
+    "a scale beside class weights": ["logit_scale", "class_weights shared"],
+    "class weights": ["class_weights"],
+    "the smoothing": ["label_smoothing"],
+}
+
+
+@pytest.mark.parametrize("name", few_of(list(MAPPED), 5))
+def test_the_gradient_of_a_loss_that_is_mapped_over_some_operands(rng, name):
+    """Of what all examples share and of what each has: as of a Python loop, in both modes. (What is not mapped with the
+    others JAX counts once for each example, or refuses.)"""
+    given = MAPPED[name]
+    of = lambda *size: jnp.float32(rng.uniform(0.5, 2, size))  # noqa: E731
+    operands = {"logits": jnp.float32(rng.normal(size=(2, 4, 3))), "weights": of(2, 4), "logit_scale": of(2)}
+    operands |= {"class_weights": of(2, 3), "label_smoothing": of(2) / 10, "probs": of(2, 4, 2)}
+    ids, mapped = rng.integers(0, 3, (4, 2)).astype(np.int32), {name: 0 for name in operands if name in given}
+    asked = {"logits", "weights", *(name.split()[0] for name in given)} & set(operands)
+    operands = {name: a if name in mapped else a[0] for name, a in operands.items() if name in asked}
+
+    def loss(operands, **how):
+        rest = dict(operands)
+        logits, probs = rest.pop("logits"), rest.pop("probs", jnp.full((4, 2), 0.3, jnp.float32))
+        labels = SparseLabels(ids, probs) if "few" in given else ids[:, 0]
+        labels = jax.nn.softmax(jnp.cos(logits)) if "dense" in given else labels
+        return jnp.sum(jnp.sin(cross_entropy(logits, labels, reduction="none", **rest, **how)))
+
+    axes = {name: mapped.get(name) for name in operands}
+    direction = jax.tree.map(lambda a: jnp.float32(rng.normal(size=a.shape)), operands)
+
+    @jax.jit
+    def by_vmap(operands):
+        total = lambda o, **how: jnp.sum(jax.vmap(partial(loss, **how), (axes,))(o))  # noqa: E731
+        forward = partial(total, **FORWARD)
+        along = jax.jvp(forward, (operands,), (direction,))[1]
+        product = jax.jvp(jax.grad(total), (operands,), (direction,))[1]
+        return jax.grad(total)(operands), jax.grad(forward)(operands), along, product
+
+    def one_by_one(o):
+        return sum(loss({n: a[i] if n in mapped else a for n, a in o.items()}) for i in range(2))
+
+    gradient = jax.grad(one_by_one)(operands)
+    along = sum(jax.tree.leaves(jax.tree.map(jnp.vdot, gradient, direction)))
+    product = jax.jvp(jax.grad(one_by_one), (operands,), (direction,))[1]
+    assert_close(by_vmap(operands), (gradient, gradient, along, product))

@@ -356,3 +356,18 @@ def test_a_mask_that_varies_over_devices_over_which_x_does_not(rng, ours, truth,
     of_all = jax.shard_map(on_device, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=P())
     want = jax.grad(lambda x: sum(loss(peer, x, where[i], v[i]) for i in range(2)))(x)
     np.testing.assert_allclose(jax.jit(jax.grad(of_all))(x, where, v), want, rtol=0, atol=16 * epsilon(jnp.float32))
+
+
+def test_probabilities_that_all_round_to_zero():
+    """Of 2000 equal entries in 8 bits the result is 0, and so are its derivatives."""
+    x = jnp.zeros(2000, jnp.float8_e4m3fn)
+    y, dy = jax.jvp(softmax, (x,), (jnp.ones_like(x),))
+    np.testing.assert_array_equal(np.float32([y, dy, jax.vjp(softmax, x)[1](jnp.ones_like(x))[0]]), 0)
+
+
+def test_a_hidden_row_makes_no_nan_at_any_step():
+    x, where = jnp.ones((2, 3)), jnp.array([[True, True, False], [False] * 3])
+    with jax.debug_nans(True), jax.disable_jit():
+        y, dx = pullback(lambda x: softmax(x, where=where), x, jnp.ones_like(x))
+        jax.jvp(lambda x: softmax(x, where=where), (x,), (x,))
+    assert np.all(np.isfinite(y)) and np.all(np.isfinite(dx))

@@ -15,6 +15,8 @@ import pytest
 import reference
 from helpers import few_of
 from hypothesis import settings
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import softmax_jax as sj
 
@@ -222,6 +224,46 @@ def vmapped(f):
     return second
 
 
+def of_a_vmapped_function(f):
+    """The second of two again, of the sum of both."""
+
+    def second(asked, given):
+        two = jax.tree.map(lambda a: jnp.stack([0.5 * a, a]), asked)
+        total = lambda two: jnp.sum(jax.vmap(f, (0, None))(two, given))  # noqa: E731
+        return jax.tree.map(lambda g: g[1], jax.grad(total)(two))
+
+    return second
+
+
+def on_a_mesh(f):
+    """Of one device, on which every operand is whole."""
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+    return jax.shard_map(jax.grad(f), mesh=mesh, in_specs=(P(), P()), out_specs=P())
+
+
+def forward_over_reverse(f):
+    """What is differentiated in a product with the Hessian, of the gradient and of a random direction."""
+
+    def first(asked, given):
+        direction = jax.tree.map(jnp.cos, asked)
+        return jax.jvp(lambda asked: jax.grad(f)(asked, given), (asked,), (direction,))[0]
+
+    return first
+
+
+def reverse_over_reverse(f):
+    """The gradient that stands beside its own product with a direction, whose gradient is taken."""
+
+    def first(asked, given):
+        def product(asked):
+            gradient = jax.grad(f)(asked, given)
+            return sum(jax.tree.leaves(jax.tree.map(lambda g, a: jnp.vdot(g, jnp.cos(a)), gradient, asked))), gradient
+
+        return jax.grad(product, has_aux=True)(asked)[1]
+
+    return first
+
+
 def scanned(f):
     """Through a loop, whose first step is of other operands."""
 
@@ -250,6 +292,7 @@ def pulled_back_twice(f):
 
 
 WAYS = [plainly, jitted, checkpointed, of_a_jitted_function, vmapped, scanned, nested, pulled_back_twice]
+WAYS += [of_a_vmapped_function, on_a_mesh, forward_over_reverse, reverse_over_reverse]
 
 
 class Walk:
@@ -288,6 +331,16 @@ def test_both_operands_then_one_then_both_in_another_way(name):
     walk.step(name, ["x"])
     walk.step(name, ["x", "weight"], checkpointed, anew=True)
     walk.step(name, ["weight"], of_a_jitted_function, anew=True)
+
+
+@pytest.mark.parametrize("way", WAYS[-4:], ids=lambda way: way.__name__)
+@pytest.mark.parametrize("name", few_of(["cross_entropy mean ids", "linear_cross_entropy none dense", NAMES[2]], 2))
+def test_every_way_after_another(name, way):
+    walk, operands = Walk(), list(subjects()[name].operands)
+    walk.step(name, operands[:1])
+    walk.step(name, operands, way)
+    walk.step(name, operands[:2], way, anew=True)
+    walk.step(name, operands)
 
 
 @pytest.mark.thorough
