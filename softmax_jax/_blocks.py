@@ -1,4 +1,4 @@
-"""Sums over the classes on the CPU: as they are written, over blocks of tokens whose logits stay in the cache.
+"""Sums over the classes as they are written: on the CPU over blocks of tokens whose logits stay in the cache.
 
 XLA on the CPU makes a pass over memory of each row sum, and of what feeds two of them or holds a comparison. Inside a
 block such a pass reads the cache, so nothing here is arranged for the compiler: z once, its maximum, the first class
@@ -57,10 +57,10 @@ def sums_of_block(read: Read, *, axis: int, asked: Asked) -> Folded:
     if label is None:
         m = largest(z)
         pivot = jnp.min(jnp.where(z == m, ids, NO_CLASS), axis, keepdims=True, initial=NO_CLASS)
-        others = _without(pivot, z, -jnp.inf, classes)
+        others = _all_but(pivot, z, -jnp.inf, classes)
         found = Folded(m, m, top=pivot)
     else:
-        others = _without(label, z, -jnp.inf, classes)
+        others = _all_but(label, z, -jnp.inf, classes)
         m = jnp.maximum(largest(others), _entry(label, z, -jnp.inf, classes))
         found = Folded(m, m, own=upcast(_entry(label, jnp.broadcast_to(logits, shape), 0, classes)))
     down, others = z - finite_max(m), others - finite_max(m)
@@ -76,7 +76,7 @@ def sums_of_block(read: Read, *, axis: int, asked: Asked) -> Folded:
         found = found._replace(each_mass=total(c), prior=total(mass_times(c, down)))
     if values is not None:
         t = target_of(jnp.broadcast_to(values, shape), class_weights, adjustment.where, z.dtype)
-        mass, t = _entry(pivot, t, 0, classes), _without(pivot, t, 0, classes)
+        mass, t = _entry(pivot, t, 0, classes), _all_but(pivot, t, 0, classes)
         found = found._replace(mass=mass, rest_mass=total(t), label_sum=total(mass_times(t, others)))
     return found
 
@@ -87,7 +87,7 @@ def _entry(place: Array, array: Array, absent: ArrayLike, classes: Classes) -> A
     return jnp.where(here, classes.at(jnp.where(here, place, 0), array), absent)
 
 
-def _without(place: Array, array: Array, instead: ArrayLike, classes: Classes) -> Array:
+def _all_but(place: Array, array: Array, instead: ArrayLike, classes: Classes) -> Array:
     """The entries of all classes but that one, in whose place `instead` stands."""
     size = array.shape[classes.axis]
     place = jnp.where((place >= 0) & (place < size), place, size)
@@ -183,7 +183,7 @@ def _over_blocks(f: Callable, axis: int, operands: PyTree) -> PyTree:
         return of_block((), operands)
 
     def body(index, out):
-        steps = [index // math.prod(counts[i + 1 :]) % count for i, count in enumerate(counts)]
+        steps = [index // math.prod(counts[i + 1 :]) % blocks for i, blocks in enumerate(counts)]
         firsts = [jnp.minimum(i * block[a], shape[a] - block[a]) for i, a in zip(steps, places, strict=True)]
         at = [firsts[places.index(a)] if a in places else 0 for a in range(len(shape))]
         return jax.tree.map(lambda o, part: lax.dynamic_update_slice(o, part, at), out, of_block(firsts, operands))

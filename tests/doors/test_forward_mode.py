@@ -339,7 +339,7 @@ ROWS = {
 
 @pytest.mark.parametrize("name", few_of(list(ROWS), 3))
 def test_the_gradient_of_a_mapped_loss(name):
-    """Failure 35: its primal and its tangent may be batched differently. As of the losses one by one."""
+    """Failure 32: its primal and its tangent may be batched differently. As of the losses one by one."""
     x = jnp.arange(6.0).reshape(2, 3)
     rows, numbers, labels = jnp.stack([x, 2 * x]), jnp.array([3.0, 2.0]), jnp.array([1, 2])
 
@@ -370,7 +370,7 @@ DOORS = {
 
 @pytest.mark.parametrize("door", few_of(list(DOORS), 4))
 def test_second_derivatives_in_a_loop(rng, door):
-    """Failure 44: of a loss that a scan sums, and of a scan whose carry takes gradient steps; as without the loop."""
+    """Failure 33: of a loss that a scan sums, and of a scan whose carry takes gradient steps; as without the loop."""
     x, w = (jnp.float32(rng.normal(size=size)) for size in ((2, 3, 4), (4, 5)))
     y, f = rng.integers(0, 5, (2, 3)).astype(np.int32), DOORS[door]
     along = jnp.float32(rng.normal(size=w.shape))

@@ -300,7 +300,7 @@ def test_a_mapped_axis_is_one_of_the_blocks(rng, some):
 @pytest.mark.cpu_compiler
 @pytest.mark.parametrize("f", [cross_entropy, lambda z, y: tuple(label_statistics(z, y))], ids=["loss", "statistics"])
 def test_rows_that_are_mapped_one_by_one_are_blocks_all_the_same(f):
-    """Failure 45: `vmap` shows a function one example, which is no block."""
+    """Failure 34: `vmap` shows a function one example, which is no block."""
     z, y = jax.ShapeDtypeStruct((4096, 32000), jnp.float32), jax.ShapeDtypeStruct((4096,), jnp.int32)
     program = jax.jit(jax.vmap(f)).lower(z, y).compile()
     assert program.memory_analysis().temp_size_in_bytes < 0.1 * 4 * 4096 * 32000
