@@ -60,6 +60,10 @@ def pytest_collection_modifyitems(config, items):
     items.sort(key=_optimized)  # each kind of program by itself, see `_optimized_or_not`
 
 
+def pytest_ignore_collect(collection_path, config):
+    return True if "devices" in collection_path.parts and config.getoption("--devices") == 1 else None
+
+
 def _needs_devices(item) -> bool:
     return "devices" in item.path.parts or item.get_closest_marker("devices") is not None
 
