@@ -53,6 +53,7 @@ def pytest_collection_modifyitems(config, items):
     if config.getoption("--fold"):
         items[:] = [item for item in items if not item.get_closest_marker("cpu_compiler")]
     several = config.getoption("--devices") > 1
+    config.hook.pytest_deselected(items=[item for item in items if _needs_devices(item) != several])
     items[:] = [item for item in items if _needs_devices(item) == several]
     for item in items:  # properties are in either run, with examples of its own number
         if is_hypothesis_test(getattr(item, "obj", None)) and "not thorough" not in config.option.markexpr:
