@@ -181,6 +181,9 @@ def _over_blocks(f: Callable, axis: int, operands: PyTree) -> PyTree:
 
     if not places:
         return of_block((), operands)
+    shapes = jax.eval_shape(of_block, [0] * len(places), operands)
+    numbers = [1 if a == len(shape) + axis else size for a, size in enumerate(shape)]
+    empty = jax.tree.map(lambda kind: vary(jnp.zeros(numbers, kind.dtype), varying(operands)), shapes)
 
     def body(index, out):
         steps = [index // math.prod(counts[i + 1 :]) % blocks for i, blocks in enumerate(counts)]
@@ -188,9 +191,6 @@ def _over_blocks(f: Callable, axis: int, operands: PyTree) -> PyTree:
         at = [firsts[places.index(a)] if a in places else 0 for a in range(len(shape))]
         return jax.tree.map(lambda o, part: lax.dynamic_update_slice(o, part, at), out, of_block(firsts, operands))
 
-    shapes = jax.eval_shape(of_block, [0] * len(places), operands)
-    numbers = [1 if a == len(shape) + axis else size for a, size in enumerate(shape)]
-    empty = jax.tree.map(lambda kind: vary(jnp.zeros(numbers, kind.dtype), varying(operands)), shapes)
     return lax.fori_loop(0, math.prod(counts), body, empty)
 
 
