@@ -185,6 +185,7 @@ def test_nothing_of_the_logits_size_is_made(dtype, dense):
     assert memory.temp_size_in_bytes <= (12 if dense else 6) * 4 * tokens + 3 * 4 * _blocks.BLOCK
 
 
+@pytest.mark.devices
 @pytest.mark.diagonal
 @pytest.mark.compiled
 @pytest.mark.unoptimized
