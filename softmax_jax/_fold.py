@@ -24,9 +24,8 @@ from softmax_jax._sharding import entries_of, vary_alike
 from softmax_jax._sums import Asked, Read
 
 LOAD, SHORT, ROW = 8, 128, 2**14
-"""Of a GPU: bytes of neighbours that a thread reads at once; the shortest row that is worth it (a softmax's on a TPU
-too); the longest that XLA does not cut into pieces of a few hundred, for each of which a warp joins the sets of its
-threads."""
+"""Of a GPU: bytes of neighbours that a thread reads at once; the shortest row that is worth it; the longest that XLA
+does not cut into pieces of a few hundred, for each of which a warp joins the sets of its threads."""
 
 
 def sums_in_one_pass(read: Read, *, axis: int, asked: Asked) -> Folded:
