@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_batching import custom_vmap
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 
 from softmax_jax._adjustment import adjust, beyond_exp
 from softmax_jax._barrier import apart
 from softmax_jax._classes import Classes
-from softmax_jax._combine import NO_CLASS, Folded, finite_max, mass_times
+from softmax_jax._combine import Folded, finite_max, mass_times
 from softmax_jax._dtypes import upcast
 from softmax_jax._masses import existing, target_of, uniform
 from softmax_jax._sharding import PyTree, count, explicit_mesh, laid_out_by_compiler, psum, vary, varying
@@ -32,16 +32,20 @@ BLOCK = 2**20
 """Logits of a block: 4 MiB in float32."""
 
 PLATFORMS = ("cpu",)
-"""Those on which sums are made in blocks."""
+"""Those on which sums are made in blocks, and what else is written for XLA on the CPU."""
+
+
+def on_cpu_or_elsewhere(on_cpu: Callable, elsewhere: Callable, *operands: PyTree) -> PyTree:
+    """The one place at which the ways of the CPU and of all other platforms part: both are traced, one is compiled."""
+    return lax.platform_dependent(*operands, default=elsewhere, **dict.fromkeys(PLATFORMS, on_cpu))
 
 
 def by_platform(in_blocks: Callable, in_one_pass: Callable, axis: int, operands: PyTree) -> PyTree:
-    """The one place at which the ways of the CPU and of all other platforms part: the sums of every token, numbers with
-    the axis of the classes of size 1. Both are traced, one is compiled. What is laid out explicitly has no blocks."""
+    """The sums of every token, numbers with the axis of the classes of size 1. What is laid out explicitly has no
+    blocks."""
     if explicit_mesh(operands) is not None:
         return in_one_pass(operands)
-    of_blocks = dict.fromkeys(PLATFORMS, partial(over_blocks, in_blocks, axis))
-    return lax.platform_dependent(operands, default=in_one_pass, **of_blocks)
+    return on_cpu_or_elsewhere(partial(over_blocks, in_blocks, axis), in_one_pass, operands)
 
 
 def sums_of_block(read: Read, *, axis: int, asked: Asked) -> Folded:
@@ -56,13 +60,16 @@ def sums_of_block(read: Read, *, axis: int, asked: Asked) -> Folded:
     ids = lax.broadcasted_iota(jnp.int32, shape, classes.axis)
     if label is None:
         m = largest(z)
-        pivot = jnp.min(jnp.where(z == m, ids, NO_CLASS), axis, keepdims=True, initial=NO_CLASS)
-        others = _all_but(pivot, z, -jnp.inf, classes)
+        last = z.shape[axis] - 1  # of a row of NaN, in which none is the largest
+        pivot = jnp.min(jnp.where(z == m, ids, last), axis, keepdims=True, initial=last)
+        others = classes.put(pivot, jnp.full_like(m, -jnp.inf), z)
         found = Folded(m, m, top=pivot)
     else:
-        others = _all_but(label, z, -jnp.inf, classes)
-        m = jnp.maximum(largest(others), _entry(label, z, -jnp.inf, classes))
-        found = Folded(m, m, own=upcast(_entry(label, jnp.broadcast_to(logits, shape), 0, classes)))
+        label = jnp.broadcast_to(label, [1 if a == classes.axis else size for a, size in enumerate(shape)])
+        own, raw = classes.get(label, z, -jnp.inf), classes.get(label, jnp.broadcast_to(logits, shape), 0)
+        others = classes.put(label, jnp.full_like(own, -jnp.inf), z)
+        m = jnp.maximum(largest(others), own)
+        found = Folded(m, m, own=upcast(raw))
     down, others = z - finite_max(m), others - finite_max(m)
     if label is None:
         (others,) = apart(others)  # made once, for several sums
@@ -76,23 +83,9 @@ def sums_of_block(read: Read, *, axis: int, asked: Asked) -> Folded:
         found = found._replace(each_mass=total(c), prior=total(mass_times(c, down)))
     if values is not None:
         t = target_of(jnp.broadcast_to(values, shape), class_weights, adjustment.where, z.dtype)
-        mass, t = _entry(pivot, t, 0, classes), _all_but(pivot, t, 0, classes)
+        mass, t = classes.get(pivot, t), classes.put(pivot, jnp.zeros_like(m), t)
         found = found._replace(mass=mass, rest_mass=total(t), label_sum=total(mass_times(t, others)))
     return found
-
-
-def _entry(place: Array, array: Array, absent: ArrayLike, classes: Classes) -> Array:
-    """Each token's entry at a class; `absent` where that is none of these."""
-    here = (place >= 0) & (place < array.shape[classes.axis])
-    return jnp.where(here, classes.at(jnp.where(here, place, 0), array), absent)
-
-
-def _all_but(place: Array, array: Array, instead: ArrayLike, classes: Classes) -> Array:
-    """The entries of all classes but that one, in whose place `instead` stands."""
-    size = array.shape[classes.axis]
-    place = jnp.where((place >= 0) & (place < size), place, size)
-    place = jnp.broadcast_to(place, [1 if a == classes.axis else n for a, n in enumerate(array.shape)])
-    return classes.put(place, jnp.full(place.shape, instead, array.dtype), array)
 
 
 def sum_over_classes(f: Callable, classes: Classes, *operands: PyTree) -> PyTree:
@@ -139,8 +132,7 @@ def made_once(gradient: Array) -> Array:
     logits, and makes it twice: 8 x 256 tokens with 8192 classes took 1.43 of Optax's time, with this fence 0.99."""
     if gradient.ndim <= 2:
         return gradient
-    fences = dict.fromkeys(PLATFORMS, lambda gradient: apart(gradient)[0])
-    return lax.platform_dependent(gradient, default=lambda gradient: gradient, **fences)
+    return on_cpu_or_elsewhere(lambda gradient: apart(gradient)[0], lambda gradient: gradient, gradient)
 
 
 def over_blocks(f: Callable, axis: int, operands: PyTree) -> PyTree:

@@ -27,7 +27,7 @@ from softmax_jax._waist import NO_COTANGENTS, Around, of_classes, pulled, tangen
 
 
 @partial(jax.jit, static_argnums=(1, 2), inline=True)  # a rule and its function make the same: one trace serves both
-def _sums_here(read: Read, classes: Classes, asked: Asked) -> Folded:
+def sums_here(read: Read, classes: Classes, asked: Asked) -> Folded:
     """The sums of every token over this device's classes. A row of -inf alone has m = -inf."""
     axis, rank, first = classes.axis, read.logits.ndim, classes.first(read.logits)
     label, than = jax.tree.map(classes.along, (read.label, read.than))
@@ -47,18 +47,20 @@ def _found(tokens: Tokens, classes: Classes, asked: Asked) -> tuple[ClassSums, A
     values = labels.values if isinstance(labels, Dense) else None
     than = (labels.ids - first, labels.z) if isinstance(labels, Placed) else None
     here = None if label is None else label - first
-    found = _sums_here(Read(logits, adjustment, here, values, class_weights, than), classes, asked)
+    found = sums_here(Read(logits, adjustment, here, values, class_weights, than), classes, asked)
     if label is not None:
         own = classes.if_here(partial(_adjusted, found.own, adjustment, classes), label - first, logits)
         found = found._replace(own=of_existing(own, label, tokens, classes))
     found = over_devices(found, classes.over)
-    m, top, rest = _settled(found, classes.of_all(logits))
-    pivot = top if label is None else label
-    own = of_existing(m - m, top, tokens, classes) if label is None else found.own - m
+    m, rest, _ = settled(found)
+    pivot = found.top if label is None else label
+    if label is None:  # 0, NaN in a row that has no top, if it is used
+        highest = found.m if tokens.unused is None else jnp.where(tokens.unused, 0, found.m)
+        found = found._replace(own=m + (highest - highest))
     of_labels: Any = found.mass, found.rest_mass, found.label_sum
     if not isinstance(labels, Dense):
         of_labels = psum(labels.masses(tokens._replace(labels=labels), m, pivot - first, classes), classes.over)
-    sums = ClassSums(m, rest, own, *of_labels, prior=found.prior, moment=found.moment)
+    sums = ClassSums(m, rest, found.own - m, *of_labels, prior=found.prior, moment=found.moment)
     if isinstance(labels, Placed):
         ties = pmax((found.top != labels.ids).astype(dtype), classes.over)
         sums = sums._replace(above=found.above, ties=ties, first=found.top.astype(dtype))
@@ -71,12 +73,11 @@ def _adjusted(own: Array, adjustment: Adjustment, classes: Classes, ids: Array) 
     return upcast(adjust(own, adjustment._replace(where=where)))
 
 
-def _settled(found: Folded, classes: int) -> Top:
-    """Of all classes: m is 0 in a row of -inf alone, and rest NaN in one that holds NaN or +inf, as m - m is."""
-    lacking = found.m == -jnp.inf
-    m = jnp.where(lacking, 0, found.m)
-    top = None if found.top is None else jnp.where(lacking | jnp.isnan(m), classes, found.top)
-    return Top(m, top, jnp.where(lacking, 0, found.rest) + (m - m))
+def settled(found: Folded) -> tuple[Array, Array, Array]:
+    """(m, 0 in a row of -inf alone; rest, NaN in one that holds NaN or +inf, as m - m is; whether it is another)."""
+    exists = found.m != -jnp.inf
+    m = jnp.where(exists, found.m, 0)
+    return m, found.rest + (m - m), exists
 
 
 # The rule: around a given m and pivot, both derivatives are those of the sums as they are written. In the mean loss of
@@ -196,8 +197,9 @@ def class_sums(tokens: Tokens, classes: Classes, asked: Asked) -> ClassSums:
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def top_sums(logits: Array, adjustment: Adjustment, classes: Classes) -> Top:
-    found = _sums_here(Read(logits, adjustment), classes, Asked())
-    return _settled(over_devices(found, classes.over), classes.of_all(logits))
+    found = over_devices(sums_here(Read(logits, adjustment), classes, Asked()), classes.over)
+    m, rest, exists = settled(found)
+    return Top(m, jnp.where(exists, found.top, classes.of_all(logits)), rest)
 
 
 def _top_sums_jvp(classes: Classes, primals: tuple[Array, Adjustment], tangents: PyTree):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import ArrayLike
 
 from softmax_jax._sharding import Names, count, explicit_mesh, offset
 
@@ -46,9 +47,23 @@ class Classes:
         ids = jnp.minimum(ids, array.shape[self.axis] - 1)
         return jnp.take_along_axis(array, ids, self.axis, mode="promise_in_bounds")
 
+    def get(self, ids: Array, array: Array, absent: ArrayLike | None = None) -> Array:
+        """The same of an array of full size in all axes; `absent` stands where an id is none of the classes here, of
+        which None says that there is none."""
+        others = self._other_axes(array)
+        which = lax.GatherDimensionNumbers(
+            offset_dims=(),
+            collapsed_slice_dims=(self.axis,),
+            start_index_map=(self.axis,),
+            operand_batching_dims=others,
+            start_indices_batching_dims=others,
+        )
+        sizes, mode = (1,) * array.ndim, "promise_in_bounds" if absent is None else "fill"
+        return lax.gather(array, ids[..., None], which, sizes, mode=mode, fill_value=absent)
+
     def put(self, ids: Array, values: Array, array: Array) -> Array:
-        """`array` with `values` at the ids, each id once a token; those out of range are left out."""
-        others = tuple(a for a in range(array.ndim) if a != self.axis)
+        """`array` with `values` at the ids, each id once a token; those that are none of the classes are left out."""
+        others = self._other_axes(array)
         where = lax.ScatterDimensionNumbers(
             update_window_dims=(),
             inserted_window_dims=(self.axis,),
@@ -57,6 +72,9 @@ class Classes:
             scatter_indices_batching_dims=others,
         )
         return lax.scatter(array, ids[..., None], values, where, mode=lax.GatherScatterMode.FILL_OR_DROP)
+
+    def _other_axes(self, array: Array) -> tuple[int, ...]:
+        return tuple(a for a in range(array.ndim) if a != self.axis)
 
     def pick(self, ids: Array, array: Array) -> Array:
         """Each token's entry at its class."""

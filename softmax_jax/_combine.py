@@ -165,7 +165,7 @@ def over_devices(here: Folded, axes: Names) -> Folded:
     if not axes:
         return here
     m = pmax(here.m, axes)
-    down = jnp.where(here.m == m, 0, here.m - m)
+    down = here.m - finite_max(m)
     added = lowered = _summed(_lowered(here, down))
     if here.top is None:
         return psum(added, axes)._replace(m=m)

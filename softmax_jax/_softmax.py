@@ -11,14 +11,17 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Num
 
 from softmax_jax import _checks
-from softmax_jax._adjustment import Adjustment, adjust, row_shift, shifted
+from softmax_jax._adjustment import Adjustment, adjust, rounded, row_shift, shifted
 from softmax_jax._arguments import hinted
 from softmax_jax._barrier import apart
-from softmax_jax._class_sums import top_sums
+from softmax_jax._blocks import on_cpu_or_elsewhere
+from softmax_jax._class_sums import settled, sums_here
 from softmax_jax._classes import Classes, classes_last, from_classes_last
 from softmax_jax._dtypes import floating, nan_unless, upcast
+from softmax_jax._fold import sums_in_one_pass
 from softmax_jax._masses import existing
 from softmax_jax._sharding import vary_alike
+from softmax_jax._sums import Asked, Read
 
 Axes = tuple[int, ...]
 
@@ -89,23 +92,24 @@ def _operands(x: ArrayLike, axis: int | Axes | None, where: ArrayLike | None) ->
     return *vary_alike(floating(x), where), axes
 
 
-# y = exp(x - m) / Σ exp(x - m), and with the whole Jacobian ∂y_v/∂x_u = y_v (δ_uv - y_u)
+# y = exp(x - m) / Σ exp(x - m) has the tangent
 #
-#     dy_v = y_v (dx_v - M)        M = Σ_u y_u dx_u
+#     dy = w - y Σ w        w_v = y_v dx_v
 #
-# which cancels where y_v → 1: for at most one class a, y_a > 1/2. Since Σ_v dy_v = 0, it is there
+# which cancels where y_v → 1. There are two ways around that, each of which JAX turns into a gradient that is as exact.
+# (1) w - y Σ w is a projection, since Σ y = 1: done twice it is the same, and what the first difference lost at that
+# class, the second takes out. (2) For at most one class a, y_a > 1/2. Since Σ dy = 0, it is there
 #
-#     dy_a = (1 - y_a) M - S       S = Σ_{v≠a} y_v dx_v       1 - y_a = Σ_{v≠a} y_v
+#     dy_a = (1 - y_a) M - S       M = Σ_v y_v dx_v        S = Σ_{v≠a} y_v dx_v        1 - y_a = Σ_{v≠a} y_v
 #
-# of sums that lose nothing, nor does what JAX makes of it backwards, of a cotangent g:
-#
-#     dx_v = y_v ((g_v - g_a) + N)        dx_a = y_a N        N = (1 - y_a) g_a - Σ_{v≠a} y_v g_v
-#
-# in which the two S below come apart. In a row without a class a it is as if dx_a and g_a were 0. Kept in 16 bits, y
-# sums to 1 but for their rounding: M is divided by that sum. Kept: y alone.
+# of sums of one pass that lose nothing. In a row without such a class it is as if dx_a were 0. Kept in 16 bits, y sums
+# to 1 but for their rounding: M is divided by that sum. The CPU has (1), since XLA there writes out what is selected
+# before it is summed (with (2) a gradient of 4096 x 8192 takes 2.5 times as long, and four copies). All other platforms
+# have (2): they read y and dx once less (attention on a TPU v6e moves 12 units, 27 with (1)). Kept: y alone.
 
 KERNEL = 2**14
-"""Entries of a row, up to which XLA makes one kernel of a softmax on a GPU."""
+"""Entries of a row, up to which XLA makes one kernel of a softmax on a GPU. (Of columns it makes three, which read x
+three times; the sums of 16-bit ones are a pass less.)"""
 
 
 @partial(jax.jit, static_argnums=2, inline=True)  # the rule and its function make the same: one trace serves both
@@ -116,17 +120,17 @@ def _softmax_value(x: Array, where: Array | None, axes: Axes) -> Array:
         e = jnp.exp(shifted(x, masked, row_shift(adjust(x, masked), axes), axes))
         return e, jnp.sum(e, axes, keepdims=True)
 
-    def by_sums(x):
-        m, top, rest = top_sums(x, masked, Classes(axes[0]))
-        total = jnp.where(top < x.shape[axes[0]], 1 + rest, rest)
-        return jnp.exp(shifted(x, masked, m, axes)), jnp.expand_dims(total, axes)
+    def in_one_pass(x):
+        m, rest, exists = settled(sums_in_one_pass(Read(x, masked), axis=axes[0], asked=Asked()))
+        return jnp.exp(rounded(upcast(adjust(x, masked)), m) - m), jnp.where(exists, 1 + rest, rest)
 
-    one_kernel = isinstance(x.shape[axes[0]], int) and x.shape[axes[0]] <= KERNEL
+    size, wide = x.shape[axes[0]], x.dtype.itemsize >= 4
+    plain_on_gpu = isinstance(size, int) and (size <= KERNEL if axes[0] == x.ndim - 1 else wide)
     if len(axes) > 1:
         e, total = plain(x)
     else:
-        platforms = ("cpu", "cuda", "rocm") if one_kernel else ("cpu",)
-        e, total = lax.platform_dependent(x, default=by_sums, **dict.fromkeys(platforms, plain))
+        on_gpu = dict.fromkeys(("cuda", "rocm"), plain) if plain_on_gpu else {}
+        e, total = on_cpu_or_elsewhere(plain, partial(lax.platform_dependent, default=in_one_pass, **on_gpu), x)
     if where is not None:
         total = jnp.where(jnp.any(where, axes, keepdims=True), total, 1)
     return existing(e / total, where).astype(x.dtype)
@@ -147,27 +151,42 @@ def _softmax_jvp(axes, primals, tangents):
 def _softmax_tangent(y: Array, where: Array | None, dx: Array, axes: Axes) -> Array:
     # As it is kept, not as it was before: XLA on a GPU would keep that (attention on an H200: 18 units, not 14).
     y = lax.platform_dependent(y, tpu=lambda y: y, default=lambda y: apart(y)[0])
-    p, dx, total = upcast(y), existing(upcast(dx), where), partial(jnp.sum, axis=axes, keepdims=True)
-    here = p > 0.5
+    dx = existing(upcast(dx), where)
+    twice, around_top = partial(_softmax_projected, axes=axes), partial(_softmax_around_top, axes=axes)
+    dy = on_cpu_or_elsewhere(twice, around_top, upcast(y), dx)
+    return existing(dy, where).astype(y.dtype)
+
+
+def _softmax_projected(p: Array, dx: Array, axes: Axes) -> Array:
+    dy = p * dx
+    for _ in range(2):
+        dy = dy - p * jnp.sum(dy, axes, keepdims=True)
+    return dy
+
+
+def _softmax_around_top(p: Array, dx: Array, axes: Axes) -> Array:
+    total, here = partial(jnp.sum, axis=axes, keepdims=True), p > 0.5
     others, top = jnp.where(here, 0, p), total(jnp.where(here, p, 0))
     miss, terms = total(others), others * dx
     every = jnp.where(top + miss == 0, 1, top + miss)  # 0 where all are hidden, or rounded to 0 in 8 bits
     mean = (top * total(jnp.where(here, dx, 0)) + total(terms)) / every
     of_top = miss * mean - total(terms)
-    return existing(jnp.where(here, of_top, terms - others * mean), where).astype(y.dtype)
+    return jnp.where(here, of_top, terms - others * mean)
 
 
 _jitted_softmax = jax.jit(_softmax_rule, static_argnums=2)
 
 
-# With a the largest entry, rest = Σ_{v≠a} exp(x_v - x_a), p_a = 1/(1 + rest), 1 - p_a = rest/(1 + rest), and of the
-# others S = Σ_{v≠a} p_v dx_v
+# With a the largest entry and rest = Σ_{v≠a} exp(x_v - x_a)
 #
-#     y_a = -log1p(rest)             y_v = (x_v - x_a) - log1p(rest)
+#     y_v = (x_v - x_a) - log1p(rest)        p_v = exp(x_v - x_a) / (1 + rest)        dy_v = dx_v - Σ_u p_u dx_u
+#
+# which cancels at a where p_a → 1. Again it is a projection, done twice on the CPU; on all other platforms, with
+# 1 - p_a = rest / (1 + rest) and S = Σ_{v≠a} p_v dx_v,
+#
 #     dy_a = (1 - p_a) dx_a - S      dy_v = dx_v - p_a dx_a - S
 #
-# which JAX turns into dx_a = (1 - p_a) g_a - p_a Σ_{v≠a} g_v and dx_v = g_v - p_v Σ_u g_u. Kept: x, and three numbers
-# of each row. Several axes are made one.
+# Kept: x, and three numbers of each row. Several axes are made one.
 
 
 class Row(NamedTuple):
@@ -180,9 +199,10 @@ class Row(NamedTuple):
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _row(x: Array, where: Array | None, classes: Classes) -> Row:
-    m, top, rest = top_sums(x, Adjustment(where=where), classes)
+    found = sums_here(Read(x, Adjustment(where=where)), classes, Asked())
+    m, rest, exists = settled(found)
     hidden = None if where is None else ~jnp.any(where, classes.axis)
-    return Row(m, top, nan_unless(top < x.shape[classes.axis], rest, hidden))
+    return Row(m, found.top, nan_unless(exists, rest, hidden))
 
 
 @_row.defjvp
@@ -202,6 +222,7 @@ def _sum(terms: Array, classes: Classes) -> Array:
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _log_softmax_rule(x: Array, where: Array | None, row: Row, classes: Classes) -> Array:
     nll, down = classes.along(jnp.log1p(row.rest)), shifted(x, Adjustment(where=where), row.m, classes.axis)
+    # `down` is 0 at the top as it is: but then XLA on a TPU makes two arrays (a policy's step moves 15 units, not 11).
     y = jnp.where(classes.is_at(row.top, x), -nll, down - nll)
     return (y if where is None else jnp.where(where, y, -jnp.inf)).astype(x.dtype)
 
@@ -213,14 +234,27 @@ def _log_softmax_jvp(classes, primals, tangents):
 
 @partial(jax.checkpoint, prevent_cse=False, static_argnums=4)
 def _log_softmax_tangent(x: Array, where: Array | None, row: Row, dx: Array, classes: Classes) -> Array:
-    dx, top, miss = existing(upcast(dx), where), 1 / (1 + row.rest), row.rest / (1 + row.rest)
-    p = jnp.exp(shifted(x, Adjustment(where=where), row.m, classes.axis)) * classes.along(top)
+    z, dx = shifted(x, Adjustment(where=where), row.m, classes.axis), existing(upcast(dx), where)
+    twice, around_top = partial(_log_softmax_projected, classes), partial(_log_softmax_around_top, classes)
+    dy = on_cpu_or_elsewhere(twice, around_top, z, row, dx)
+    return existing(dy, where).astype(x.dtype)
+
+
+def _log_softmax_projected(classes: Classes, z: Array, row: Row, dx: Array) -> Array:
+    p, dy = jnp.exp(z) / classes.along(1 + row.rest), dx
+    for _ in range(2):
+        dy = dy - classes.along(_sum(p * dy, classes))
+    return dy
+
+
+def _log_softmax_around_top(classes: Classes, z: Array, row: Row, dx: Array) -> Array:
+    top, miss = 1 / (1 + row.rest), row.rest / (1 + row.rest)
+    p = jnp.exp(z) * classes.along(top)
     # As factors: of a select XLA on a GPU keeps the zeros, at the size of x (65536 x 512 float32: 16 units, not 13).
-    others = 1 - classes.is_at(row.top, x).astype(p.dtype)
+    others = 1 - classes.is_at(row.top, z).astype(p.dtype)
     of_top, of_others = _sum((1 - others) * dx, classes), _sum(others * p * dx, classes)
     dy = (1 - others) * classes.along(miss * of_top) + others * (dx - classes.along(top * of_top))
-    dy = dy - classes.along(of_others)
-    return existing(dy, where).astype(x.dtype)
+    return dy - classes.along(of_others)
 
 
 @partial(jax.jit, static_argnums=2)

@@ -72,6 +72,21 @@ def _log_spread_jvp(primals, tangents):
     return log_spread(rest, own), drest / total + jnp.exp(own) / total * down
 
 
+@jax.custom_jvp
+def _around_top(rest: Array, own: Array, own_mass: Array, rest_mass: Array) -> Array:
+    """own_mass · nll + rest_mass · spread around the top class, where own = 0 (or NaN) and the two are one number."""
+    return (own_mass + rest_mass) * (jnp.log1p(rest) - own)
+
+
+@_around_top.defjvp
+def _around_top_jvp(primals, tangents):
+    (rest, own, own_mass, rest_mass), (drest, down, down_mass, drest_mass) = primals, tangents
+    total, spread = rest + jnp.exp(own), log_spread(rest, own)
+    by_own = rest_mass * (jnp.exp(own) / total) - own_mass * _miss(rest, own)
+    by_masses = negative_log_likelihood(rest, own) * down_mass + spread * drest_mass
+    return _around_top(*primals), (own_mass + rest_mass) / total * drest + by_own * down + by_masses
+
+
 def _scaled(factor: Array, value: Array) -> Array:
     """factor · value, where a factor of 0 wins over an infinite value."""
     return factor * finite(value, factor == 0)
@@ -103,11 +118,10 @@ def _evenly(
 
 def loss_of(sums: ClassSums, evenly: _Evenly | None, options: Options) -> Array:
     """ℓ of every token, before its weight."""
-    nll = negative_log_likelihood(sums.rest, sums.own)
+    loss = _of_labels(sums)
+    if evenly is None and options.z_loss is None:
+        return loss
     spread = log_spread(sums.rest, sums.own)
-    loss = nll if sums.own_mass is None else _scaled(sums.own_mass, nll)
-    if sums.rest_mass is not None and sums.label_sum is not None:
-        loss = loss + sums.rest_mass * spread - sums.label_sum
     if evenly is not None and sums.prior is not None:
         of_all, smoothing = evenly.mass * spread - sums.prior, options.label_smoothing  # Σ_v c_v (log_normalizer - z_v)
         loss = loss if evenly.each is None else loss + _scaled(evenly.each, of_all)
@@ -117,6 +131,14 @@ def loss_of(sums: ClassSums, evenly: _Evenly | None, options: Options) -> Array:
     if options.z_loss is not None:
         loss = loss + _scaled(options.z_loss, (sums.shift + spread) ** 2)
     return loss
+
+
+def _of_labels(sums: ClassSums) -> Array:
+    """Σ_v t_v (log_normalizer - z_v)."""
+    if sums.own_mass is not None and sums.rest_mass is not None and sums.label_sum is not None:
+        return _around_top(sums.rest, sums.own, sums.own_mass, sums.rest_mass) - sums.label_sum
+    nll = negative_log_likelihood(sums.rest, sums.own)
+    return nll if sums.own_mass is None else _scaled(sums.own_mass, nll)
 
 
 def weighted_losses(
