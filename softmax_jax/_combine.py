@@ -16,12 +16,12 @@ one = 1. Nothing here cancels: every term is of one sign.
 """
 
 from collections.abc import Iterable, Sequence
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from softmax_jax._adjustment import beyond_exp
 from softmax_jax._sharding import Names, pmax, pmin, psum
@@ -48,7 +48,7 @@ class Folded(NamedTuple):
 def combine(a: Folded, b: Folded) -> Folded:
     """Of both sets of classes: associative and commutative."""
     first = a.m > b.m if a.top is None else (a.m > b.m) | ((a.m == b.m) & (a.top < b.top))
-    high, low = (jax.tree.map(lambda x, y: jnp.where(first, x, y), *pair) for pair in ((a, b), (b, a)))
+    high, low = (jax.tree.map(partial(lax.select, first), *pair) for pair in ((a, b), (b, a)))
     m = jnp.maximum(a.m, b.m)
     added = jax.tree.map(jnp.add, _summed(high), _summed(_lowered(low, jnp.minimum(a.m, b.m) - finite_max(m))))
     return added._replace(m=m, top=high.top, mass=high.mass)
