@@ -98,8 +98,12 @@ def sum_over_classes(f: Callable, classes: Classes, *operands: PyTree) -> PyTree
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _sums_as_written(f: Callable, axis: int, operands: tuple) -> PyTree:
-    written = partial(_written, f, axis)
-    return by_platform(written, written, axis, operands)
+    written, in_pairs = (partial(sums, f, axis) for sums in (_written, _in_pairs))
+
+    def elsewhere(operands):
+        return lax.platform_dependent(_own_numbers(axis, operands), tpu=written, default=in_pairs)
+
+    return by_platform(written, elsewhere, axis, operands)
 
 
 @_sums_as_written.defjvp
@@ -108,10 +112,34 @@ def _sums_as_written_jvp(f, axis, primals, tangents):
     return _sums_as_written(f, axis, *primals), jax.jvp(written, primals, tangents)[1]
 
 
-def _written(f: Callable, axis: int, operands: tuple) -> PyTree:
+def _terms(f: Callable, axis: int, operands: tuple) -> PyTree:
     shape = jnp.broadcast_shapes(*map(jnp.shape, jax.tree.leaves(operands)))
-    ids = lax.broadcasted_iota(jnp.int32, shape, len(shape) + axis)
-    return jax.tree.map(partial(jnp.sum, axis=axis, keepdims=True), f(ids, *operands))
+    return f(lax.broadcasted_iota(jnp.int32, shape, len(shape) + axis), *operands)
+
+
+def _written(f: Callable, axis: int, operands: tuple) -> PyTree:
+    return jax.tree.map(partial(jnp.sum, axis=axis, keepdims=True), _terms(f, axis, operands))
+
+
+def _in_pairs(f: Callable, axis: int, operands: tuple) -> PyTree:
+    """The same for a GPU. There XLA writes out an exponential that several sums share, unless it is one sum: so two are
+    the parts of a complex one, and each such pair has exponentials of its own."""
+    tree, sums = jax.tree.structure(jax.eval_shape(partial(_terms, f, axis), operands)), []
+    if tree.num_leaves == 1:
+        return _written(f, axis, operands)
+    while len(sums) < tree.num_leaves:
+        some = jax.tree.leaves(_terms(f, axis, operands))[len(sums) :][:2]
+        if len(some) == 1:
+            return tree.unflatten([*sums, jnp.sum(some[0], axis, keepdims=True)])
+        both = jnp.sum(lax.complex(*some), axis, keepdims=True)
+        sums += [jnp.real(both), jnp.imag(both)]
+        operands = _own_numbers(axis, operands)
+    return tree.unflatten(sums)
+
+
+def _own_numbers(axis: int, operands: PyTree) -> PyTree:
+    """With numbers of a token that no other sums have: XLA would write out the exponentials that both have."""
+    return jax.tree.map(lambda a: a if a.ndim and a.shape[axis] > 1 else apart(a)[0], operands)
 
 
 def existing_classes(where: Array | None, size: int, classes: Classes, dtype: DTypeLike) -> Array:

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import zero_from_primal
 
-from softmax_jax._adjustment import Adjustment, adjust, rounded, scaled
+from softmax_jax._adjustment import Adjustment, adjust, shifted
 from softmax_jax._barrier import apart
-from softmax_jax._blocks import by_platform, made_once, sum_over_classes, sums_of_block
+from softmax_jax._blocks import by_platform, made_once, sums_of_block
 from softmax_jax._classes import Classes
 from softmax_jax._combine import Folded, over_devices
 from softmax_jax._dtypes import accumulator, is_floating, upcast
@@ -74,7 +74,7 @@ def _adjusted(own: Array, adjustment: Adjustment, classes: Classes, ids: Array) 
 
 
 def settled(found: Folded) -> tuple[Array, Array, Array]:
-    """(m, 0 in a row of -inf alone; rest, NaN in one that holds NaN or +inf, as m - m is; whether it is another)."""
+    """(m, 0 in a row of -inf alone; rest, NaN in one that holds NaN or +inf, as m - m is; whether any logit exists)."""
     exists = found.m != -jnp.inf
     m = jnp.where(exists, found.m, 0)
     return m, found.rest + (m - m), exists
@@ -192,7 +192,7 @@ def class_sums(tokens: Tokens, classes: Classes, asked: Asked) -> ClassSums:
     return (_sums_in_both_modes if asked.forward_mode else _class_sums)(tokens, classes, asked)[0]
 
 
-# The same around the largest z alone, of which m and the top are constants.
+# The same around the largest z alone, whose slope is that of m.
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -202,29 +202,19 @@ def top_sums(logits: Array, adjustment: Adjustment, classes: Classes) -> Top:
     return Top(m, jnp.where(exists, found.top, classes.of_all(logits)), rest)
 
 
-def _top_sums_jvp(classes: Classes, primals: tuple[Array, Adjustment], tangents: PyTree):
-    sums = top_sums(*primals, classes)
-    m, top, _ = lax.stop_gradient(sums)
+def _top_sums_jvp(classes: Classes, primals: tuple[Array, Adjustment], tangents: PyTree) -> PyTree:
+    m, top, rest = top_sums(*primals, classes)
+    constant, at_top = lax.stop_gradient(m), classes.is_at(top - classes.first(primals[0]), primals[0])
 
+    @partial(jax.checkpoint, prevent_cse=False)
     def written(operands):
-        return rest_of_top(operands[0], operands[1], None, m, top, classes)
+        z = shifted(*operands, constant, classes.axis)
+        own = psum(jnp.sum(jnp.where(at_top, z, 0), classes.axis), classes.over)
+        others = jnp.where(at_top, 0, jnp.exp(z - classes.along(own)))
+        return own, psum(jnp.sum(others, classes.axis), classes.over)
 
-    drest = tangent_of(jax.checkpoint(written, prevent_cse=False), primals, tangents)
-    return sums, Top(jnp.zeros_like(m), zero_from_primal(top, symbolic_zeros=True), drest)
+    dm, drest = tangent_of(written, primals, tangents)
+    return Top(m, top, rest), Top(dm, zero_from_primal(top, symbolic_zeros=True), drest)
 
 
 top_sums.defjvp(_top_sums_jvp, symbolic_zeros=True)
-
-
-def rest_of_top(
-    logits: Array, adjustment: Adjustment, scale: Array | None, m: Array, top: Array, classes: Classes
-) -> Array:
-    """Σ_{v≠top} exp(scale · (z_v - m)), of all devices' classes."""
-    scale, (m, top) = vary(scale, varying(logits)), map(classes.along, (m, top - classes.first(logits)))
-    return psum(sum_over_classes(_exp_of_others, classes, logits, adjustment, scale, m, top), classes.over)
-
-
-def _exp_of_others(
-    ids: Array, logits: Array, adjustment: Adjustment, scale: Array | None, m: Array, top: Array
-) -> Array:
-    return jnp.where(ids == top, 0, jnp.exp(scaled(rounded(upcast(adjust(logits, adjustment)), m) - m, scale)))

@@ -20,7 +20,7 @@ from softmax_jax._classes import Classes
 from softmax_jax._core import How, Operands, compute
 from softmax_jax._cross_entropy import Scalar
 from softmax_jax._divergence import divergence
-from softmax_jax._divergence_terms import Logits, Pair
+from softmax_jax._divergence_formula import Logits, Pair
 from softmax_jax._dtypes import accumulator, product_dtype, upcast
 from softmax_jax._labels import Dense, unused_by
 from softmax_jax._masses import existing

@@ -1,12 +1,10 @@
 """softmax and log_softmax: each a `custom_jvp`, written around the largest entry, which JAX turns into the gradient."""
 
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.custom_derivatives import zero_from_primal
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Num
 
@@ -15,13 +13,13 @@ from softmax_jax._adjustment import Adjustment, adjust, rounded, row_shift, shif
 from softmax_jax._arguments import hinted
 from softmax_jax._barrier import apart
 from softmax_jax._blocks import on_cpu_or_elsewhere
-from softmax_jax._class_sums import settled, sums_here
+from softmax_jax._class_sums import settled, top_sums
 from softmax_jax._classes import Classes, classes_last, from_classes_last
 from softmax_jax._dtypes import floating, nan_unless, upcast
 from softmax_jax._fold import sums_in_one_pass
 from softmax_jax._masses import existing
 from softmax_jax._sharding import vary_alike
-from softmax_jax._sums import Asked, Read
+from softmax_jax._sums import Asked, Read, Top
 
 Axes = tuple[int, ...]
 
@@ -189,30 +187,10 @@ _jitted_softmax = jax.jit(_softmax_rule, static_argnums=2)
 # Kept: x, and three numbers of each row. Several axes are made one.
 
 
-class Row(NamedTuple):
-    """The largest entry, its class and `rest` of each row. NaN in one that has no softmax."""
-
-    m: Array
-    top: Array
-    rest: Array
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _row(x: Array, where: Array | None, classes: Classes) -> Row:
-    found = sums_here(Read(x, Adjustment(where=where)), classes, Asked())
-    m, rest, exists = settled(found)
+def _row(x: Array, where: Array | None, classes: Classes) -> Top:
+    m, top, rest = top_sums(x, Adjustment(where=where), classes)
     hidden = None if where is None else ~jnp.any(where, classes.axis)
-    return Row(m, found.top, nan_unless(exists, rest, hidden))
-
-
-@_row.defjvp
-def _row_jvp(classes, primals, tangents):
-    """For second derivatives: the rule of `log_softmax` knows what x does to its result by the row."""
-    (x, where), row = primals, _row(*primals, classes)
-    dx, at_top = existing(upcast(tangents[0]), where), classes.is_at(row.top, x)
-    dm = _sum(jnp.where(at_top, dx, 0), classes)
-    e = jnp.where(at_top, 0, jnp.exp(shifted(x, Adjustment(where=where), row.m, classes.axis)))
-    return row, Row(dm, zero_from_primal(row.top), _sum(e * (dx - classes.along(dm)), classes))
+    return Top(m, top, nan_unless(top < x.shape[classes.axis], rest, hidden))
 
 
 def _sum(terms: Array, classes: Classes) -> Array:
@@ -220,7 +198,7 @@ def _sum(terms: Array, classes: Classes) -> Array:
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
-def _log_softmax_rule(x: Array, where: Array | None, row: Row, classes: Classes) -> Array:
+def _log_softmax_rule(x: Array, where: Array | None, row: Top, classes: Classes) -> Array:
     nll, down = classes.along(jnp.log1p(row.rest)), shifted(x, Adjustment(where=where), row.m, classes.axis)
     # `down` is 0 at the top as it is: but then XLA on a TPU makes two arrays (a policy's step moves 15 units, not 11).
     y = jnp.where(classes.is_at(row.top, x), -nll, down - nll)
@@ -233,21 +211,21 @@ def _log_softmax_jvp(classes, primals, tangents):
 
 
 @partial(jax.checkpoint, prevent_cse=False, static_argnums=4)
-def _log_softmax_tangent(x: Array, where: Array | None, row: Row, dx: Array, classes: Classes) -> Array:
+def _log_softmax_tangent(x: Array, where: Array | None, row: Top, dx: Array, classes: Classes) -> Array:
     z, dx = shifted(x, Adjustment(where=where), row.m, classes.axis), existing(upcast(dx), where)
     twice, around_top = partial(_log_softmax_projected, classes), partial(_log_softmax_around_top, classes)
     dy = on_cpu_or_elsewhere(twice, around_top, z, row, dx)
     return existing(dy, where).astype(x.dtype)
 
 
-def _log_softmax_projected(classes: Classes, z: Array, row: Row, dx: Array) -> Array:
+def _log_softmax_projected(classes: Classes, z: Array, row: Top, dx: Array) -> Array:
     p, dy = jnp.exp(z) / classes.along(1 + row.rest), dx
     for _ in range(2):
         dy = dy - classes.along(_sum(p * dy, classes))
     return dy
 
 
-def _log_softmax_around_top(classes: Classes, z: Array, row: Row, dx: Array) -> Array:
+def _log_softmax_around_top(classes: Classes, z: Array, row: Top, dx: Array) -> Array:
     top, miss = 1 / (1 + row.rest), row.rest / (1 + row.rest)
     p = jnp.exp(z) * classes.along(top)
     # As factors: of a select XLA on a GPU keeps the zeros, at the size of x (65536 x 512 float32: 16 units, not 13).
