@@ -124,17 +124,15 @@ def _written(f: Callable, axis: int, operands: tuple) -> PyTree:
 def _in_pairs(f: Callable, axis: int, operands: tuple) -> PyTree:
     """The same for a GPU. There XLA writes out an exponential that several sums share, unless it is one sum: so two are
     the parts of a complex one, and each such pair has exponentials of its own."""
-    tree, sums = jax.tree.structure(jax.eval_shape(partial(_terms, f, axis), operands)), []
-    if tree.num_leaves == 1:
-        return _written(f, axis, operands)
-    while len(sums) < tree.num_leaves:
-        some = jax.tree.leaves(_terms(f, axis, operands))[len(sums) :][:2]
-        if len(some) == 1:
-            return tree.unflatten([*sums, jnp.sum(some[0], axis, keepdims=True)])
-        both = jnp.sum(lax.complex(*some), axis, keepdims=True)
+    leaves, tree = jax.tree.flatten(_terms(f, axis, operands))
+    sums: list[Array] = []
+    while len(sums) + 1 < len(leaves):
+        both = jnp.sum(lax.complex(*leaves[len(sums) :][:2]), axis, keepdims=True)
         sums += [jnp.real(both), jnp.imag(both)]
-        operands = _own_numbers(axis, operands)
-    return tree.unflatten(sums)
+        if len(sums) < len(leaves):
+            operands = _own_numbers(axis, operands)
+            leaves = jax.tree.leaves(_terms(f, axis, operands))
+    return tree.unflatten([*sums, *(jnp.sum(term, axis, keepdims=True) for term in leaves[len(sums) :])])
 
 
 def _own_numbers(axis: int, operands: PyTree) -> PyTree:

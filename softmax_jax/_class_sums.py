@@ -208,7 +208,7 @@ def _top_sums_jvp(classes: Classes, primals: tuple[Array, Adjustment], tangents:
 
     @partial(jax.checkpoint, prevent_cse=False)
     def written(operands):
-        z = shifted(*operands, constant, classes.axis)
+        z = shifted(operands[0], operands[1], constant, classes.axis)
         own = psum(jnp.sum(jnp.where(at_top, z, 0), classes.axis), classes.over)
         others = jnp.where(at_top, 0, jnp.exp(z - classes.along(own)))
         return own, psum(jnp.sum(others, classes.axis), classes.over)

@@ -17,15 +17,12 @@ from softmax_jax._blocks import made_once, sum_over_classes
 from softmax_jax._class_sums import class_sums, top_sums
 from softmax_jax._classes import Classes
 from softmax_jax._divergence_formula import (
-    Class,
     Pair,
     Row,
     beyond_log1p,
-    classes_of,
-    difference,
+    halves_of,
     largest,
-    log_mixture,
-    log_mixture_from,
+    logits_of,
     offsets_of,
     ratio_terms,
     z_of,
@@ -39,13 +36,11 @@ from softmax_jax._waist import tangent_of
 
 
 class Found(NamedTuple):
-    """Of a token: the divergence of t, and of p in a mixture; Σ t δ, or Σ t η and Σ p η' of a mixture."""
+    """Of a token. A mixture has two halves, else there is one."""
 
     row: Row
-    of_t: Array
-    of_p: Array
-    mean_of_t: Array
-    mean_of_p: Array
+    divergences: list[Array]  # Σ t ψ
+    means: list[Array]  # Σ t δ, or Σ t η and Σ p η'
 
 
 def _first_sums(pair: Pair, classes: Classes) -> Row:
@@ -61,8 +56,7 @@ def _first_sums(pair: Pair, classes: Classes) -> Row:
         b_rest, a_rest = psum(sum_over_classes(_exponentials, classes, local, *rows), classes.over)
         own = scaled(own, pair.scale)
     b_offset, a_offset = offsets_of(b_max, a_max)
-    at_pivot = ((a_max + of_a.own) - a_offset) - (b_max - b_offset)
-    at_pivot = jnp.maximum(at_pivot, -largest(at_pivot.dtype))
+    at_pivot = jnp.maximum(((a_max + of_a.own) - a_offset) - (b_max - b_offset), jnp.finfo(own.dtype).min)
     is_near = jnp.abs(scaled(at_pivot, pair.scale)) < 1
     between = scaled((a_max - a_offset) - (b_max - b_offset), pair.scale)  # the maxima
     log_a = jnp.where(is_near, negative_log_likelihood(a_rest, own), between + log_spread(a_rest, own))
@@ -71,68 +65,49 @@ def _first_sums(pair: Pair, classes: Classes) -> Row:
     return Row(of_b.top, top, b_max, a_max, b_share, a_share, b_offset, a_offset, at_pivot, at_pivot, is_near, s)
 
 
-def _exponentials(ids: Array, pair: Pair, pivot: Array, b_max: Array, a_max: Array) -> tuple[Array, Array]:
+def _exponentials(ids: Array, pair: Pair, pivot: Array, b_max: Array, a_max: Array) -> list[Array]:
     """Of all classes but the pivot."""
-    sides = ((pair.b, b_max), (pair.a, a_max))
-    b, a = (jnp.exp(scaled(rounded(z_of(side, pair.where), m) - m, pair.scale)) for side, m in sides)
-    return jnp.where(ids == pivot, 0, b), jnp.where(ids == pivot, 0, a)
+    z = [rounded(z_of(side, pair.where), m) - m for side, m in ((pair.b, b_max), (pair.a, a_max))]
+    return [jnp.where(ids == pivot, 0, jnp.exp(scaled(down, pair.scale))) for down in z]
 
 
-def _plain_sums(ids: Array, pair: Pair, row: Row) -> tuple[Array, ...]:
-    """x, Σ t ψ(r̂), Σ t δ, and a - b at the student's top."""
-    t, p, r, delta, _ = classes_of(ids, pair._replace(beta=None), row, True)
-    growth, psi = ratio_terms(t, p, r)
-    sums = growth, psi, t * delta
+def _ratio_sums(ids: Array, pair: Pair, row: Row) -> list[Array]:
+    """x, and Σ t ψ(r̂), Σ t δ; or of a mixture a - b at the student's top."""
+    (half,) = halves_of(ids, pair._replace(beta=None), row)
+    growth, psi = ratio_terms(half)
     if pair.beta is None:
-        return sums
-    b, a = (rounded(z_of(side, pair.where), row.b_max) for side in (pair.b, pair.a))
-    return *sums, jnp.where(ids == row.top, difference(b, a, row), 0)
+        return [growth, psi, half.t * half.centred]
+    away = logits_of(pair, row)[2]
+    return [growth, jnp.where(ids == row.top, jnp.maximum(away, -largest(away)), 0)]
 
 
-def _sums_of_mixture(ids: Array, pair: Pair, row: Row) -> tuple[Array, ...]:
-    """KL(t ‖ m), KL(p ‖ m), Σ t η, Σ p η'."""
-    assert pair.beta is not None, "a mixture"
-    at, beta, gamma = classes_of(ids, pair, row, True), pair.beta, 1 - pair.beta
-    m = beta * at.t + gamma * at.p
-    of_t = ratio_terms(at.t, m, log_mixture(gamma, beta, at.r))[1]
-    of_p = ratio_terms(at.p, m, log_mixture(beta, gamma, -at.r))[1]
-    of_b, of_a = _centred(at, pair, row)
-    return of_t, of_p, at.t * of_b, at.p * of_a
+def _sums_of_halves(ids: Array, pair: Pair, row: Row) -> list[Array]:
+    halves = halves_of(ids, pair, row)
+    return [ratio_terms(half)[1] for half in halves] + [half.t * half.centred for half in halves]
 
 
-def _centred(at: Class, pair: Pair, row: Row) -> tuple[Array, Array]:
-    """(η, η') of a mixture."""
-    assert pair.beta is not None, "a mixture"
-    beta, gamma = pair.beta, 1 - pair.beta
-    bound = -jnp.log(jnp.finfo(at.t.dtype).tiny)
-
-    def r_at(difference):
-        relative = jnp.where(row.is_near, difference - row.at_pivot, difference)
-        return jnp.clip(scaled(relative, pair.scale) - row.s, -bound, bound)
-
-    of_b = log_mixture_from(gamma, beta, at.r, at.delta, r_at(row.at_pivot))
-    return of_b, log_mixture_from(beta, gamma, -at.r, at.from_top, -r_at(row.at_top))
-
-
+@partial(jax.jit, static_argnums=1, inline=True)  # a rule and its function make the same: one trace serves both
 def _found(pair: Pair, classes: Classes) -> Found:
-    row = _first_sums(pair, classes)
-    local = pair._replace(unused=None)
+    row, local, first = _first_sums(pair, classes), pair._replace(unused=None), classes.first(pair.b.raw)
 
     def summed(f, row):
-        (row,), first = apart(row), classes.first(pair.b.raw)  # else XLA on a GPU writes out what two passes make
+        (row,) = apart(row)  # else XLA on a GPU writes out what two passes make
         rows = jax.tree.map(classes.along, row._replace(pivot=row.pivot - first, top=row.top - first))
         return psum(sum_over_classes(f, classes, local, rows), classes.over)
 
-    x, psi, mean, *at_top = summed(_plain_sums, row)
-    row, divergence = row._replace(s=row.s + jnp.log1p(lax.stop_gradient(x))), jnp.maximum(psi - beyond_log1p(x), 0)
+    x, *more = summed(_ratio_sums, row)
+    error = jnp.log1p(lax.stop_gradient(x))
+    row = row._replace(s=row.s + error)
     if pair.beta is None:
-        return Found(row, divergence, divergence, mean, mean)
-    row = row._replace(at_top=at_top[0])
-    return Found(row, *summed(_sums_of_mixture, row))
+        return Found(row, [jnp.maximum(more[0] - beyond_log1p(x), 0)], more[1:])
+    row = row._replace(at_top=more[0])
+    sums = summed(_sums_of_halves, row)
+    return Found(row, sums[:2], sums[2:])
 
 
 def _value(found: Found, beta: Array | None) -> Array:
-    return found.of_t if beta is None else beta * found.of_t + (1 - beta) * found.of_p
+    of_t, *of_p = found.divergences
+    return of_t if beta is None else beta * of_t + (1 - beta) * of_p[0]
 
 
 # The rule: the gradients of scale · b and scale · a are products of one class and the sums of its token,
@@ -141,13 +116,6 @@ def _value(found: Found, beta: Array | None) -> Array:
 #     mixture      db = -β t (η - Σ t η)        da = -γ p (η' - Σ p η')        dβ = KL(t ‖ m) - KL(p ‖ m)
 #
 # pulled back through `adjust`, where they are cast once. Kept: the operands as they came, and a few numbers a token.
-
-
-class Given(NamedTuple):
-    """What a derivative is made of."""
-
-    pair: Pair
-    found: Found
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -162,14 +130,14 @@ def _jvp(classes: Classes, primals: tuple[Pair], tangents: tuple[PyTree]) -> PyT
     value, found = _in_both_modes(pair, classes)
     dfound = tangent_of(lambda pair: without(pair.unused, _found(pair, classes)), pair, dpair)
 
-    def along(given, *dz):
-        slopes = _slopes(given, jnp.ones_like(value), classes)[1]
+    def along(pair, found, *dz):
+        slopes = _slopes(pair, found, jnp.ones_like(value), classes)[1]
         terms = (jnp.where(s == 0, 0, s * d) for s, d in zip(slopes, dz, strict=True))
         return psum(sum(jnp.sum(of_one, classes.axis) for of_one in terms), classes.over)
 
     dz = tangent_of(_z_of_both, pair, dpair)
-    dvalue = jax.checkpoint(along, prevent_cse=False)(Given(pair, found), dz["b"], dz["a"])
-    return (value, found), (dvalue if pair.beta is None else dvalue + dz["beta"] * (found.of_t - found.of_p), dfound)
+    dvalue = jax.checkpoint(along, prevent_cse=False)(pair, found, dz["b"], dz["a"])
+    return (value, found), (dvalue if pair.beta is None else dvalue + dz["beta"] * _by_beta(found), dfound)
 
 
 _in_both_modes.defjvp(_jvp, symbolic_zeros=True)
@@ -180,16 +148,17 @@ def _divergence(pair: Pair, classes: Classes) -> Array:
     return _in_both_modes(pair, classes)[0]
 
 
-def _divergence_fwd(pair: Pair, classes: Classes) -> tuple[Array, Given]:
+def _divergence_fwd(pair: Pair, classes: Classes) -> tuple[Array, tuple[Pair, Found]]:
     value, found = in_rule(partial(_in_both_modes, classes=classes))(pair)
-    return value, Given(pair, found)
+    return value, (pair, found)
 
 
-def _divergence_bwd(classes: Classes, given: Given, cotangent: Array) -> tuple[Pair]:
+def _divergence_bwd(classes: Classes, kept: tuple[Pair, Found], cotangent: Array) -> tuple[Pair]:
     check_gradient(classes.over)
-    dbeta = None if given.pair.beta is None else jnp.sum(cotangent * (given.found.of_t - given.found.of_p))
-    cotangent = vary(cotangent, varying((given.pair.b, given.pair.a)))
-    pair, slopes = _slopes(given, cotangent, classes)
+    pair, found = kept
+    dbeta = None if pair.beta is None else jnp.sum(cotangent * _by_beta(found))
+    cotangent = vary(cotangent, varying((pair.b, pair.a)))
+    pair, slopes = _slopes(pair, found, cotangent, classes)
     db, da = (classes.along(cotangent) * slope for slope in slopes)
     _, pull = jax.vjp(_z_of_both, pair)
     (dpair,) = pull({"b": db, "a": da, "beta": dbeta})
@@ -206,29 +175,35 @@ def _z_of_both(pair: Pair) -> dict[str, Array | None]:
     return {"b": z_of(pair.b, pair.where, scale), "a": z_of(pair.a, pair.where, scale), "beta": pair.beta}
 
 
-def _slopes(given: Given, cotangent: Array, classes: Classes) -> tuple[Pair, tuple[Array, Array]]:
+def _slopes(pair: Pair, found: Found, cotangent: Array, classes: Classes) -> tuple[Pair, tuple[Array, Array]]:
     """(the operands as a derivative reads them, the slopes of the divergence by both z)."""
-    b, a, found = apart(given.pair.b.raw, given.pair.a.raw, given.found)
-    if given.pair.unused is not None:
-        b, a = (jnp.where(classes.along(given.pair.unused), 0, raw) for raw in (b, a))
-    pair = given.pair._replace(b=given.pair.b._replace(raw=b), a=given.pair.a._replace(raw=a))
+    b, a, found = apart(pair.b.raw, pair.a.raw, found)
+    if pair.unused is not None:
+        b, a = (jnp.where(classes.along(pair.unused), 0, raw) for raw in (b, a))
+    pair = pair._replace(b=pair.b._replace(raw=b), a=pair.a._replace(raw=a))
     first = classes.first(b)
     row = found.row._replace(pivot=found.row.pivot - first, top=found.row.top - first)
-    row, of_t, of_p = jax.tree.map(
-        classes.along, (row, *(_if_finite(mean, cotangent) for mean in (found.mean_of_t, found.mean_of_p)))
+    row, means = jax.tree.map(
+        classes.along,
+        (row, [_if_finite(*sums, cotangent) for sums in zip(found.divergences, found.means, strict=True)]),
     )
     local = pair._replace(unused=None, scale=vary(pair.scale, varying((pair.b, pair.a))))
-    at = classes_of(classes.ids(b), local, row, False)
+    halves = halves_of(classes.ids(b), local, row)
+    slopes = [-half.t * (half.centred - mean) for half, mean in zip(halves, means, strict=True)]
     if pair.beta is None:
-        return pair, (-at.t * (at.delta - of_t), ratio_terms(at.t, at.p, at.r)[0])
-    of_b, of_a = _centred(at, local, row)
-    return pair, (-pair.beta * at.t * (of_b - of_t), -(1 - pair.beta) * at.p * (of_a - of_p))
+        return pair, (slopes[0], ratio_terms(halves[0])[0])
+    return pair, (pair.beta * slopes[0], (1 - pair.beta) * slopes[1])
 
 
-def _if_finite(sum_: Array, cotangent: Array) -> Array:
-    """What is infinite is 0 beside a cotangent of 0, else NaN: -t (δ - Σ t δ) has no value there."""
-    finite = jnp.isfinite(sum_)
-    return nan_unless(finite | (cotangent == 0), jnp.where(finite, sum_, 0))
+def _by_beta(found: Found) -> Array:
+    of_t, of_p = found.divergences
+    return of_t - of_p
+
+
+def _if_finite(divergence: Array, mean: Array, cotangent: Array) -> Array:
+    """Where the divergence is infinite, 0 beside a cotangent of 0, else NaN: -t (δ - Σ t δ) has no value there."""
+    finite = jnp.isfinite(divergence)
+    return nan_unless(finite | (cotangent == 0), jnp.where(finite, mean, 0))
 
 
 def divergence(pair: Pair, classes: Classes, forward_mode: bool) -> Array:

@@ -30,12 +30,11 @@ the differences; scaled first, each logit would be rounded by itself.
 """
 
 import math
-from functools import reduce
+from functools import partial, reduce
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.typing import DTypeLike
 
 from softmax_jax._adjustment import Adjustment, adjust, rounded, scaled
 from softmax_jax._dtypes import upcast
@@ -70,20 +69,19 @@ class Row(NamedTuple):
     a_share: Array
     b_offset: Array  # what comes off b before it is compared, and off a
     a_offset: Array
-    at_pivot: Array  # a - b at the pivot
+    at_pivot: Array  # a - b at the pivot, and at the top
     at_top: Array
-    is_near: Array  # whether r̂ is relative to the pivot
+    is_near: Array  # whether r̂ is relative to that of the pivot
     s: Array
 
 
-class Class(NamedTuple):
-    """Of a class."""
+class Half(NamedTuple):
+    """A divergence of one class: KL(t ‖ m) is the sum of t ψ(log(m/t)), where m may be p."""
 
     t: Array
-    p: Array
-    r: Array
-    delta: Array
-    from_top: Array  # δ of the two exchanged, relative to the student's top: for a mixture
+    m: Array
+    log: Array  # log(m/t)
+    centred: Array  # the same less that of the top class of t
 
 
 def z_of(logits: Logits, where: Array | None, scale: Array | None = None) -> Array:
@@ -101,57 +99,62 @@ def offsets_of(b_max: Array, a_max: Array) -> tuple[Array, Array]:
     return jnp.where(of_a, 0, -offset), jnp.where(of_a, offset, 0)
 
 
-def largest(dtype: DTypeLike) -> float:
-    """What stands for infinity, where a difference or a product with 0 would be NaN."""
-    return float(jnp.finfo(dtype).max) / 8
-
-
-def difference(b: Array, a: Array, row: Row) -> Array:
-    """a - b without the offset between the two. -inf where p = 0, and large where t = 0, or both."""
-    return (a - row.a_offset) - jnp.maximum(b - row.b_offset, -largest(b.dtype))
-
-
-def classes_of(ids: Array, pair: Pair, row: Row, infinite: bool) -> Class:
-    """Every class of a token. r and δ are finite unless they may be `infinite`; r is that of a mixture if it is one."""
+def logits_of(pair: Pair, row: Row) -> tuple[Array, Array, Array]:
+    """z of both, and a - b without the offset between the two: -inf where p = 0, large where t = 0."""
     b, a = (rounded(z_of(side, pair.where), row.b_max) for side in (pair.b, pair.a))
+    return b, a, (a - row.a_offset) - jnp.maximum(b - row.b_offset, -largest(b))
+
+
+def largest(z: Array) -> float:
+    """For infinity, where a difference or a product with 0 would be NaN."""
+    return float(jnp.finfo(z.dtype).max) / 8
+
+
+def halves_of(ids: Array, pair: Pair, row: Row) -> list[Half]:
+    """Of every class: KL(t ‖ p), or of a mixture KL(t ‖ m) and KL(p ‖ m)."""
+    b, a, away = logits_of(pair, row)
     t = jnp.exp(scaled(b - row.b_max, pair.scale)) * row.b_share
     p = jnp.exp(scaled(a - row.a_max, pair.scale)) * row.a_share
-    highest = largest(t.dtype)
-    away = difference(b, a, row)
-    away = away if infinite and pair.beta is None else jnp.maximum(away, -highest)
+
+    def r_at(away, delta):
+        return jnp.where(row.is_near, delta, scaled(away, pair.scale)) - row.s
+
     delta = jnp.where(ids == row.pivot, 0, scaled(away - row.at_pivot, pair.scale))
-    r = jnp.where(row.is_near, delta, scaled(away, pair.scale)) - row.s
+    r = r_at(away, delta)
     if pair.beta is None:
-        return Class(t, p, jnp.where(t == 0, highest, r), jnp.where(t == 0, 0, delta), delta)
-    bound = math.floor(math.log(highest))  # the exponential of a mixture's r is finite, and so is its inverse
-    from_top = jnp.where(ids == row.top, 0, scaled(row.at_top - away, pair.scale))
-    return Class(t, p, jnp.clip(r, -bound, bound), delta, from_top)
+        return [Half(t, p, jnp.where(t == 0, largest(r), r), jnp.where(t == 0, 0, jnp.maximum(delta, -largest(r))))]
+    bound = math.floor(math.log(largest(r)))  # the exponential of r is finite, and so is its inverse
+    r_pivot, r_top = r_at(row.at_pivot, 0), r_at(row.at_top, scaled(row.at_top - row.at_pivot, pair.scale))
+    r, r_pivot, r_top = (jnp.clip(r, -bound, bound) for r in (r, r_pivot, r_top))
+    back = jnp.where(ids == row.top, 0, scaled(row.at_top - away, pair.scale))
+    beta, gamma = pair.beta, 1 - pair.beta
+    m, of_t, of_p = beta * t + gamma * p, partial(log_mixture, gamma, beta), partial(log_mixture, beta, gamma)
+    return [
+        Half(t, m, of_t(r, r, 0), of_t(r, delta, r_pivot)),
+        Half(p, m, of_p(-r, -r, 0), of_p(-r, back, -r_top)),
+    ]
 
 
-def ratio_terms(t: Array, p: Array, r: Array) -> tuple[Array, Array]:
-    """(t expm1(r), t ψ(r)) of p = t exp(r): by a series, or from a ratio of e on as they are, where t may be 0."""
+def log_mixture(share: Array, other: Array, r: Array, delta: Array, pivot: Array | int) -> Array:
+    """log(other + share · exp(r)) less that of r = `pivot`, from which r differs by delta; the shares' sum is 1."""
+    ratio, at_pivot = jnp.exp(r), jnp.exp(pivot)
+    rise = jnp.where(delta < 1, at_pivot * jnp.expm1(jnp.minimum(delta, 1)), ratio - at_pivot)
+    of_pivot = other + share * at_pivot
+    change = share * rise / of_pivot
+    return jnp.where(change > -0.5, jnp.log1p(jnp.maximum(change, -0.5)), jnp.log((other + share * ratio) / of_pivot))
+
+
+def ratio_terms(half: Half) -> tuple[Array, Array]:
+    """(t expm1(r), t ψ(r)) of m = t exp(r): by a series, or from a ratio of e on as they are, where t may be 0."""
+    t, m, r, _ = half
     is_near = jnp.abs(r) < 1
     small = jnp.where(is_near, r, 0)
     factors = [1 / math.factorial(k) for k in range(2, 19 if r.dtype == jnp.float64 else 11)]
     psi = small * small * reduce(lambda series, factor: factor + small * series, factors[-2::-1], factors[-1])
-    return jnp.where(is_near, t * (small + psi), p - t), jnp.where(is_near, t * psi, p - t - t * r)
+    return jnp.where(is_near, t * (small + psi), m - t), jnp.where(is_near, t * psi, m - t - t * r)
 
 
 def beyond_log1p(x: Array) -> Array:
     """x - log1p(x) ≥ 0."""
     series = x * x * (1 / 2 - x * (1 / 3 - x * (1 / 4 - x * (1 / 5 - x / 6))))
     return jnp.where(jnp.abs(x) < 1e-3, series, x - jnp.log1p(x))
-
-
-def log_mixture(share: Array, other: Array, r: Array) -> Array:
-    """log(other + share · exp(r)) of shares whose sum is 1."""
-    change = share * jnp.expm1(r)
-    return jnp.where(change > -0.5, jnp.log1p(jnp.maximum(change, -0.5)), jnp.log(other + share * jnp.exp(r)))
-
-
-def log_mixture_from(share: Array, other: Array, r: Array, delta: Array, at_pivot: Array) -> Array:
-    """The same less that of the pivot, whose r is given: exactly 0 where δ is."""
-    of_pivot, ratio = other + share * jnp.exp(at_pivot), jnp.exp(r)
-    rise = jnp.where(delta < 1, jnp.exp(at_pivot) * jnp.expm1(jnp.minimum(delta, 1)), ratio - jnp.exp(at_pivot))
-    change = share * rise / of_pivot
-    return jnp.where(change > -0.5, jnp.log1p(jnp.maximum(change, -0.5)), jnp.log((other + share * ratio) / of_pivot))
