@@ -137,7 +137,7 @@ def _in_pairs(f: Callable, axis: int, operands: tuple) -> PyTree:
 
 def _own_numbers(axis: int, operands: PyTree) -> PyTree:
     """With numbers of a token that no other sums have: XLA would write out the exponentials that both have."""
-    return jax.tree.map(lambda a: a if a.ndim and a.shape[axis] > 1 else apart(a)[0], operands)
+    return jax.tree.map(lambda a: apart(a)[0] if not a.ndim or a.shape[axis] == 1 else a, operands)
 
 
 def existing_classes(where: Array | None, size: int, classes: Classes, dtype: DTypeLike) -> Array:

@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 
 from softmax_jax._dtypes import accumulator, nan_unless
 from softmax_jax._labels import Dense, Ids, Labels
+from softmax_jax._masses import ROUNDING
 from softmax_jax._sharding import Names, PyTree, checks_varying, varying
 from softmax_jax._source import Source
 from softmax_jax._sparse_labels import Sparse, SparseLabels
@@ -176,6 +177,36 @@ def _sparse_labels(labels: SparseLabels, batch: tuple[int, ...]) -> SparseLabels
             f"got {[a.shape for a in (ids, *floats)]} for ids, probs, others. Reshape them."
         )
     return SparseLabels(ids, probs, others)
+
+
+def probabilities(teacher_probs: Any, axis: int, where: Any, weights: Any) -> None:
+    """An error for a negative one, of what counts, in arrays of the host: no device is waited for."""
+    sparse = isinstance(teacher_probs, SparseLabels)
+    parts: dict[str, Any] = {"teacher_probs": teacher_probs}
+    if sparse:
+        parts = {"teacher_probs.probs": teacher_probs.probs, "teacher_probs.others": teacher_probs.others}
+    for name, value in parts.items():
+        masks = [weights] if sparse or where is None else [weights, where]
+        if not all(mask is None or _of_host(mask) for mask in masks) or value is None or not _of_host(value):
+            continue
+        negative = np.asarray(value) < -ROUNDING
+        if weights is not None:
+            used = np.asarray(weights) != 0
+            has_classes = name != "teacher_probs.others"
+            negative = negative & (np.expand_dims(used, -1 if sparse else axis) if has_classes and used.ndim else used)
+        if not sparse and where is not None:
+            negative = negative & np.asarray(where)
+        if negative.any():
+            first = tuple(map(int, np.argwhere(negative)[0]))
+            raise ValueError(
+                f"`{name}` must not be negative; got {float(np.asarray(value)[first])} at {first}. Of what a "
+                "subtraction left pass `np.maximum(..., 0)`."
+            )
+
+
+def _of_host(value: Any) -> bool:
+    """NumPy's, a number, or a nested list of these."""
+    return all(isinstance(leaf, np.ndarray | np.generic | Real) for leaf in jax.tree.leaves(value))
 
 
 def one_teacher(

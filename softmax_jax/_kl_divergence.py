@@ -21,9 +21,9 @@ from softmax_jax._core import How, Operands, compute
 from softmax_jax._cross_entropy import Scalar
 from softmax_jax._divergence import divergence
 from softmax_jax._divergence_formula import Logits, Pair
-from softmax_jax._dtypes import accumulator, product_dtype, upcast
+from softmax_jax._dtypes import accumulator, product_dtype
 from softmax_jax._labels import Dense, unused_by
-from softmax_jax._masses import existing
+from softmax_jax._masses import ROUNDING, existing
 from softmax_jax._product import emptied
 from softmax_jax._source import Source
 from softmax_jax._sparse_labels import Sparse, SparseLabels
@@ -54,15 +54,15 @@ def kl_divergence(
         beta = 1        KL(p ‖ t)                                               reverse: the student seeks its modes
         else            β KL(t ‖ m) + (1 - β) KL(p ‖ m),  m = β t + (1 - β) p   generalized Jensen-Shannon
 
-    Exact in value and gradient, however confident both are: the sum has no negative terms, and no gradient is a
-    difference of what rounds to 1. Of logits that differ by d, over the temperature, the value is right to about
-    (4e-7/d)² and the gradients to 4e-7/d, where that is more than a rounding; that by the temperature itself cancels
-    further. In nats, float32 (float64 for float64 logits).
+    Exact in value and gradient to a few roundings, however confident both are and however close to each other: the sum
+    has no negative terms, and no gradient is a difference of what rounds to 1. The gradient by the temperature alone
+    cancels further. In nats, float32 (float64 where logits or teacher are).
 
     Args:
       logits: floating, `[*batch, classes]` for `axis=-1`; infinities and NaN as in `cross_entropy`.
       teacher_probs: probabilities of the logits' shape, or `SparseLabels`, of any positive sum: they are divided by it.
-        An entry of 0 has no gradient. Tokens go through in chunks, so that nothing else of the logits' size is made
+        An entry of 0 has no gradient, and a subtraction may have left it up to 1e-5 below; one of less is NaN, of
+        NumPy an error. Tokens go through in chunks, so that nothing else of the logits' size is made
         (but for another axis than the last, both are first copied).
       teacher_logits: instead, of the logits' shape: t = softmax of them.
       where: bool, broadcastable to the logits; False: the class exists for neither.
@@ -99,6 +99,7 @@ def kl_divergence(
     logits = _checks.floating("logits", logits)
     axis = _checks.class_axis("logits", logits.shape, axis)
     kind, teacher = _checks.one_teacher(logits.shape, axis, teacher_probs=teacher_probs, teacher_logits=teacher_logits)
+    _checks.probabilities(teacher_probs, axis, where, weights)
     where = None if where is None else _checks.class_mask("where", where, logits.shape, axis)
     if kind == "probabilities":  # a chunk of tokens has its classes last
         last = partial(jnp.moveaxis, source=axis, destination=-1)
@@ -158,6 +159,7 @@ def linear_kl_divergence(
     student = _checks.head(x, weight, bias, transpose_weight, dtype)
     axis, of_states = len(student.shape) - 1, (teacher_x, teacher_weight, teacher_bias, teacher_transpose_weight)
     kind, teacher = _checks.one_teacher(student.shape, axis, teacher_probs, teacher_logits, of_states, dtype)
+    _checks.probabilities(teacher_probs, axis, where, weights)
     numbers = beta, temperature, softcap, teacher_softcap
     how = reduction, normalizer, axis_name, chunk_size, bool(forward_mode)
     return _divergence(kind, student, teacher, axis, where, weights, numbers, *how)
@@ -233,16 +235,16 @@ def _losses(
     if kind == "probabilities":
         target = jax.tree.map(lambda a: emptied(a, weights), target)
         t = target.probabilities(options.where, logits.shape[classes.axis], classes)
-        of_teacher = _log(existing(upcast(t), options.where))
     else:
-        of_teacher = target.values
-    dtype = accumulator(product_dtype(logits.dtype, of_teacher.dtype))
+        t = target.values
+    dtype = accumulator(product_dtype(logits.dtype, t.dtype))
 
     def wide(a):
         return a if accumulator(a.dtype) == dtype else a.astype(dtype)
 
     student = Logits(wide(logits), Adjustment(None, options.logit_scale, options.softcap))
-    teacher = Logits(wide(of_teacher), Adjustment(softcap=more.teacher_softcap))
+    of_teacher = wide(t) if kind != "probabilities" else _log(existing(t.astype(dtype), options.where))
+    teacher = Logits(of_teacher, Adjustment(softcap=more.teacher_softcap))
     both, unused = (student, teacher) if reverse else (teacher, student), unused_by(weights)
     losses = divergence(Pair(*both, options.where, more.scale, more.beta, unused), classes, forward_mode)
     return losses if weights is None else weights * losses, None
@@ -250,11 +252,13 @@ def _losses(
 
 @jax.custom_jvp
 def _log(t: Array) -> Array:
-    return jnp.log(t)
+    """-inf of 0, and of what a subtraction left a rounding below it; NaN of less."""
+    return jnp.log(jnp.where((t < 0) & (t >= -ROUNDING), 0, t))
 
 
 @_log.defjvp
 def _log_jvp(primals, tangents):
     """An entry of 0 has no gradient."""
     (t,), (dt,) = primals, tangents
-    return _log(t), jnp.where(t == 0, 0, dt / jnp.where(t == 0, 1, t))
+    zero = (t <= 0) & (t >= -ROUNDING)
+    return _log(t), jnp.where(zero, 0, dt / jnp.where(zero, 1, t))

@@ -6,6 +6,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+ROUNDING = 1e-5
+"""So far below 0 a subtraction may leave a probability that is 0."""
+
 
 def existing(array: Any, where: Array | None) -> Any:
     """0 for a class that `where` hides, which may hold NaN."""

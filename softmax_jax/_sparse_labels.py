@@ -13,7 +13,7 @@ from softmax_jax._blocks import existing_classes
 from softmax_jax._classes import Classes
 from softmax_jax._dtypes import class_ids, nan_unless
 from softmax_jax._labels import Labels
-from softmax_jax._masses import existing, target_of, uniform
+from softmax_jax._masses import ROUNDING, existing, target_of, uniform
 from softmax_jax._sharding import fit, offset, psum
 from softmax_jax._sums import LABELS, Tokens
 from softmax_jax._waist import NO_COTANGENTS, Around, pulled, written
@@ -66,6 +66,7 @@ class Sparse(Labels):
         valid, dtype = ~jnp.any(jnp.isnan(self.probs), classes.axis), self.probs.dtype
         each = jnp.zeros(valid.shape, dtype)
         if self.others is not None:
+            valid &= self.others >= -ROUNDING
             each = _each_of_others(self, where, existing_classes(where, size, classes, dtype), size, classes)
         every = classes.along(nan_unless(valid, each))
         every = jnp.broadcast_to(every, [size if a == classes.axis else n for a, n in enumerate(ids.shape)])

@@ -3,6 +3,7 @@
 import re
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -448,6 +449,45 @@ def test_an_id_that_no_class_has_and_a_negative_probability_make_their_rows_nan(
     np.testing.assert_allclose(
         kl_divergence(logits, teacher_probs=dense, reduction="none"), [np.log(2), np.nan, np.nan], rtol=1e-6
     )
+
+
+@pytest.mark.nan
+@pytest.mark.parametrize("of_host", [False, True])
+def test_what_a_subtraction_left_of_a_probability_of_0(of_host):
+    """As of 0, in value and gradients; of an array of NumPy more than that is an error, elsewhere NaN."""
+    logits, left = jnp.float32([[1, 0, 2, 0]]), np.float32(-1.2e-7)
+    held = np.asarray if of_host else jnp.asarray
+    ids = np.array([[0, 2]])
+
+    def both(last, others):
+        probs = held(np.float32([[0.25, last, 0.75, 0]]))
+        sparse = SparseLabels(held(ids), held(np.float32([[0.25, 0.75]])), held(np.float32([others])))
+        return [
+            jax.value_and_grad(partial(kl_divergence, teacher_probs=teacher))(logits) for teacher in (probs, sparse)
+        ]
+
+    chex.assert_trees_all_equal(both(left, left), both(0, 0))
+    for wrong in ((-2e-5, 0), (0, -2e-5)):
+        if of_host:
+            with pytest.raises(ValueError, match="must not be negative; got -"):
+                both(*wrong)
+        else:
+            assert sum(bool(jnp.isnan(value)) for value, _ in both(*wrong)) == 1
+    hidden = np.float32([[0.25, -1, 0.75, 0]])
+    where = np.array([True, False, True, True])
+    assert jnp.isfinite(kl_divergence(logits, teacher_probs=held(hidden), where=where))
+    assert kl_divergence(logits, teacher_probs=held(hidden), weights=np.zeros(1)) == 0
+
+
+def test_float64_logits_beside_float32_probabilities():
+    logits, probs = np.linspace(-1, 2, 5), np.float32([0.1, 0.2, 0.3, 0.15, 0.25])
+    t = np.float64(probs) / np.float64(probs).sum()
+    want = np.sum(t * (np.log(t) - logits)) + np.log(np.sum(np.exp(logits)))
+    with jax.enable_x64(True):
+        teachers = (jnp.asarray(probs), SparseLabels(jnp.arange(5), jnp.asarray(probs)))
+        got = [kl_divergence(jnp.asarray(logits), teacher_probs=teacher) for teacher in teachers]
+        assert {a.dtype for a in got} == {jnp.dtype("float64")}
+        np.testing.assert_allclose(got, want, rtol=1e-13)
 
 
 @pytest.mark.thorough
