@@ -36,11 +36,39 @@ def adjust(logits: Array, adjustment: Adjustment) -> Array:
         unscaled = jnp.isinf(z) if where is None else jnp.isinf(z) | ~where
         raw, z = upcast(z), jnp.where(unscaled, 0, upcast(z))
         z = z if scale is None else scale * z
-        z = z if softcap is None else softcap * jnp.tanh(z / softcap)
+        z = z if softcap is None else capped(z, softcap)
         floor = raw if softcap is None else -softcap
         top = jnp.where(raw == jnp.inf, raw, 0)
         z = jnp.where(raw == -jnp.inf, floor, z + (top - top))  # NaN at +inf, in the gradient too
     return z if where is None else jnp.where(where, z, -jnp.inf)
+
+
+# With u = z / cap
+#
+#     capped = cap · tanh(u)        ∂/∂z = sech²(u)        ∂/∂cap = tanh(u) - u sech²(u) = (sinh(2u) - 2u) sech²(u) / 2
+#
+# of which 1 - tanh²(u) would cancel where u is large, and the two terms of the last where it is small. There tanh(u) is
+# u to a rounding, and z stands for cap · u, since u of a very large cap has no digits.
+
+
+@jax.custom_jvp
+def capped(z: Array, cap: Array) -> Array:
+    u = z / cap
+    return jnp.where(u * u < jnp.finfo(z.dtype).eps, z, cap * jnp.tanh(u))
+
+
+@capped.defjvp
+def _capped_jvp(primals, tangents):
+    (z, cap), (dz, dcap) = primals, tangents
+    u = z / cap
+    q = jnp.exp(-2 * jnp.abs(u))
+    slope = 4 * q / (1 + q) ** 2
+    small = jnp.clip(4 * u * u, 0, 4)
+    tail = jnp.ones_like(u)
+    for k in range(17 if u.dtype == jnp.float64 else 11, 3, -2):
+        tail = 1 + small * tail / (k * (k - 1))
+    by_cap = jnp.where(jnp.abs(u) < 1, u * small / 6 * tail * slope, jnp.tanh(u) - u * slope)
+    return capped(z, cap), slope * dz + by_cap * dcap
 
 
 def shifted(logits: Array, adjustment: Adjustment, shift: Array, axis: int | tuple[int, ...]) -> Array:

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
@@ -12,7 +13,7 @@ from softmax_jax._class_sums import class_sums
 from softmax_jax._classes import Classes
 from softmax_jax._labels import Ids, Placed, unused_by
 from softmax_jax._sums import Asked, Tokens
-from softmax_jax._token_loss import log_spread, loss_of, negative_log_likelihood, weighted_losses, without
+from softmax_jax._token_loss import log_spread, loss_of, weighted_losses, without
 
 
 class LabelStatistics(NamedTuple):
@@ -26,10 +27,39 @@ class LabelStatistics(NamedTuple):
     prediction: Int[Array, "*batch"]
 
 
-# With a = the largest class as the pivot, both are sums of terms ≥ 0, so nothing cancels:
+# With a = the largest class as the pivot, all are sums of terms ≥ 0, so nothing cancels:
 #
 #     -log p_y = nll if y = a, else spread + (m - z_y)
-#     entropy  = p_a · nll + Σ_{v≠a} p_v (spread + m - z_v) = p_a · nll + (rest · spread + moment) / total
+#     entropy  = spread + μ       μ = Σ_v p_v (m - z_v) = moment / total       ∂/∂z_v = -p_v (μ - (m - z_v))
+#
+# The last comes of slopes exp(z_v - m) (m - z_v) of moment, which are those of moment + rest, and -μ/total of rest.
+
+
+@jax.custom_jvp
+def mean_gap(rest: Array, own: Array, moment: Array) -> Array:
+    """μ, of own = 0."""
+    return moment / (rest + jnp.exp(own))
+
+
+@mean_gap.defjvp
+def _mean_gap_jvp(primals, tangents):
+    (rest, own, moment), (drest, down, dmoment_and_rest) = primals, tangents
+    total, mean = rest + jnp.exp(own), mean_gap(rest, own, moment)
+    dtotal = drest + jnp.exp(own) * down
+    return mean, (dmoment_and_rest - drest - (1 + own) * jnp.exp(own) * down - mean * dtotal) / total
+
+
+@jax.custom_jvp
+def entropy_of(rest: Array, own: Array, moment: Array) -> Array:
+    return log_spread(rest, own) + mean_gap(rest, own, moment)
+
+
+@entropy_of.defjvp
+def _entropy_jvp(primals, tangents):
+    (rest, own, moment), (drest, down, dmoment_and_rest) = primals, tangents
+    total, mean, hit = rest + jnp.exp(own), mean_gap(rest, own, moment), jnp.exp(own)
+    slope = dmoment_and_rest - mean * drest - (mean + own) * hit * down
+    return entropy_of(rest, own, moment), slope / total
 
 
 def statistics(
@@ -40,11 +70,8 @@ def statistics(
     tokens = Tokens(logits, Placed(labels.ids), None, adjustment, unused)
     sums: Any = class_sums(tokens, classes, Asked(moment=True, forward_mode=forward_mode))
     sums = without(unused, sums)
-    nll, spread = negative_log_likelihood(sums.rest, sums.own), log_spread(sums.rest, sums.own)
-    log_prob = -loss_of(sums, None, options)
-    total = sums.rest + jnp.exp(sums.own)
-    entropy = (jnp.exp(sums.own) * nll + sums.rest * spread + sums.moment) / total
-    valid, log_normalizer = ~jnp.isnan(log_prob), sums.shift + spread
+    log_prob, entropy = -loss_of(sums, None, options), entropy_of(sums.rest, sums.own, sums.moment)
+    valid, log_normalizer = ~jnp.isnan(log_prob), sums.shift + log_spread(sums.rest, sums.own)
     found = LabelStatistics(
         log_prob,
         log_normalizer,

@@ -57,14 +57,15 @@ class Around(NamedTuple):
 
 @jax.custom_jvp
 def _gap(z: Array) -> Array:
-    """-z exp(z), 0 at -inf."""
+    """-z exp(z), 0 at -inf. Its slope is that of (1 - z) exp(z): where several classes share the top, the other would
+    cancel against that of `rest`."""
     return jnp.exp(z) * -beyond_exp(z)
 
 
 @_gap.defjvp
 def _gap_jvp(primals, tangents):
     (z,), (dz,) = primals, tangents
-    return _gap(z), (jnp.exp(z) * -(1 + beyond_exp(z))) * dz
+    return _gap(z), jnp.exp(z) * -beyond_exp(z) * dz
 
 
 def written(
