@@ -1,4 +1,4 @@
-"""The error of a call with an argument that a function does not have: it says which one was meant."""
+"""The error of a call with an argument that a function does not have, or not by position: it says which was meant."""
 
 import difflib
 import inspect
@@ -25,6 +25,7 @@ ELSEWHERE: dict[str, dict[str, str]] = {
     "y_pred": {"logits": ""},
     "log_predictions": {"logits": "log-probabilities are logits too"},
     "student_logits": {"logits": ""},
+    "teacher": {"teacher_logits": "of probabilities it is `teacher_probs`"},
     "target": {"labels": "class ids or probabilities", "teacher_probs": ""},
     "targets": {"labels": "class ids or probabilities", "teacher_probs": ""},
     "y_true": {"labels": "class ids or probabilities", "teacher_probs": ""},
@@ -55,17 +56,29 @@ ELSEWHERE: dict[str, dict[str, str]] = {
 
 def hinted(function: Callable[P, R]) -> Callable[P, R]:
     """`function`; an argument that it does not have is a TypeError that names the one that was meant."""
-    names = list(inspect.signature(function).parameters)
+    parameters = inspect.signature(function).parameters
+    names = list(parameters)
     known = frozenset(names)
+    by_position = [name for name, of in parameters.items() if of.kind != inspect.Parameter.KEYWORD_ONLY]
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if len(args) > len(by_position):
+            raise TypeError(_by_keyword(function.__name__, len(args), by_position, names))
         if known.issuperset(kwargs):
             return function(*args, **kwargs)
         unknown = [name for name in kwargs if name not in known]
         raise TypeError("\n".join(_hint(function.__name__, name, names) for name in unknown))
 
     return call
+
+
+def _by_keyword(function: str, given: int, by_position: list[str], names: list[str]) -> str:
+    teachers = [name for name in names if name in ("teacher_logits", "teacher_probs")]
+    likely = teachers or [name for name in names if name in ("weights", "where", "bias")]
+    meant = f", such as {' or '.join(f'`{name}=`' for name in likely)}" if likely else ""
+    first = ", ".join(f"`{name}`" for name in by_position)
+    return f"{function}() takes {first} by position; got {given} arguments. Pass the others by keyword{meant}."
 
 
 def _hint(function: str, name: str, names: list[str]) -> str:

@@ -42,9 +42,14 @@ def array(name: str, value: Any) -> Array:
     """`value` as an array: it may be NumPy's, a number, or a nested list of numbers."""
     try:
         return jnp.asarray(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
         got, way_out = f"a {type(value).__name__}", "a JAX or NumPy array of numbers"
-        if value is None or hasattr(value, "dtype"):
+        inside = [part for part in ("kernel", "weight", "embedding") if hasattr(value, part)]
+        if inside:
+            way_out = f"its array, `{name}.{inside[0]}`"
+        elif getattr(value, "requires_grad", False):
+            got, way_out = f"{got} that needs a gradient", f"`{name}.detach()`"
+        elif value is None or hasattr(value, "dtype"):
             got = "None" if value is None else f"dtype {value.dtype}"
         elif isinstance(value, Mapping) and value:
             got, first = f"{got} with keys {list(value)[:5]}", next(iter(value))
@@ -61,10 +66,12 @@ def class_axis(name: str, shape: tuple[int, ...], axis: Any) -> int:
         index = operator.index(axis)
     except TypeError:
         raise TypeError(f"`axis` must be an int, the axis of the classes; got {axis!r}. Pass one axis.") from None
+    if not shape:
+        raise ValueError(f"`{name}` must have an axis of classes; got {name}.shape=(). Pass one number a class.")
     if not -len(shape) <= index < len(shape):
         raise ValueError(
             f"`axis` is out of range: axis={index} for {name}.shape={shape}. Pass an axis from {-len(shape)} to "
-            f"{len(shape) - 1}; `{name}` needs at least one axis, that of the classes."
+            f"{len(shape) - 1}."
         )
     if shape[index] == 0:
         raise ValueError(f"there are no classes: {name}.shape={shape} is 0 on axis {index}. Pass at least one class.")
@@ -79,10 +86,10 @@ def axes_of(name: str, shape: tuple[int, ...], axis: Any) -> tuple[int, ...]:
     except TypeError:
         raise TypeError(f"`axis` must be an int, a tuple of ints or None; got {axis!r}.") from None
     if any(not -len(shape) <= a < len(shape) for a in indices):
-        raise ValueError(
-            f"`axis` is out of range: axis={axis} for {name}.shape={shape}. Pass axes from {-len(shape)} to "
-            f"{len(shape) - 1}; a scalar has none."
+        way_out = (
+            f"Pass axes from {-len(shape)} to {len(shape) - 1}." if shape else "A scalar has none: pass `axis=None`."
         )
+        raise ValueError(f"`axis` is out of range: axis={axis} for {name}.shape={shape}. {way_out}")
     indices = tuple(a % len(shape) for a in indices)
     if len(set(indices)) != len(indices):
         raise ValueError(f"`axis` names an axis twice: axis={axis} for {name}.shape={shape}. Name each axis once.")
@@ -118,6 +125,41 @@ def floating(name: str, x: Any) -> Array:
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"`{name}` must be floating; got dtype {x.dtype}. Pass `{name}.astype(jnp.float32)`.")
     return x
+
+
+def narrowed(labels: Any, ignore_index: Any = None) -> tuple[Any, Any]:
+    """(labels, `ignore_index`) of 64 bits as int32, which JAX wraps without x64. What int32 cannot hold is no class: it
+    becomes the largest int32, or the smallest where it is to be ignored."""
+    if isinstance(labels, SparseLabels):
+        return labels._replace(ids=narrowed(labels.ids)[0]), ignore_index
+    held, limits = on_host(labels), np.iinfo(np.int32)
+    if held is None or held.dtype.kind not in "iu" or held.dtype.itemsize < 8 or jax.config.jax_enable_x64:
+        return labels, ignore_index
+    ids = np.where((held < limits.min) | (held > limits.max), limits.max, held).astype(np.int32)
+    if not isinstance(ignore_index, int | np.integer) or limits.min < ignore_index <= limits.max:
+        return ids, ignore_index
+    return np.where(held == ignore_index, limits.min, np.where(ids == limits.min, limits.max, ids)), limits.min
+
+
+def ids_in_range(labels: Any, shape: tuple[int, ...], axis: int, options: Options) -> None:
+    """An error for an id that no class has, of a token that counts, in arrays of the host: no device is waited for."""
+    ids, where, weights = (None if value is None else on_host(value) for value in (labels, *options[:2]))
+    known = (where is None) == (options.where is None) and (weights is None) == (options.weights is None)
+    if ids is None or not known or ids.dtype.kind not in "iu" or not isinstance(shape[axis], int):
+        return
+    wrong = (ids < 0) | (ids >= shape[axis])
+    if options.ignore_index is not None:
+        wrong = wrong & (ids != options.ignore_index)
+    if weights is not None:
+        wrong = wrong & (weights != 0)
+    if where is not None:
+        wrong = wrong & where.reshape((1,) * (len(shape) - where.ndim) + where.shape).any(axis)
+    if wrong.any():
+        first = tuple(map(int, np.argwhere(wrong)[0]))
+        raise ValueError(
+            f"`labels` must be class ids from 0 to {shape[axis] - 1}; got {ids[first]} at {first}. Name an id that is "
+            "not to count by `ignore_index`, or give its token the weight 0."
+        )
 
 
 def labels_of(labels: Any, logits_shape: tuple[int, ...], axis: int) -> Labels:
@@ -184,29 +226,37 @@ def probabilities(teacher_probs: Any, axis: int, where: Any, weights: Any) -> No
     sparse = isinstance(teacher_probs, SparseLabels)
     parts: dict[str, Any] = {"teacher_probs": teacher_probs}
     if sparse:
-        parts = {"teacher_probs.probs": teacher_probs.probs, "teacher_probs.others": teacher_probs.others}
+        where, parts = None, {"teacher_probs.probs": teacher_probs.probs, "teacher_probs.others": teacher_probs.others}
+    held = [None if mask is None else on_host(mask) for mask in (where, weights)]
+    if [mask is None for mask in held] != [mask is None for mask in (where, weights)]:
+        return
+    where, weights = held
     for name, value in parts.items():
-        masks = [weights] if sparse or where is None else [weights, where]
-        if not all(mask is None or _of_host(mask) for mask in masks) or value is None or not _of_host(value):
+        probs = None if value is None else on_host(value)
+        if probs is None:
             continue
-        negative = np.asarray(value) < -ROUNDING
+        negative = probs < -ROUNDING
         if weights is not None:
-            used = np.asarray(weights) != 0
-            has_classes = name != "teacher_probs.others"
-            negative = negative & (np.expand_dims(used, -1 if sparse else axis) if has_classes and used.ndim else used)
-        if not sparse and where is not None:
-            negative = negative & np.asarray(where)
+            of_classes = name != "teacher_probs.others" and weights.ndim
+            negative = negative & (np.expand_dims(weights != 0, -1 if sparse else axis) if of_classes else weights != 0)
+        if where is not None:
+            negative = negative & where
         if negative.any():
             first = tuple(map(int, np.argwhere(negative)[0]))
             raise ValueError(
-                f"`{name}` must not be negative; got {float(np.asarray(value)[first])} at {first}. Of what a "
-                "subtraction left pass `np.maximum(..., 0)`."
+                f"`{name}` must not be negative; got {float(probs[first])} at {first}. Of what a subtraction left pass "
+                "`np.maximum(..., 0)`."
             )
 
 
-def _of_host(value: Any) -> bool:
-    """NumPy's, a number, or a nested list of these."""
-    return all(isinstance(leaf, np.ndarray | np.generic | Real) for leaf in jax.tree.leaves(value))
+def on_host(value: Any) -> np.ndarray | None:
+    """What is NumPy's, a number, or nested lists of numbers of equal lengths; None for all else."""
+    if not all(isinstance(leaf, np.ndarray | np.generic | Real) for leaf in jax.tree.leaves(value)):
+        return None
+    try:
+        return np.asarray(value)
+    except ValueError:
+        return None
 
 
 def one_teacher(
@@ -238,7 +288,7 @@ def one_teacher(
             )
         return "states", teacher
     if isinstance(teacher_probs, SparseLabels):
-        return "probabilities", Source(labels_of(teacher_probs, shape, axis))
+        return "probabilities", Source(labels_of(narrowed(teacher_probs)[0], shape, axis))
     if isinstance(teacher_logits, SparseLabels):
         raise TypeError("`teacher_logits` must be an array; got SparseLabels. Pass those as `teacher_probs`.")
     teacher = floating(given[0], teacher_probs if teacher_logits is None else teacher_logits)
@@ -273,16 +323,19 @@ def scalar(name: str, value: Any, dtype: Any, low: float, high: float, open_low:
     """A float option in the accumulator's dtype. Concrete numbers are range-checked; of traced ones, those outside
     the range become NaN."""
     dtype = accumulator(dtype)
-    left, interval = ("(" if open_low else "["), f"{low}, {high}"
+    left, right = "(" if open_low or math.isinf(low) else "[", ")" if math.isinf(high) else "]"
+    if isinstance(value, bool | np.bool_) or (hasattr(value, "dtype") and value.dtype == np.bool_):
+        raise TypeError(f"`{name}` must be a number; got a bool, {value!r}. Pass a number, or leave it out.")
     if isinstance(value, Real | np.floating | np.integer):
         number = float(value)  # pyright: ignore[reportArgumentType]
         if not (low < number if open_low else low <= number) or not number <= high or not math.isfinite(number):
+            interval = f"{left}{low}, {high}{right}"
             raise ValueError(
-                f"`{name}` must be a finite number in {left}{interval}]; got {value!r}. Pass one, or leave it out."
+                f"`{name}` must be a finite number in {interval}; got {value!r}. Pass one, or leave it out."
             )
         return np.asarray(number, dtype)
     value = array(name, value)
-    if value.shape != () or jnp.issubdtype(value.dtype, jnp.complexfloating) or value.dtype == bool:
+    if value.shape != () or jnp.issubdtype(value.dtype, jnp.complexfloating):
         raise ValueError(
             f"`{name}` must be a scalar; got shape {value.shape}, dtype {value.dtype}. Pass a number or a 0-d array."
         )
@@ -293,7 +346,7 @@ def scalar(name: str, value: Any, dtype: Any, low: float, high: float, open_low:
 
 def unless(neutral: Any, name: str, value: Any, dtype: Any, low: float, high: float, open_low: bool = False):
     """None for the neutral Python number (its path is then absent), else the checked scalar."""
-    if value is None or (isinstance(value, Real) and value == neutral):
+    if value is None or (isinstance(value, Real) and not isinstance(value, bool) and value == neutral):
         return None
     return scalar(name, value, dtype, low, high, open_low)
 

@@ -229,13 +229,16 @@ def _loss(
     """What both have in common, once the logits are known."""
     shape, dtype = student.shape, student.dtype
     labels_of = partial(_checks.ids_of, beside=" with statistics=True") if statistics else _checks.labels_of
-    labels = labels_of(labels, shape, axis)
-    options = _checks.options_for(shape, dtype, axis, labels, options)
     class_axes = _checks.mesh_axes(axis_name)
+    as_held, ignore_index = _checks.narrowed(labels, options.ignore_index)
+    checked = labels_of(as_held, shape, axis)
+    in_one_form = _checks.options_for(shape, dtype, axis, checked, options._replace(ignore_index=ignore_index))
+    if not class_axes:
+        _checks.ids_in_range(labels, shape, axis, options)
     _checks.sharded(*student.of_classes(), class_axes)
     divisor = _checks.reduction_of(reduction, normalizer, dtype)
     numbers, chunk_size = losses_and_statistics if statistics else weighted_losses, _checks.chunk_size_of(chunk_size)
     classes = Classes(axis, class_axes)
     how = How(numbers, dtype, classes, reduction, chunk_size=chunk_size, forward_mode=forward_mode)
-    loss, beside = compute(Operands(student, Source(labels), options, divisor), how)
+    loss, beside = compute(Operands(student, Source(checked), in_one_form, divisor), how)
     return (loss, beside) if statistics else loss

@@ -116,12 +116,15 @@ def _of_source(
 ) -> LabelStatistics:
     """What both have in common. A row to ignore has weight 0."""
     shape, dtype = student.shape, student.dtype
-    checked = _checks.ids_of(labels, shape, axis)
-    ignored = _checks.ignored_id(ignore_index, checked)
-    options = options._replace(weights=None if ignored is None else checked.ids != ignored)
-    options = _checks.options_for(shape, dtype, axis, checked, options)
     class_axes = _checks.mesh_axes(axis_name)
+    as_held, ignored = _checks.narrowed(labels, ignore_index)
+    checked = _checks.ids_of(as_held, shape, axis)
+    ignored = _checks.ignored_id(ignored, checked)
+    in_one_form = options._replace(weights=None if ignored is None else checked.ids != ignored)
+    in_one_form = _checks.options_for(shape, dtype, axis, checked, in_one_form)
+    if not class_axes:
+        _checks.ids_in_range(labels, shape, axis, options._replace(ignore_index=ignore_index))
     _checks.sharded(*student.of_classes(), class_axes)
     chunk_size, classes = _checks.chunk_size_of(chunk_size), Classes(axis, class_axes)
     how = How(statistics, dtype, classes, chunk_size=chunk_size, forward_mode=forward_mode)
-    return compute(Operands(student, Source(checked), options), how)[0]
+    return compute(Operands(student, Source(checked), in_one_form), how)[0]

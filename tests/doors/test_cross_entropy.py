@@ -194,3 +194,21 @@ def test_smoothing_that_is_spread_over_the_other_classes(rng):
     want = reference.cross_entropy(logits, target.astype(np.float64))
     got = cross_entropy(logits, ids, label_smoothing=epsilon * classes / (classes - 1))
     assert_within(got, want.loss, want.loss_condition, 8)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint64])
+def test_wide_ids_of_the_host_do_not_wrap(dtype):
+    """Without x64 JAX makes int32 of them: 2**32 + 1 would be class 1."""
+    logits, far = np.float32([[1, 2, 4], [0, 1, 0], [3, 0, 0]]), np.iinfo(dtype).max
+    wide = np.array([far, 0, 2], dtype)
+    want = cross_entropy(logits[1:], np.array([0, 2]), reduction="none")
+    losses = cross_entropy(logits, wide, ignore_index=int(far), reduction="none")
+    np.testing.assert_array_equal(losses, [0, *want])
+    ids = np.array([2**32 + 1, 0, 2], dtype)
+    with pytest.raises(ValueError, match="got 4294967297 at"):
+        cross_entropy(logits, ids)
+    losses = cross_entropy(logits, ids, reduction="none", weights=jnp.ones(3))  # which the host does not know
+    np.testing.assert_array_equal(losses, [np.nan, *want])
+    smallest = np.array([np.iinfo(np.int64).min, 0, 2])
+    losses = cross_entropy(logits, smallest, ignore_index=np.iinfo(np.int64).min, reduction="none")
+    np.testing.assert_array_equal(losses, [0, *want])

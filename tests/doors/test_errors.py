@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import types
 from functools import partial
 
 import jax
@@ -52,7 +53,10 @@ PIXELS = np.zeros((2, 5, 3, 3), np.float32)  # classes on axis 1
         (TypeError, ["`logits`", "bool"], (LOGITS != 0, IDS, {})),
         (TypeError, ["`logits`", "complex64"], (LOGITS.astype(np.complex64), IDS, {})),
         (ValueError, ["(4, 0)", "no classes"], (LOGITS[:, :0], IDS, {})),
-        (ValueError, ["axis=0", "()"], (np.float32(1), np.int32(0), {"axis": 0})),
+        (ValueError, ["axis of classes", "()"], (np.float32(1), np.int32(0), {"axis": 0})),
+        (TypeError, ["`label_smoothing`", "a bool, True"], (LOGITS, IDS, {"label_smoothing": True})),
+        (TypeError, ["`normalizer`", "a bool"], (LOGITS, IDS, {"normalizer": np.bool_(True)})),
+        (ValueError, ["`softcap`", "(0.0, inf); got inf"], (LOGITS, IDS, {"softcap": np.inf})),
         (ValueError, ["axis=2", "(4, 7)", "from -2 to 1"], (LOGITS, IDS, {"axis": 2})),
         (ValueError, ["axis=-3", "(4, 7)"], (LOGITS, IDS, {"axis": -3})),
         (TypeError, ["`axis`", "int", "1.0"], (LOGITS, IDS, {"axis": 1.0})),
@@ -108,6 +112,40 @@ def test_refused_while_tracing_with_the_values_and_the_way_out(untyped, error, f
         message = str(caught.value)
         assert all(fragment in message for fragment in fragments), message
         assert message.rstrip().endswith("."), "a sentence"
+
+
+@pytest.mark.parametrize("f", [cross_entropy, label_statistics], ids=lambda f: f.__name__)
+def test_an_id_that_no_class_has_is_an_error_in_an_array_of_the_host(untyped, f):
+    """Of a token that counts; of a device, or under `jit`, it is NaN."""
+    ids = np.array([0, 7, -1, 2])
+    for held in (ids, ids.tolist(), ids.astype(np.int16)):
+        with pytest.raises(ValueError, match=r"from 0 to 6; got 7 at \(1,\).*`ignore_index`"):
+            f(LOGITS, held)
+        with pytest.raises(ValueError, match=r"got -1 at \(2,\)"):
+            f(LOGITS, held, ignore_index=7)
+        assert np.isnan(jax.tree.leaves(f(LOGITS, jnp.asarray(held)))[0]).any()
+        assert np.isnan(jax.tree.leaves(jax.jit(f)(LOGITS, np.asarray(held)))[0]).any()
+    f(LOGITS, ids, where=np.array([[True], [False], [False], [True]]))
+    if f is cross_entropy:
+        assert np.isfinite(f(LOGITS, ids, weights=[1, 0, 0, 1]))
+        with pytest.raises(ValueError, match="got 7 at"):
+            f(LOGITS, ids, weights=[1, 1, 0, 1])
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda: kl_divergence(LOGITS, LOGITS), "`logits` by position; got 2.*`teacher_probs=` or `teacher_logits=`"),
+        (lambda: cross_entropy(LOGITS, IDS, IDS), "`logits`, `labels` by position; got 3.*`weights=`"),
+        (lambda: linear_cross_entropy(LOGITS, types.SimpleNamespace(kernel=1, dtype=None), IDS), "`weight.kernel`"),
+        (lambda: cross_entropy(types.SimpleNamespace(requires_grad=True), IDS), r"`logits.detach\(\)`"),
+        (lambda: softmax(np.float32(1)), "A scalar has none: pass `axis=None`"),
+    ],
+    ids=["teacher", "third", "module", "torch", "scalar"],
+)
+def test_calls_that_are_told_what_is_meant(untyped, call, told):
+    with pytest.raises((TypeError, ValueError), match=told):
+        call()
 
 
 ARRAY = np.zeros((4, 7), np.float32)

@@ -160,7 +160,7 @@ def test_edges(rng):
     logits = np.array([[0, -inf, 0], [1, 2, 3], [1, 2, 3], [0, nan, 0], [-inf] * 3, [1, 2, 3], [inf, 0, 0]], np.float32)
     where = np.ones((7, 3), bool)
     where[1, 2], where[2] = False, False
-    labels = np.array([1, 2, 0, 0, 0, 3, 0])
+    labels = jnp.array([1, 2, 0, 0, 0, 3, 0])
     found, (grad,) = with_gradient(
         lambda z: label_statistics(z, labels, where=where), random_cotangents(rng, (7,)), logits
     )

@@ -100,7 +100,7 @@ def test_the_prediction_is_the_first_of_the_largest_that_exist():
     where[2, 5] = False
     got = label_statistics(logits, np.zeros(6, int), where=where)
     np.testing.assert_array_equal(got.prediction, [7, 39, 0, -1, -1, 0])
-    outside = label_statistics(logits[:1], np.array([40]))
+    outside = label_statistics(logits[:1], jnp.array([40]))
     assert np.isnan(outside.log_prob[0]) and outside.prediction[0] == 7
 
 

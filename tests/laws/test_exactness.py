@@ -19,8 +19,10 @@ from helpers import (
     random_case,
     relative_error,
 )
+from mpmath import mp, mpf, sech, tanh
 
 from softmax_jax import cross_entropy, kl_divergence, label_statistics, linear_cross_entropy, log_softmax, softmax
+from softmax_jax._adjustment import capped
 
 pytestmark = pytest.mark.optimized
 
@@ -312,3 +314,29 @@ def test_second_order_with_all_options(rng, dense):
     scale = np.abs(want).max() * np.abs(v).max() * (1 + np.abs(logits).max())  # the direction mixes terms of this size
     assert_within(forward, want, np.full_like(want, scale), 16)
     assert_within(reverse, want, np.full_like(want, scale), 16)
+
+
+@pytest.mark.parametrize("z", [[16, 16, 0, 0, 0], [20, 20, 20, 0.5], [9, 9, 7, 9], [0, 0, 0]])
+def test_the_gradient_of_an_entropy_where_classes_share_the_top(z):
+    """-p_v (μ - (m - z_v)), of μ = E_p[m - z]: each entry, those of the top too."""
+    gradient = jax.grad(lambda z: label_statistics(z, jnp.int32(0)).entropy)(jnp.float32(z))
+    gap = np.max(np.float64(np.float32(z))) - np.float64(np.float32(z))
+    p = np.exp(-gap) / np.sum(np.exp(-gap))
+    np.testing.assert_allclose(gradient, -p * (np.sum(p * gap) - gap), rtol=1e-6)
+
+
+@pytest.mark.parametrize("cap", [1.0, 30.0, 1e3, 1e37])
+def test_a_soft_cap_at_any_ratio(cap):
+    """cap · tanh(u), of u = z/cap; by z sech²(u), by the cap tanh(u) - u sech²(u), each as exact as its exponential."""
+    wanted = cap * 10.0 ** np.arange(-20, 1.6, 0.1)
+    z, cap = jnp.float32(wanted[wanted < 1e38]), jnp.float32(cap)
+    with mp.workdps(40):
+        ratios = [mpf(float(v)) / mpf(float(cap)) for v in z]
+        want = [(mpf(float(cap)) * tanh(r), sech(r) ** 2, tanh(r) - r * sech(r) ** 2) for r in ratios]
+        found = [capped(z, cap), *jax.vmap(jax.grad(capped, (0, 1)), (0, None))(z, cap)]
+        for got, true in zip(found, zip(*want, strict=True), strict=True):
+            error = np.float64([abs(mpf(float(x)) / y - 1) if y > 1e-30 else 0 for x, y in zip(got, true, strict=True)])
+            assert np.max(error / (4 + 4 * np.float64(ratios))) < epsilon(jnp.float32)
+    labels, logits = np.zeros(1, int), np.float32([[1, 5, 6]])
+    free = jax.jit(lambda cap: cross_entropy(logits, labels, softcap=cap))(jnp.float32(3e38))
+    np.testing.assert_allclose(free, cross_entropy(logits, labels), rtol=1e-6)
