@@ -98,7 +98,7 @@ def trained(net, images, targets, test, seed, bar, scale=1.0):
 def top_of(teacher, images, k: int) -> SparseLabels:
     """The k largest probabilities of every image, at the temperature, and what is left."""
     probs, ids = jax.lax.top_k(jax.nn.softmax(logits_of(teacher, images) / TEMPERATURE), k)
-    return SparseLabels(np.asarray(ids), np.asarray(probs), np.asarray(1 - probs.sum(-1)))
+    return SparseLabels(np.asarray(ids), np.asarray(probs), np.maximum(1 - probs.sum(-1), 0))
 
 
 def draw(curves: dict[str, np.ndarray], best: float, top: SparseLabels, images: np.ndarray, path: Path) -> None:

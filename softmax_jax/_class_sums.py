@@ -134,7 +134,7 @@ def _class_sums_fwd(tokens: Tokens, classes: Classes, asked: Asked) -> tuple[tup
     return (sums, pivot), Given(tokens, *lax.stop_gradient((sums.shift, pivot)))
 
 
-def _class_sums_bwd(classes: Classes, asked: Asked, given: Given, cotangents: tuple[ClassSums, Array]) -> tuple[Tokens]:
+def _class_sums_bwd(classes: Classes, asked: Asked, given: Given, cotangents: tuple[ClassSums, Any]) -> tuple[Tokens]:
     check_gradient(classes.over)
     dsums = vary(cotangents[0]._replace(**dict.fromkeys(CONSTANT)), varying(given.tokens.logits))
     tokens, around = _as_read(given.tokens, given, classes, asked, dsums)

@@ -118,7 +118,7 @@ def _evenly(
 
 def loss_of(sums: ClassSums, evenly: _Evenly | None, options: Options) -> Array:
     """ℓ of every token, before its weight."""
-    loss = _of_labels(sums)
+    loss = _of_labels(sums, options.label_smoothing)
     if evenly is None and options.z_loss is None:
         return loss
     spread = log_spread(sums.rest, sums.own)
@@ -133,11 +133,12 @@ def loss_of(sums: ClassSums, evenly: _Evenly | None, options: Options) -> Array:
     return loss
 
 
-def _of_labels(sums: ClassSums) -> Array:
-    """Σ_v t_v (log_normalizer - z_v)."""
+def _of_labels(sums: ClassSums, smoothing: Array | None) -> Array:
+    """Σ_v t_v (log_normalizer - z_v). A smoothing of 1 leaves nothing of it: it is finite then."""
     if sums.own_mass is not None and sums.rest_mass is not None and sums.label_sum is not None:
         return _around_top(sums.rest, sums.own, sums.own_mass, sums.rest_mass) - sums.label_sum
     nll = negative_log_likelihood(sums.rest, sums.own)
+    nll = nll if smoothing is None else finite(nll, smoothing == 1)
     return nll if sums.own_mass is None else _scaled(sums.own_mass, nll)
 
 

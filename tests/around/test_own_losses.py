@@ -217,6 +217,18 @@ def test_clipped_ratio(rng):
     assert 5 < clipped.sum() < mask.sum() - 5
 
 
+@pytest.mark.nan
+@pytest.mark.parametrize("behaviour", [-90.0, -200.0, -np.inf, 0.0])
+def test_clipped_ratio_of_actions_that_were_or_are_rare(behaviour):
+    """Finite, with the gradient of the bound; an action of probability 0 has none."""
+    x, head = jnp.eye(2, 3), jnp.float32([[60, 0, 0], [0, 0, -jnp.inf], [0, 0, 0]])
+    actions, advantage = jnp.array([0, 1]), jnp.array([1.0, -1.0])
+    told = jnp.full(2, behaviour), advantage, jnp.ones(2, bool)
+    for ids in (actions, actions[::-1]):
+        losses, pull = jax.vjp(lambda x, ids=ids: OWN["clipped_ratio"](x, head[:, :2], ids, *told), x)
+        assert jnp.isfinite(losses).all() and jnp.isfinite(pull(jnp.ones(2))[0]).all()
+
+
 @pytest.mark.thorough
 def test_dpo(rng):
     """Margins of all sizes, and pairs with h from -30 to 60."""

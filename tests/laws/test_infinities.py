@@ -7,7 +7,14 @@ import pytest
 import reference
 from helpers import assert_within, check_against_reference, epsilon, few_of, loss_and_grad, random_case
 
-from softmax_jax import cross_entropy, log_softmax
+from softmax_jax import (
+    cross_entropy,
+    kl_divergence,
+    label_statistics,
+    log_softmax,
+    poly_loss_cross_entropy,
+    softmax,
+)
 
 INF = np.inf
 both = pytest.mark.parametrize("dense", few_of([False, True]), ids=["integer", "dense"])
@@ -287,3 +294,34 @@ def test_a_traced_smoothing_of_zero_over_minus_infinity_has_class_weight_gradien
     gradient = jax.grad(lambda c, e: cross_entropy(logits, labels, class_weights=c, label_smoothing=e))
     both = jax.jit(lambda c, e: (gradient(c, e), gradient(c, 0.0)))
     np.testing.assert_array_equal(*both(jnp.ones(3), jnp.float32(0)))
+
+
+@pytest.mark.nan
+@pytest.mark.parametrize("smoothing", [1.0, np.float32(1)])
+def test_a_smoothing_of_1_beside_a_hidden_label_has_class_weight_gradients(smoothing):
+    """Nothing is left of the label's own loss, which is infinite: a factor of 0 wins."""
+    logits, labels, where = jnp.float32([[1, 2, 3]]), jnp.array([2]), jnp.array([True, True, False])
+    loss = lambda c: cross_entropy(  # noqa: E731
+        logits, labels, where=where, class_weights=c, label_smoothing=smoothing, reduction="sum"
+    )
+    np.testing.assert_allclose(jax.grad(loss)(jnp.ones(3)), [(np.log1p(np.e) - 0) / 2, np.log1p(1 / np.e) / 2, 0], 1e-6)
+
+
+@pytest.mark.nan
+@pytest.mark.parametrize("jitted", [True, False])
+def test_a_row_that_is_hidden_whole_makes_no_nan_inside(jitted):
+    """Under `jax_debug_nans`, also where each operation is looked at by itself."""
+    logits, where = jnp.float32([[1, 2, 3], [0, 1, 0]]), jnp.array([[True, True, False], [False] * 3])
+    targets, ids = jnp.full((2, 3), 1 / 3), jnp.array([0, 1])
+    with jax.disable_jit(not jitted), jax.debug_nans(True):
+        for f in (
+            lambda z: jnp.where(where, log_softmax(z, where=where), 0),
+            lambda z: softmax(z, where=where) ** 2,
+            lambda z: cross_entropy(z, targets, where=where),
+            lambda z: cross_entropy(z, ids, where=where, label_smoothing=0.1),
+            lambda z: kl_divergence(z, teacher_logits=2 * z, where=where),
+            lambda z: label_statistics(z, ids, where=where).entropy,
+            lambda z: poly_loss_cross_entropy(z, targets, where=where),
+        ):
+            value, pull = jax.vjp(f, logits)
+            assert not jnp.any(pull(jnp.ones_like(value))[0][1])
