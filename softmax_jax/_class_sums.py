@@ -22,7 +22,7 @@ from softmax_jax._fold import sums_in_one_pass
 from softmax_jax._labels import Dense, Placed, of_existing
 from softmax_jax._sharding import PyTree, check_gradient, pmax, psum, vary, varying
 from softmax_jax._sparse_labels import Sparse, with_few
-from softmax_jax._sums import LABELS, Asked, ClassSums, Read, Tokens, Top, batched_alike, in_rule
+from softmax_jax._sums import LABELS, Asked, ClassSums, Read, Tokens, Top, batched_alike, in_rule, lost
 from softmax_jax._waist import NO_COTANGENTS, Around, of_classes, pulled, tangent_of
 
 
@@ -100,6 +100,11 @@ class Given(NamedTuple):
     pivot: Array
 
 
+def _given(tokens: Tokens, sums: ClassSums, pivot: Array) -> Given:
+    """Of its tokens those are unused that are lost."""
+    return Given(tokens._replace(unused=lost(tokens.unused, sums)), *lax.stop_gradient((sums.shift, pivot)))
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def _sums_in_both_modes(tokens: Tokens, classes: Classes, asked: Asked) -> tuple[ClassSums, Array]:
     return batched_alike(_found(tokens, classes, asked))
@@ -108,7 +113,7 @@ def _sums_in_both_modes(tokens: Tokens, classes: Classes, asked: Asked) -> tuple
 def _jvp(classes: Classes, asked: Asked, primals: tuple[Tokens], tangents: tuple[PyTree]) -> PyTree:
     check_gradient(classes.over)
     sums, pivot = _sums_in_both_modes(*primals, classes, asked)
-    given = Given(*primals, *lax.stop_gradient((sums.shift, pivot)))
+    given = _given(primals[0], sums, pivot)
 
     @partial(jax.checkpoint, prevent_cse=False)
     def of_all(tokens):
@@ -131,7 +136,7 @@ def _class_sums(tokens: Tokens, classes: Classes, asked: Asked) -> tuple[ClassSu
 
 def _class_sums_fwd(tokens: Tokens, classes: Classes, asked: Asked) -> tuple[tuple[ClassSums, Array], Given]:
     sums, pivot = in_rule(partial(_sums_in_both_modes, classes=classes, asked=asked))(tokens)
-    return (sums, pivot), Given(tokens, *lax.stop_gradient((sums.shift, pivot)))
+    return (sums, pivot), _given(tokens, sums, pivot)
 
 
 def _class_sums_bwd(classes: Classes, asked: Asked, given: Given, cotangents: tuple[ClassSums, Any]) -> tuple[Tokens]:
@@ -151,8 +156,8 @@ _class_sums.defvjp(_class_sums_fwd, _class_sums_bwd)
 
 
 def _emptied(tokens: Tokens, m: Array, classes: Classes) -> tuple[Tokens, Array]:
-    """A row whose sums are not used, since its token has weight 0, holds 0 before a derivative is made: whatever it
-    holds, NaN or inf, its gradient is exactly 0."""
+    """A row whose sums are not finite, and not used since its token has weight 0, holds 0 before a derivative is made:
+    whatever it holds, its gradient is exactly 0."""
     unused = tokens.unused
     if unused is None:
         return tokens, m
@@ -177,7 +182,8 @@ def _as_read(
 ) -> tuple[Tokens, Around]:
     """The operands as a derivative reads them, behind a fence: of the forward pass nothing of their size is kept."""
     logits, labels, m, drest = apart(tokens.logits, tokens.labels, given.m, cotangents.rest)
-    tokens, m = _emptied(tokens._replace(logits=logits, labels=labels), m, classes)
+    tokens = tokens._replace(logits=logits, labels=labels, unused=given.tokens.unused)
+    tokens, m = _emptied(tokens, m, classes)
     here = given.pivot - classes.first(logits)
     return tokens, Around(m, here, classes, asked, cotangents._replace(rest=drest))
 

@@ -30,7 +30,7 @@ from softmax_jax._divergence_formula import (
 from softmax_jax._dtypes import nan_unless
 from softmax_jax._labels import Ids
 from softmax_jax._sharding import PyTree, check_gradient, psum, vary, varying
-from softmax_jax._sums import Asked, Tokens, batched_alike, in_rule
+from softmax_jax._sums import Asked, Tokens, batched_alike, in_rule, lost
 from softmax_jax._token_loss import log_spread, negative_log_likelihood, without
 from softmax_jax._waist import tangent_of
 
@@ -118,9 +118,15 @@ def _value(found: Found, beta: Array | None) -> Array:
 # pulled back through `adjust`, where they are cast once. Kept: the operands as they came, and a few numbers a token.
 
 
+def _used(pair: Pair, classes: Classes) -> Found:
+    """All 0 of a token that is not used and not finite."""
+    found = _found(pair, classes)
+    return without(lost(pair.unused, found), found)
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _in_both_modes(pair: Pair, classes: Classes) -> tuple[Array, Found]:
-    found = batched_alike(without(pair.unused, _found(pair, classes)))
+    found = batched_alike(_used(pair, classes))
     return _value(found, pair.beta), found
 
 
@@ -128,7 +134,7 @@ def _jvp(classes: Classes, primals: tuple[Pair], tangents: tuple[PyTree]) -> PyT
     check_gradient(classes.over)
     (pair,), (dpair,) = primals, tangents
     value, found = _in_both_modes(pair, classes)
-    dfound = tangent_of(lambda pair: without(pair.unused, _found(pair, classes)), pair, dpair)
+    dfound = tangent_of(partial(_used, classes=classes), pair, dpair)
 
     def along(pair, found, *dz):
         slopes = _slopes(pair, found, jnp.ones_like(value), classes)[1]
@@ -179,7 +185,7 @@ def _slopes(pair: Pair, found: Found, cotangent: Array, classes: Classes) -> tup
     """(the operands as a derivative reads them, the slopes of the divergence by both z)."""
     b, a, found = apart(pair.b.raw, pair.a.raw, found)
     if pair.unused is not None:
-        b, a = (jnp.where(classes.along(pair.unused), 0, raw) for raw in (b, a))
+        b, a = (jnp.where(classes.along(found.row.b_share == 0), 0, raw) for raw in (b, a))
     pair = pair._replace(b=pair.b._replace(raw=b), a=pair.a._replace(raw=a))
     first = classes.first(b)
     row = found.row._replace(pivot=found.row.pivot - first, top=found.row.top - first)
@@ -208,7 +214,7 @@ def _if_finite(divergence: Array, mean: Array, cotangent: Array) -> Array:
 
 def divergence(pair: Pair, classes: Classes, forward_mode: bool) -> Array:
     """KL(t ‖ p) of t = softmax(scale · b) and p = softmax(scale · a), or of a number `beta` the mixture, of every
-    token; 0 in `unused` rows, whatever they hold. A token without any class must be one of them."""
+    token; 0 in `unused` rows that are not finite. A token without any class must be one of them."""
     over = varying(pair)
     (b, a, where), others = vary((pair.b, pair.a, pair.where), over), tuple(n for n in over if n not in classes.over)
     scale, beta = vary((pair.scale, pair.beta), others)  # numbers of a token's sums are the same on its devices

@@ -55,7 +55,7 @@ class Pair(NamedTuple):
     where: Array | None  # which classes both have
     scale: Array | None
     beta: Array | None  # of a mixture
-    unused: Array | None  # tokens whose divergence is 0, whatever they hold
+    unused: Array | None  # tokens of weight 0, whatever they hold
 
 
 class Row(NamedTuple):
@@ -65,7 +65,7 @@ class Row(NamedTuple):
     top: Array  # that of the largest a, for a mixture; else c
     b_max: Array
     a_max: Array
-    b_share: Array  # 1 / Σ_v exp(scale · (b_v - b_max)); 0 of a token that is not used
+    b_share: Array  # 1 / Σ_v exp(scale · (b_v - b_max)); 0 of a token that is lost
     a_share: Array
     b_offset: Array  # what comes off b before it is compared, and off a
     a_offset: Array

@@ -14,7 +14,7 @@ from softmax_jax._checks import Options, fixed_sizes
 from softmax_jax._chunks import PyTree, map_over, sum_over
 from softmax_jax._dtypes import accumulator
 from softmax_jax._labels import Dense
-from softmax_jax._product import Product, emptied, kept_in
+from softmax_jax._product import Product, kept_in
 from softmax_jax._source import Source
 
 
@@ -90,7 +90,7 @@ def _total(of_chunk: Callable, *operands: Any) -> tuple[Array, PyTree]:
 
 def _of_chunk(numbers: Callable, shared: Shared, chunk: Each, *of_heads: Array) -> tuple[PyTree, PyTree]:
     made, options = iter(of_heads), shared.options
-    logits = emptied(chunk.logits, chunk.weights) if chunk.logits is not None else _plus(next(made), shared.bias)
+    logits = chunk.logits if chunk.logits is not None else _plus(next(made), shared.bias)
     target = chunk.target if chunk.target is not None else Dense(_plus(next(made), shared.target_bias))
     if chunk.where is not None:
         options = options._replace(where=chunk.where if shared.rows is None else shared.rows[chunk.where])

@@ -145,5 +145,7 @@ def unused_by(weights: Array | None) -> Array | None:
 
 
 def of_existing(own: Array, pivot: Array, tokens: Tokens, classes: Classes) -> Array:
-    """Of the pivot; one that no class is makes its row NaN, if it is used."""
-    return nan_unless((pivot >= 0) & (pivot < classes.of_all(tokens.logits)), own, tokens.unused)
+    """Of the pivot; one that no class is makes its row NaN, or of weight 0 infinite."""
+    exists = (pivot >= 0) & (pivot < classes.of_all(tokens.logits))
+    own = own if tokens.unused is None else jnp.where(exists, own, -jnp.inf)
+    return nan_unless(exists, own, tokens.unused)

@@ -27,7 +27,7 @@ class Product:
 
     x: Any  # [size, count, embed]
     weight: Any  # [embed, classes], or [classes, embed] where it is `transposed`
-    weights: Any = None  # [size, count]: a row of weight 0 is 0, whatever it holds
+    weights: Any = None  # [size, count]: a row of weight 0 is 0, if it is not finite
     dtype: Any = None  # in which the two are multiplied
     transposed: bool = False
 
@@ -37,7 +37,7 @@ class Product:
 
     def logits(self, index: ArrayLike) -> Array:
         """[size, classes] of one chunk."""
-        x, weight = vary_alike(self._rows(index, 1)[:, 0], self.weight)
+        x, weight = vary_alike(self._some(self.x, index, 1)[:, 0], self.weight)
         return _dot(x, weight, ((1,), (1 if self.transposed else 0,)), self.dtype)
 
     def buffer(self, chunks: int) -> Array:
@@ -64,15 +64,21 @@ class Product:
         return lax.dynamic_update_slice_in_dim(dx, of_chunks, first, 1), dweight + more
 
     def _rows(self, first: ArrayLike, chunks: int) -> Array:
-        some = partial(lax.dynamic_slice_in_dim, start_index=first, slice_size=chunks, axis=1)
-        return some(self.x) if self.weights is None else emptied(some(self.x), some(self.weights))
+        """What takes part in the head's gradient."""
+        some = self._some(self.x, first, chunks)
+        return some if self.weights is None else emptied(some, self._some(self.weights, first, chunks))
+
+    def _some(self, array: Array, first: ArrayLike, chunks: int) -> Array:
+        return lax.dynamic_slice_in_dim(array, first, chunks, 1)
 
 
 def emptied(array: Array, weights: Array | None) -> Array:
-    """Rows of weight 0 hold 0."""
+    """Rows of weight 0 hold 0 where they hold a number that is not finite."""
     if weights is None:
         return array
-    return jnp.where(jnp.expand_dims(weights, tuple(range(weights.ndim, array.ndim))) == 0, 0, array)
+    rest = tuple(range(weights.ndim, array.ndim))
+    rows = (weights == 0) & ~jnp.all(jnp.isfinite(array), rest)
+    return jnp.where(jnp.expand_dims(rows, rest), 0, array)
 
 
 def _dot(a: Array, b: Array, axes: tuple, dtype: DTypeLike) -> Array:

@@ -52,7 +52,7 @@ class Sparse(Labels):
         ids, probs = merged(class_ids(self.ids, number), self.probs.astype(dtype), unused, number)
         others = None if self.others is None else self.others.astype(dtype)
         if others is not None and unused is not None:
-            others = jnp.where(unused, 0, others)
+            others = jnp.where(unused & ~jnp.isfinite(others), 0, others)
         return Sparse(jnp.moveaxis(ids, -1, classes.axis), jnp.moveaxis(probs, -1, classes.axis), others)
 
     def masses(self, tokens, m, pivot, classes):

@@ -1,6 +1,7 @@
 """What the sums of a token are made of, which are asked for, and what they are."""
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +34,15 @@ def _(size: int, mapped: list, numbers: PyTree) -> tuple[PyTree, PyTree]:
     return jax.tree.map(of_all, numbers, *mapped), jax.tree.map(lambda _: True, numbers)
 
 
+def lost(unused: Array | None, numbers: PyTree) -> Array | None:
+    """Which tokens that are not used have numbers that are not finite: nothing may come of them. (Of the others a
+    derivative by the weight, which is 0, is asked.) None for none."""
+    if unused is None:
+        return None
+    floats = [n for n in jax.tree.leaves(numbers) if jnp.issubdtype(n.dtype, jnp.floating)]
+    return reduce(jnp.logical_or, [unused & ~jnp.isfinite(n) for n in floats])
+
+
 class Tokens(NamedTuple):
     """What sums are made of, in one form: `class_weights` and `where` broadcast to the logits."""
 
@@ -40,7 +50,7 @@ class Tokens(NamedTuple):
     labels: Any  # Labels
     class_weights: Array | None
     adjustment: Adjustment
-    unused: Array | None = None  # those whose sums are not used, whatever they hold; None: there are none
+    unused: Array | None = None  # those of weight 0, whatever they hold; None: there are none
 
 
 class ClassSums(NamedTuple):

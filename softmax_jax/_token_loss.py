@@ -20,7 +20,7 @@ from softmax_jax._dtypes import accumulator
 from softmax_jax._labels import Labels, unused_by
 from softmax_jax._sharding import PyTree
 from softmax_jax._sparse_labels import spread_evenly
-from softmax_jax._sums import Asked, ClassSums, Tokens
+from softmax_jax._sums import Asked, ClassSums, Tokens, lost
 
 # With total = rest + exp(own):
 #
@@ -158,9 +158,10 @@ def weighted_losses(
     adjustment = Adjustment(options.where, options.logit_scale, options.softcap)
     tokens = Tokens(logits, labels, options.class_weights, adjustment, unused)
     sums = class_sums(tokens, classes, Asked(prior=evenly is not None, beside=beside, forward_mode=forward_mode))
+    loss = loss_of(without(lost(unused, sums), sums), evenly, options)
     if weights is None or unused is None:
-        return loss_of(sums, evenly, options), None
-    return jnp.where(unused, 0, weights * loss_of(without(unused, sums), evenly, options)), None
+        return loss, None
+    return jnp.where(unused & ~jnp.isfinite(loss) | lost(unused, sums), 0, weights * loss), None
 
 
 def without(unused: Array | None, numbers: PyTree) -> Any:

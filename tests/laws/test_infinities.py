@@ -1,5 +1,7 @@
 """Very large logits, infinite ones, soft caps, hidden labels: rows 19 to 23 of the table in test_failures.py."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +10,12 @@ import reference
 from helpers import assert_within, check_against_reference, epsilon, few_of, loss_and_grad, random_case
 
 from softmax_jax import (
+    SparseLabels,
     cross_entropy,
     kl_divergence,
     label_statistics,
+    linear_cross_entropy,
+    linear_kl_divergence,
     log_softmax,
     poly_loss_cross_entropy,
     softmax,
@@ -325,3 +330,71 @@ def test_a_row_that_is_hidden_whole_makes_no_nan_inside(jitted):
         ):
             value, pull = jax.vjp(f, logits)
             assert not jnp.any(pull(jnp.ones_like(value))[0][1])
+
+
+def losses_of_weights():
+    """Each with one number a token of weights w, of logits or hidden states z."""
+    ids, head, teacher = jnp.array([0, 1, 2]), jnp.eye(3), jnp.float32([[0, 1, 2], [1, 1, 0], [2, 0, 1]])
+    probs = jax.nn.softmax(teacher)
+    return {
+        "ids": lambda z, w, **how: cross_entropy(z, ids, weights=w, **how),
+        "options": lambda z, w, **how: cross_entropy(
+            z, ids, weights=w, label_smoothing=0.1, z_loss=1e-2, softcap=5.0, class_weights=jnp.arange(1.0, 4.0), **how
+        ),
+        "dense": lambda z, w, **how: cross_entropy(z, probs, weights=w, **how),
+        "sparse": lambda z, w, **how: cross_entropy(
+            z, SparseLabels(jnp.array([[0, 2]] * 3), probs[:, :2], probs[:, 2]), weights=w, **how
+        ),
+        "head": lambda z, w, **how: linear_cross_entropy(z, head, ids, weights=w, **how),
+        "head, chunks": lambda z, w, **how: linear_cross_entropy(z, head, ids, weights=w, chunk_size=2, **how),
+        "divergence": lambda z, w, **how: kl_divergence(z, teacher_logits=teacher, weights=w, **how),
+        "mixture": lambda z, w, **how: kl_divergence(z, teacher_logits=teacher, weights=w, beta=0.3, **how),
+        "probabilities": lambda z, w, **how: kl_divergence(z, teacher_probs=probs, weights=w, **how),
+        "divergence of a head": lambda z, w, **how: linear_kl_divergence(
+            z, head, teacher_logits=teacher, weights=w, **how
+        ),
+    }
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("name", losses_of_weights())
+def test_the_derivative_by_a_weight_of_0_is_the_loss_of_its_row(name, reduction):
+    """And with logits, hidden states and heads p - t, as at any other weight: learning to reweight takes its gradient
+    there. A row that is not finite has none, and leaves all other gradients as they are."""
+    loss = partial(losses_of_weights()[name], reduction=reduction)
+    z, w = jnp.float32([[1, 0, 2], [0, 3, 1], [2, 2, 0]]), jnp.float32([0, 1, 1])
+    by_weights = jax.grad(loss, 1)
+    at_0, near = by_weights(z, w), by_weights(z, w.at[0].set(1e-4))
+    np.testing.assert_allclose(at_0, near, rtol=1e-3)
+    forward = jax.jvp(partial(loss, z, forward_mode=True), (w,), (jnp.eye(3)[0],))[1]
+    np.testing.assert_allclose(forward, at_0[0], rtol=1e-6)
+    mixed = lambda w: jax.jacobian(jax.grad(loss), 1)(z, w)  # noqa: E731
+    np.testing.assert_allclose(mixed(w), mixed(w.at[0].set(1e-4)), atol=1e-4)
+    for lost in (jnp.nan, jnp.inf):
+        other = z.at[0].set(lost)
+        dz, dw = jax.grad(loss, (0, 1))(other, w)
+        assert not jnp.any(dz[0])
+        np.testing.assert_allclose(dz[1:], jax.grad(loss)(z, w)[1:], rtol=1e-6)
+        np.testing.assert_allclose(dw[1:], at_0[1:], rtol=1e-6)
+
+
+def test_learning_to_reweight_from_weights_of_0():
+    """A step of logits, or of a head, by a weighted loss; the gradient of another by the weights (Ren et al., 2018)."""
+    z, ids, w = jnp.float32([[1, 0, 2], [0, 3, 1], [2, 2, 0]]), jnp.array([0, 1, 2]), jnp.zeros(3)
+    naive = lambda z, y: -jnp.take_along_axis(jax.nn.log_softmax(z), y[:, None], -1)[:, 0]  # noqa: E731
+
+    def after(step, operand):
+        return lambda w: jnp.sum(naive(operand - 0.1 * jax.grad(step, 0)(operand, w), ids[::-1]))
+
+    for ours, usual in (
+        (lambda z, w: cross_entropy(z, ids, weights=w, reduction="sum"), lambda z, w: jnp.sum(w * naive(z, ids))),
+        (
+            lambda h, w: linear_cross_entropy(z, h, ids, weights=w, reduction="sum"),
+            lambda h, w: jnp.sum(w * naive(z @ h, ids)),
+        ),
+    ):
+        start = jnp.eye(3)
+        want = jax.grad(after(usual, start))(w)
+        assert jnp.all(jnp.abs(want) > 1e-3)
+        np.testing.assert_allclose(jax.grad(after(ours, start))(w), want, rtol=1e-5)
