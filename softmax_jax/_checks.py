@@ -222,31 +222,43 @@ def _sparse_labels(labels: SparseLabels, batch: tuple[int, ...]) -> SparseLabels
 
 
 def probabilities(teacher_probs: Any, axis: int, where: Any, weights: Any) -> None:
-    """An error for a negative one, of what counts, in arrays of the host: no device is waited for."""
+    """An error for a negative one, of what counts, in arrays of the host, which is looked through; no device is waited
+    for. Ids that a row has twice add up: those are left to the sums. What does not fit is refused elsewhere."""
     sparse = isinstance(teacher_probs, SparseLabels)
     parts: dict[str, Any] = {"teacher_probs": teacher_probs}
     if sparse:
-        where, parts = None, {"teacher_probs.probs": teacher_probs.probs, "teacher_probs.others": teacher_probs.others}
+        parts = {"teacher_probs.probs": teacher_probs.probs, "teacher_probs.others": teacher_probs.others}
     held = [None if mask is None else on_host(mask) for mask in (where, weights)]
-    if [mask is None for mask in held] != [mask is None for mask in (where, weights)]:
+    if [mask is None for mask in held] != [mask is None for mask in (where, weights)] or (sparse and where is not None):
         return
-    where, weights = held
     for name, value in parts.items():
         probs = None if value is None else on_host(value)
-        if probs is None:
+        if probs is None or not np.any(negative := probs < -ROUNDING):
             continue
-        negative = probs < -ROUNDING
-        if weights is not None:
-            of_classes = name != "teacher_probs.others" and weights.ndim
-            negative = negative & (np.expand_dims(weights != 0, -1 if sparse else axis) if of_classes else weights != 0)
-        if where is not None:
-            negative = negative & where
-        if negative.any():
-            first = tuple(map(int, np.argwhere(negative)[0]))
+        try:
+            negative = negative & _counted(name, negative.shape, axis, *held)
+        except ValueError:
+            return
+        for first in (tuple(map(int, index)) for index in np.argwhere(negative)):
+            ids = on_host(teacher_probs.ids) if name == "teacher_probs.probs" else None
+            if ids is not None and np.sum(ids[first[:-1]] == ids[first]) > 1:
+                continue
             raise ValueError(
                 f"`{name}` must not be negative; got {float(probs[first])} at {first}. Of what a subtraction left pass "
                 "`np.maximum(..., 0)`."
             )
+
+
+def _counted(name: str, shape: tuple[int, ...], axis: int, where: Any, weights: Any) -> Any:
+    """Which entries count, by masks of the host."""
+    counted = np.ones(shape, bool) if where is None else np.broadcast_to(where, shape)
+    if weights is None:
+        return counted
+    if name == "teacher_probs.others":
+        return counted & np.broadcast_to(weights != 0, shape)
+    axis = axis if name == "teacher_probs" else len(shape) - 1
+    batch = shape[:axis] + shape[axis + 1 :]
+    return counted & np.expand_dims(np.broadcast_to(weights != 0, batch), axis)
 
 
 def on_host(value: Any) -> np.ndarray | None:

@@ -48,8 +48,8 @@ class Classes:
         return jnp.take_along_axis(array, ids, self.axis, mode="promise_in_bounds")
 
     def get(self, ids: Array, array: Array, absent: ArrayLike | None = None) -> Array:
-        """The same of an array of full size in all axes; `absent` stands where an id is none of the classes here, of
-        which None says that there is none."""
+        """The entries at `ids`, of an array of full size in all axes; `absent` stands where an id is none of the
+        classes here, of which None says that there is none."""
         others = self._other_axes(array)
         which = lax.GatherDimensionNumbers(
             offset_dims=(),

@@ -49,6 +49,8 @@ def _first_sums(pair: Pair, classes: Classes) -> Row:
     of_b = top_sums(pair.b.raw, b, classes)
     tokens = Tokens(pair.a.raw, Ids(of_b.top), None, a, pair.unused)
     of_a = class_sums(tokens, classes, Asked(forward_mode=True))
+    if pair.unused is not None:  # a token without any class
+        of_a = of_a._replace(own=jnp.where(pair.unused & (of_b.top == classes.of_all(pair.b.raw)), 0, of_a.own))
     b_rest, a_rest, b_max, a_max, own = of_b.rest, of_a.rest, of_b.m, of_a.shift, of_a.own
     if pair.scale is not None:
         rows = map(classes.along, (of_b.top - classes.first(pair.b.raw), b_max, a_max))
@@ -62,7 +64,9 @@ def _first_sums(pair: Pair, classes: Classes) -> Row:
     log_a = jnp.where(is_near, negative_log_likelihood(a_rest, own), between + log_spread(a_rest, own))
     b_share, a_share, s = 1 / (1 + b_rest), 1 / (a_rest + jnp.exp(own)), log_a - jnp.log1p(b_rest)
     top = of_b.top if pair.beta is None else top_sums(pair.a.raw, a, classes).top
-    return Row(of_b.top, top, b_max, a_max, b_share, a_share, b_offset, a_offset, at_pivot, at_pivot, is_near, s)
+    of_pivot = {"pivot": of_b.top, "top": top, "at_pivot": at_pivot, "at_top": at_pivot}  # (of the top not yet)
+    of_both = {"b_max": b_max, "a_max": a_max, "b_share": b_share, "a_share": a_share}
+    return Row(**of_pivot, **of_both, b_offset=b_offset, a_offset=a_offset, is_near=is_near, s=s)
 
 
 def _exponentials(ids: Array, pair: Pair, pivot: Array, b_max: Array, a_max: Array) -> list[Array]:
@@ -87,7 +91,7 @@ def _sums_of_halves(ids: Array, pair: Pair, row: Row) -> list[Array]:
 
 
 @partial(jax.jit, static_argnums=1, inline=True)  # a rule and its function make the same: one trace serves both
-def _found(pair: Pair, classes: Classes) -> Found:
+def _sums_of(pair: Pair, classes: Classes) -> Found:
     row, local, first = _first_sums(pair, classes), pair._replace(unused=None), classes.first(pair.b.raw)
 
     def summed(f, row):
@@ -120,7 +124,7 @@ def _value(found: Found, beta: Array | None) -> Array:
 
 def _used(pair: Pair, classes: Classes) -> Found:
     """All 0 of a token that is not used and not finite."""
-    found = _found(pair, classes)
+    found = _sums_of(pair, classes)
     return without(lost(pair.unused, found), found)
 
 
@@ -141,7 +145,7 @@ def _jvp(classes: Classes, primals: tuple[Pair], tangents: tuple[PyTree]) -> PyT
         terms = (jnp.where(s == 0, 0, s * d) for s, d in zip(slopes, dz, strict=True))
         return psum(sum(jnp.sum(of_one, classes.axis) for of_one in terms), classes.over)
 
-    dz = tangent_of(_z_of_both, pair, dpair)
+    dz = tangent_of(lambda pair: _z_of_both(_emptied(pair, found, classes)), pair, dpair)
     dvalue = jax.checkpoint(along, prevent_cse=False)(pair, found, dz["b"], dz["a"])
     return (value, found), (dvalue if pair.beta is None else dvalue + dz["beta"] * _by_beta(found), dfound)
 
@@ -162,7 +166,7 @@ def _divergence_fwd(pair: Pair, classes: Classes) -> tuple[Array, tuple[Pair, Fo
 def _divergence_bwd(classes: Classes, kept: tuple[Pair, Found], cotangent: Array) -> tuple[Pair]:
     check_gradient(classes.over)
     pair, found = kept
-    dbeta = None if pair.beta is None else jnp.sum(cotangent * _by_beta(found))
+    dbeta = None if pair.beta is None else jnp.sum(jnp.where(cotangent == 0, 0, cotangent * _by_beta(found)))
     cotangent = vary(cotangent, varying((pair.b, pair.a)))
     pair, slopes = _slopes(pair, found, cotangent, classes)
     db, da = (classes.along(cotangent) * slope for slope in slopes)
@@ -184,9 +188,7 @@ def _z_of_both(pair: Pair) -> dict[str, Array | None]:
 def _slopes(pair: Pair, found: Found, cotangent: Array, classes: Classes) -> tuple[Pair, tuple[Array, Array]]:
     """(the operands as a derivative reads them, the slopes of the divergence by both z)."""
     b, a, found = apart(pair.b.raw, pair.a.raw, found)
-    if pair.unused is not None:
-        b, a = (jnp.where(classes.along(found.row.b_share == 0), 0, raw) for raw in (b, a))
-    pair = pair._replace(b=pair.b._replace(raw=b), a=pair.a._replace(raw=a))
+    pair = _emptied(pair._replace(b=pair.b._replace(raw=b), a=pair.a._replace(raw=a)), found, classes)
     first = classes.first(b)
     row = found.row._replace(pivot=found.row.pivot - first, top=found.row.top - first)
     row, means = jax.tree.map(
@@ -199,6 +201,15 @@ def _slopes(pair: Pair, found: Found, cotangent: Array, classes: Classes) -> tup
     if pair.beta is None:
         return pair, (slopes[0], ratio_terms(halves[0])[0])
     return pair, (pair.beta * slopes[0], (1 - pair.beta) * slopes[1])
+
+
+def _emptied(pair: Pair, found: Found, classes: Classes) -> Pair:
+    """Rows that are lost hold 0: whatever they hold, their gradient is exactly 0."""
+    if pair.unused is None:
+        return pair
+    rows = classes.along(found.row.b_share == 0)
+    b, a = (side._replace(raw=jnp.where(rows, 0, side.raw)) for side in (pair.b, pair.a))
+    return pair._replace(b=b, a=a)
 
 
 def _by_beta(found: Found) -> Array:

@@ -135,13 +135,19 @@ def halves_of(ids: Array, pair: Pair, row: Row) -> list[Half]:
     ]
 
 
+FAR = 1e30
+"""A ratio that logarithms are taken of one by one, since it may overflow."""
+
+
 def log_mixture(share: Array, other: Array, r: Array, delta: Array, pivot: Array | int) -> Array:
     """log(other + share · exp(r)) less that of r = `pivot`, from which r differs by delta; the shares' sum is 1."""
     ratio, at_pivot = jnp.exp(r), jnp.exp(pivot)
     rise = jnp.where(delta < 1, at_pivot * jnp.expm1(jnp.minimum(delta, 1)), ratio - at_pivot)
-    of_pivot = other + share * at_pivot
-    change = share * rise / of_pivot
-    return jnp.where(change > -0.5, jnp.log1p(jnp.maximum(change, -0.5)), jnp.log((other + share * ratio) / of_pivot))
+    of_all, of_pivot = other + share * ratio, other + share * at_pivot
+    change = share * jnp.minimum(rise, FAR * of_pivot) / of_pivot
+    by_change = jnp.log1p(jnp.maximum(change, -0.5))
+    by_ratio = jnp.where(change > 0, jnp.log(of_all) - jnp.log(of_pivot), jnp.log(of_all / of_pivot))
+    return jnp.where((change > -0.5) & (rise < FAR * of_pivot), by_change, by_ratio)
 
 
 def ratio_terms(half: Half) -> tuple[Array, Array]:

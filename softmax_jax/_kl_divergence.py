@@ -54,9 +54,10 @@ def kl_divergence(
         beta = 1        KL(p ‖ t)                                               reverse: the student seeks its modes
         else            β KL(t ‖ m) + (1 - β) KL(p ‖ m),  m = β t + (1 - β) p   generalized Jensen-Shannon
 
-    Exact in value and gradient to a few roundings, however confident both are and however close to each other: the sum
-    has no negative terms, and no gradient is a difference of what rounds to 1. The gradient by the temperature alone
-    cancels further. In nats, float32 (float64 where logits or teacher are).
+    Exact in value and gradient to a few roundings, however confident both are and, of logits, however close to each
+    other: the sum has no negative terms, and no gradient is a difference of what rounds to 1. Of `teacher_probs` the
+    logarithm is rounded before it is compared, as are soft-capped logits: at a distance of 1e-3 gradients are off by up
+    to 4e-4. The gradient by the temperature cancels too. In nats, float32 (float64 where logits or teacher are).
 
     Args:
       logits: floating, `[*batch, classes]` for `axis=-1`; infinities and NaN as in `cross_entropy`.
@@ -99,12 +100,13 @@ def kl_divergence(
     logits = _checks.floating("logits", logits)
     axis = _checks.class_axis("logits", logits.shape, axis)
     kind, teacher = _checks.one_teacher(logits.shape, axis, teacher_probs=teacher_probs, teacher_logits=teacher_logits)
-    _checks.probabilities(teacher_probs, axis, where, weights)
+    given = teacher_probs, axis, where, weights
     where = None if where is None else _checks.class_mask("where", where, logits.shape, axis)
     if kind == "probabilities":  # a chunk of tokens has its classes last
         last = partial(jnp.moveaxis, source=axis, destination=-1)
         teacher = replace(teacher, x=Dense(last(teacher.x.values))) if isinstance(teacher.x, Dense) else teacher
         logits, where, axis = last(logits), None if where is None else last(where), logits.ndim - 1
+        _checks.probabilities(*given)
     numbers = beta, temperature, softcap, teacher_softcap
     student = Source(logits, dtype=logits.dtype)
     how = reduction, normalizer, axis_name, chunk_size, bool(forward_mode)

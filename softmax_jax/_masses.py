@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-ROUNDING = 1e-5
+ROUNDING = 1.01e-5  # 1e-5 in any format
 """So far below 0 a subtraction may leave a probability that is 0."""
 
 

@@ -47,6 +47,19 @@ def _miss_jvp(primals, tangents):
 
 
 @jax.custom_jvp
+def _hit(rest: Array, own: Array) -> Array:
+    """p_y, whose derivative is that of 1 - p_y."""
+    return jnp.exp(own) / (rest + jnp.exp(own))
+
+
+@_hit.defjvp
+def _hit_jvp(primals, tangents):
+    (rest, own), (drest, down) = primals, tangents
+    hit = _hit(rest, own)
+    return hit, hit * _miss(rest, own) * down - hit / (rest + jnp.exp(own)) * drest
+
+
+@jax.custom_jvp
 def negative_log_likelihood(rest: Array, own: Array) -> Array:
     """-log p_y ≥ 0, exact to a few roundings however confident the token."""
     near_top = jnp.log1p(rest * jnp.exp(-jnp.maximum(own, -1)))  # in which an own of 1e-8 is no matter
@@ -69,7 +82,7 @@ def log_spread(rest: Array, own: Array) -> Array:
 def _log_spread_jvp(primals, tangents):
     (rest, own), (drest, down) = primals, tangents
     total = rest + jnp.exp(own)
-    return log_spread(rest, own), drest / total + jnp.exp(own) / total * down
+    return log_spread(rest, own), drest / total + _hit(rest, own) * down
 
 
 @jax.custom_jvp
@@ -82,7 +95,7 @@ def _around_top(rest: Array, own: Array, own_mass: Array, rest_mass: Array) -> A
 def _around_top_jvp(primals, tangents):
     (rest, own, own_mass, rest_mass), (drest, down, down_mass, drest_mass) = primals, tangents
     total, spread = rest + jnp.exp(own), log_spread(rest, own)
-    by_own = rest_mass * (jnp.exp(own) / total) - own_mass * _miss(rest, own)
+    by_own = rest_mass * _hit(rest, own) - own_mass * _miss(rest, own)
     by_masses = negative_log_likelihood(rest, own) * down_mass + spread * drest_mass
     return _around_top(*primals), (own_mass + rest_mass) / total * drest + by_own * down + by_masses
 

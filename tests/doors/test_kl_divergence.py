@@ -473,10 +473,26 @@ def test_what_a_subtraction_left_of_a_probability_of_0(of_host):
                 both(*wrong)
         else:
             assert sum(bool(jnp.isnan(value)) for value, _ in both(*wrong)) == 1
+    per_token = kl_divergence(jnp.zeros((2, 3, 4)), teacher_probs=held(np.full((2, 3, 4), 0.25)), weights=np.ones(3))
+    assert per_token == 0  # weights that are broadcast
+    twice = SparseLabels(held(np.array([[0, 0]])), held(np.float32([[1, -0.25]])))
+    assert jnp.isfinite(kl_divergence(logits, teacher_probs=twice))
     hidden = np.float32([[0.25, -1, 0.75, 0]])
     where = np.array([True, False, True, True])
     assert jnp.isfinite(kl_divergence(logits, teacher_probs=held(hidden), where=where))
     assert kl_divergence(logits, teacher_probs=held(hidden), weights=np.zeros(1)) == 0
+
+
+@pytest.mark.parametrize("options", [{"softcap": 5.0, "teacher_softcap": 4.0}, {"temperature": 2.0}])
+def test_reverse_mode_by_the_flag_beside_rows_that_do_not_count(options):
+    """As without it: a row of weight 0 that holds NaN has the gradient 0, and leaves that of a temperature alone."""
+    teacher, student = jnp.float32([[1, 2, 3], [0, 1, 2]]), jnp.float32([[0, 1, 0], [jnp.nan, 0, 1]])
+    loss = lambda a, x, flag: kl_divergence(  # noqa: E731
+        a, teacher_logits=teacher, weights=jnp.array([1.0, 0]), forward_mode=flag, **dict.fromkeys(options, x)
+    )
+    ours, flagged = (jax.grad(partial(loss, flag=flag), (0, 1))(student, jnp.float32(3)) for flag in (False, True))
+    chex.assert_trees_all_close(ours, flagged, rtol=1e-6)
+    assert not jnp.any(flagged[0][1]) and flagged[1] != 0
 
 
 def test_float64_logits_beside_float32_probabilities():

@@ -41,6 +41,8 @@ def cases_of(rng: np.random.Generator) -> dict[str, Case]:
         "top off by -100": (b, b + near + np.where(is_top(b), -100, 0)),
         "a hundred of e^-45": (at(0, 45, 101) - 45, at(0, 5, 101)),
         "student of -inf at the top": (b, np.where(is_top(b), -np.inf, b + near)),
+        "absent, and rare at the top": (at(0, -5, 30), at(0, 5, 30) + at(1, -np.inf, 30)),
+        "absent at a margin": (at(0, 0, 30), at(0, 90, 30)),
         "student of -inf elsewhere": (b, np.where(is_top(-b), -np.inf, b + near)),
         "-inf in both": (np.where(is_top(-b), -np.inf, b), np.where(is_top(-b), -np.inf, b + near)),
         "logits of 1e8": (huge, moved),
@@ -107,8 +109,11 @@ def value_and_gradients(b: jax.Array, a: jax.Array, beta: float, temperature: fl
     return value[:, None], *pull(jnp.ones_like(value))
 
 
+BOTH = [(t, beta) for t in (1.0, 0.7) for beta in (0.0, 0.3, 1.0)] + [(1.0, 0.01), (1.0, 0.99)]
+
+
 @pytest.mark.whole
-@pytest.mark.parametrize(("temperature", "beta"), [(t, beta) for t in (1.0, 0.7) for beta in (0.0, 0.3, 1.0)])
+@pytest.mark.parametrize(("temperature", "beta"), BOTH)
 @pytest.mark.parametrize("name", CASES)
 def test_value_and_gradients_keep_their_digits(name: str, temperature: float, beta: float):
     b, a = CASES[name]

@@ -325,6 +325,17 @@ def test_the_gradient_of_an_entropy_where_classes_share_the_top(z):
     np.testing.assert_allclose(gradient, -p * (np.sum(p * gap) - gap), rtol=1e-6)
 
 
+@pytest.mark.parametrize("m", [5.0, 15.0, 25.0, 60.0])
+@pytest.mark.parametrize("t", [[0.0, 1, 0], [0.9, 0.05, 0.05], [1.0, 0, 0]])
+def test_the_hessian_of_dense_labels_at_the_top(m, t):
+    """p_a (1 - p_a), where both are known by themselves."""
+    z = jnp.float32([m, 0.3, -0.2])
+    hessian = jax.hessian(lambda z: cross_entropy(z, jnp.float32(t)))(z)
+    p = np.exp(np.float64(z) - np.max(np.float64(z)))
+    p, miss = p / p.sum(), p[1:].sum() / p.sum()
+    np.testing.assert_allclose(hessian[0, 0], p[0] * miss, rtol=1e-5)
+
+
 @pytest.mark.parametrize("cap", [1.0, 30.0, 1e3, 1e37])
 def test_a_soft_cap_at_any_ratio(cap):
     """cap · tanh(u), of u = z/cap; by z sech²(u), by the cap tanh(u) - u sech²(u), each as exact as its exponential."""
