@@ -372,7 +372,7 @@ def test_what_differs_on_purpose():
 
     def ours():
         return {
-            "stray is NaN": cross_entropy(logits, stray),
+            "stray is NaN": cross_entropy(logits, jnp.asarray(stray)),
             "without": cross_entropy(logits, stray, ignore_index=-1),
             "none is 0": cross_entropy(logits, labels, weights=none),
             "hidden": [cross_entropy(hidden, labels), cross_entropy(logits, labels, where=jnp.arange(K) < vocabulary)],
