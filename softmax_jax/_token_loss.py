@@ -171,10 +171,12 @@ def weighted_losses(
     adjustment = Adjustment(options.where, options.logit_scale, options.softcap)
     tokens = Tokens(logits, labels, options.class_weights, adjustment, unused)
     sums = class_sums(tokens, classes, Asked(prior=evenly is not None, beside=beside, forward_mode=forward_mode))
-    loss = loss_of(without(lost(unused, sums), sums), evenly, options)
     if weights is None or unused is None:
-        return loss, None
-    return jnp.where(unused & ~jnp.isfinite(loss) | lost(unused, sums), 0, weights * loss), None
+        return loss_of(sums, evenly, options), None
+    none = lost(unused, sums)
+    loss = loss_of(without(none, sums), evenly, options)
+    idle = unused & ~jnp.isfinite(loss)
+    return jnp.where(idle if none is None else idle | none, 0, weights * loss), None
 
 
 def without(unused: Array | None, numbers: PyTree) -> Any:
