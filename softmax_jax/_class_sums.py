@@ -61,6 +61,8 @@ def _found(tokens: Tokens, classes: Classes, asked: Asked) -> tuple[ClassSums, A
     if not isinstance(labels, Dense):
         of_labels = psum(labels.masses(tokens._replace(labels=labels), m, pivot - first, classes), classes.over)
     sums = ClassSums(m, rest, found.own - m, *of_labels, prior=found.prior, moment=found.moment)
+    if found.moment is not None:
+        sums = sums._replace(moment_and_rest=found.moment + rest)
     if isinstance(labels, Placed):
         ties = pmax((found.top != labels.ids).astype(dtype), classes.over)
         sums = sums._replace(above=found.above, ties=ties, first=found.top.astype(dtype))
@@ -89,7 +91,7 @@ def settled(found: Folded) -> tuple[Array, Array, Array]:
 # elementwise, pulled back through `adjust`, where it is cast once. Kept: the operands as they came, m and the pivot,
 # one number each per token. Made again: z and its exponential.
 
-CONSTANT = ("shift", "above", "ties", "first")
+CONSTANT = ("shift", "moment", "above", "ties", "first")
 
 
 class Given(NamedTuple):

@@ -60,12 +60,13 @@ def cross_entropy(
         or NaN, or whose every logit is -inf, gives NaN.
       labels: integers of the batch shape: class ids. Or floats of the logits' shape: probabilities, of any sum.
         Or `SparseLabels`: those of a few classes a token.
-        An id outside `[0, classes)` that is not `ignore_index` gives NaN in its row's loss and gradient.
+        An id outside `[0, classes)` that is not `ignore_index` gives NaN in its row's loss and gradient; in an array
+        of NumPy, or a list, it is an error.
       axis: the axis of the classes.
       where: bool, broadcastable to the logits; False: the class does not exist. An integer label on such a class has
         loss inf; a row without any class counts as weight 0.
       weights: bool, integer or float, broadcast to the batch shape. A row of weight 0 contributes exactly 0 to loss
-        and gradients, whatever it holds.
+        and gradients, whatever it holds; the derivative by that weight is its loss, or 0 where that is not finite.
       ignore_index: rows with this integer label get weight 0; in range or not.
       class_weights: c, `[classes]`. A class weight of 0 wins over an infinite loss.
       label_smoothing: ε in [0, 1], spread over all K classes. Those who spread ε over the K-1 others (Flax's examples,

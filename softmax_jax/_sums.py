@@ -63,7 +63,8 @@ class ClassSums(NamedTuple):
     rest_mass: Array | None = None  # Σ_{v≠pivot} t_v; None is 0, as are those below
     label_sum: Array | None = None  # Σ_{v≠pivot} t_v (z_v - m)
     prior: Array | None = None  # Σ_v c_v (z_v - m), for probability that is spread evenly
-    moment: Array | None = None  # Σ_{v≠pivot} exp(z_v - m) (m - z_v), for the entropy; its slope: of moment + rest
+    moment: Array | None = None  # Σ_{v≠pivot} exp(z_v - m) (m - z_v), for the entropy; a constant
+    moment_and_rest: Array | None = None  # the same with `rest`, which has the slope of both
     above: Array | None = None  # how many z are larger than that of the label; no gradient, as of ties
     ties: Array | None = None  # 0 where no class before the label has its z (above, ties and first: of `Placed`)
     first: Array | None = None  # the first class of the largest z

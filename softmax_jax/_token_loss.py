@@ -88,7 +88,7 @@ def _log_spread_jvp(primals, tangents):
 @jax.custom_jvp
 def _around_top(rest: Array, own: Array, own_mass: Array, rest_mass: Array) -> Array:
     """own_mass · nll + rest_mass · spread around the top class, where own = 0 (or NaN) and the two are one number."""
-    return (own_mass + rest_mass) * (jnp.log1p(rest) - own)
+    return (own_mass + rest_mass) * log_spread(rest, own) - own_mass * own
 
 
 @_around_top.defjvp

@@ -32,34 +32,26 @@ class LabelStatistics(NamedTuple):
 #     -log p_y = nll if y = a, else spread + (m - z_y)
 #     entropy  = spread + μ       μ = Σ_v p_v (m - z_v) = moment / total       ∂/∂z_v = -p_v (μ - (m - z_v))
 #
-# The last comes of slopes exp(z_v - m) (m - z_v) of moment, which are those of moment + rest, and -μ/total of rest.
+# Of moment = Σ_{v≠a} exp(z_v - m) (m - z_v) itself the slope would cancel against that of rest where several classes
+# share the top. So it is a constant, whose slope is that of moment_and_rest less that of rest.
 
 
-@jax.custom_jvp
-def mean_gap(rest: Array, own: Array, moment: Array) -> Array:
+def _mean_gap(rest: Array, own: Array, moment: Array, moment_and_rest: Array) -> Array:
     """μ, of own = 0."""
-    return moment / (rest + jnp.exp(own))
-
-
-@mean_gap.defjvp
-def _mean_gap_jvp(primals, tangents):
-    (rest, own, moment), (drest, down, dmoment_and_rest) = primals, tangents
-    total, mean = rest + jnp.exp(own), mean_gap(rest, own, moment)
-    dtotal = drest + jnp.exp(own) * down
-    return mean, (dmoment_and_rest - drest - (1 + own) * jnp.exp(own) * down - mean * dtotal) / total
+    slope = moment_and_rest - rest
+    return (moment + (slope - lax.stop_gradient(slope)) - own * jnp.exp(own)) / (rest + jnp.exp(own))
 
 
 @jax.custom_jvp
-def entropy_of(rest: Array, own: Array, moment: Array) -> Array:
-    return log_spread(rest, own) + mean_gap(rest, own, moment)
+def _entropy(rest: Array, own: Array, moment: Array, moment_and_rest: Array) -> Array:
+    return log_spread(rest, own) + _mean_gap(rest, own, moment, moment_and_rest)
 
 
-@entropy_of.defjvp
+@_entropy.defjvp
 def _entropy_jvp(primals, tangents):
-    (rest, own, moment), (drest, down, dmoment_and_rest) = primals, tangents
-    total, mean, hit = rest + jnp.exp(own), mean_gap(rest, own, moment), jnp.exp(own)
-    slope = dmoment_and_rest - mean * drest - (mean + own) * hit * down
-    return entropy_of(rest, own, moment), slope / total
+    (rest, own, *_), (drest, down, _, dboth) = primals, tangents
+    mean, hit = _mean_gap(*primals), jnp.exp(own)
+    return _entropy(*primals), (dboth - mean * drest - (mean + own) * hit * down) / (rest + hit)
 
 
 def statistics(
@@ -70,7 +62,7 @@ def statistics(
     tokens = Tokens(logits, Placed(labels.ids), None, adjustment, unused)
     sums: Any = class_sums(tokens, classes, Asked(moment=True, forward_mode=forward_mode))
     sums = without(unused, sums)
-    log_prob, entropy = -loss_of(sums, None, options), entropy_of(sums.rest, sums.own, sums.moment)
+    log_prob, entropy = -loss_of(sums, None, options), _entropy(sums.rest, sums.own, sums.moment, sums.moment_and_rest)
     valid, log_normalizer = ~jnp.isnan(log_prob), sums.shift + log_spread(sums.rest, sums.own)
     found = LabelStatistics(
         log_prob,

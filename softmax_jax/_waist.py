@@ -56,16 +56,15 @@ class Around(NamedTuple):
 
 
 @jax.custom_jvp
-def _gap(z: Array) -> Array:
-    """-z exp(z), 0 at -inf. Its slope is that of (1 - z) exp(z): where several classes share the top, the other would
-    cancel against that of `rest`."""
-    return jnp.exp(z) * -beyond_exp(z)
+def _with_gap(z: Array) -> Array:
+    """(1 - z) exp(z), 0 at -inf, whose slope is -z exp(z): of several classes that share the top it does not cancel."""
+    return jnp.exp(z) * (1 - beyond_exp(z))
 
 
-@_gap.defjvp
-def _gap_jvp(primals, tangents):
+@_with_gap.defjvp
+def _with_gap_jvp(primals, tangents):
     (z,), (dz,) = primals, tangents
-    return _gap(z), jnp.exp(z) * -beyond_exp(z) * dz
+    return _with_gap(z), jnp.exp(z) * -beyond_exp(z) * dz
 
 
 def written(
@@ -78,7 +77,7 @@ def written(
     at, others = (partial(f, at_pivot, classes.axis) for f in (_sum_at, _sum_of_others))
     sums = ClassSums(m, others(exp_z), at(z))
     if asked.moment:
-        sums = sums._replace(moment=others(_gap(z)))
+        sums = sums._replace(moment_and_rest=others(_with_gap(z)))
     if c is not None:
         sums = sums._replace(prior=jnp.sum(weighed(c, z, _idle(cotangents.prior, classes)), classes.axis))
     if t is not None:
