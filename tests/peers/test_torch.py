@@ -165,7 +165,7 @@ def test_what_differs_no_class_is_ignored_by_default(rng):
     """-100 is PyTorch's default `ignore_index`; here it is an id out of range, NaN, until it is named."""
     logits, labels = rng.normal(size=(3, CLASSES)).astype(np.float32), np.array([0, 1, IGNORED])
     assert np.isfinite(functional.cross_entropy(torch.tensor(logits), torch.tensor(labels)).item())
-    assert np.isnan(cross_entropy(logits, labels))
+    assert np.isnan(cross_entropy(logits, jnp.asarray(labels)))
 
 
 @pytest.mark.nan
@@ -174,8 +174,10 @@ def test_what_differs_labels_out_of_range(rng):
     logits, labels = rng.normal(size=(3, CLASSES)).astype(np.float32), np.array([0, CLASSES, 1])
     with pytest.raises(IndexError, match="out of bounds"):
         functional.cross_entropy(torch.tensor(logits), torch.tensor(labels))
-    losses = cross_entropy(logits, labels, reduction="none")
+    losses = cross_entropy(logits, jnp.asarray(labels), reduction="none")
     np.testing.assert_array_equal(np.isnan(losses), [False, True, False])
+    with pytest.raises(ValueError, match="got 6 at"):  # which the host can see
+        cross_entropy(logits, labels)
 
 
 def test_what_differs_bfloat16_losses_are_float32(rng):
