@@ -143,7 +143,7 @@ def narrowed(labels: Any, ignore_index: Any = None) -> tuple[Any, Any]:
 
 def ids_in_range(labels: Any, shape: tuple[int, ...], axis: int, options: Options) -> None:
     """An error for an id that no class has, of a token that counts, in arrays of the host: no device is waited for."""
-    ids, where, weights = (None if value is None else on_host(value) for value in (labels, *options[:2]))
+    ids, where, weights = map(on_host, (labels, *options[:2]))
     known = (where is None) == (options.where is None) and (weights is None) == (options.weights is None)
     if ids is None or not known or ids.dtype.kind not in "iu" or not isinstance(shape[axis], int):
         return
@@ -228,11 +228,11 @@ def probabilities(teacher_probs: Any, axis: int, where: Any, weights: Any) -> No
     parts: dict[str, Any] = {"teacher_probs": teacher_probs}
     if sparse:
         parts = {"teacher_probs.probs": teacher_probs.probs, "teacher_probs.others": teacher_probs.others}
-    held = [None if mask is None else on_host(mask) for mask in (where, weights)]
+    held = [on_host(mask) for mask in (where, weights)]
     if [mask is None for mask in held] != [mask is None for mask in (where, weights)] or (sparse and where is not None):
         return
     for name, value in parts.items():
-        probs = None if value is None else on_host(value)
+        probs = on_host(value)
         if probs is None or not np.any(negative := probs < -ROUNDING):
             continue
         try:
@@ -263,7 +263,7 @@ def _counted(name: str, shape: tuple[int, ...], axis: int, where: Any, weights: 
 
 def on_host(value: Any) -> np.ndarray | None:
     """What is NumPy's, a number, or nested lists of numbers of equal lengths; None for all else."""
-    if not all(isinstance(leaf, np.ndarray | np.generic | Real) for leaf in jax.tree.leaves(value)):
+    if value is None or not all(isinstance(leaf, np.ndarray | np.generic | Real) for leaf in jax.tree.leaves(value)):
         return None
     try:
         return np.asarray(value)

@@ -100,13 +100,12 @@ def kl_divergence(
     logits = _checks.floating("logits", logits)
     axis = _checks.class_axis("logits", logits.shape, axis)
     kind, teacher = _checks.one_teacher(logits.shape, axis, teacher_probs=teacher_probs, teacher_logits=teacher_logits)
-    given = teacher_probs, axis, where, weights
+    _checks.probabilities(teacher_probs, axis, where, weights)
     where = None if where is None else _checks.class_mask("where", where, logits.shape, axis)
     if kind == "probabilities":  # a chunk of tokens has its classes last
         last = partial(jnp.moveaxis, source=axis, destination=-1)
         teacher = replace(teacher, x=Dense(last(teacher.x.values))) if isinstance(teacher.x, Dense) else teacher
         logits, where, axis = last(logits), None if where is None else last(where), logits.ndim - 1
-        _checks.probabilities(*given)
     numbers = beta, temperature, softcap, teacher_softcap
     student = Source(logits, dtype=logits.dtype)
     how = reduction, normalizer, axis_name, chunk_size, bool(forward_mode)

@@ -10,6 +10,7 @@ from jax import Array
 from jax.custom_batching import custom_vmap
 
 from softmax_jax._adjustment import Adjustment
+from softmax_jax._dtypes import is_floating
 from softmax_jax._sharding import PyTree
 
 
@@ -39,7 +40,7 @@ def lost(unused: Array | None, numbers: PyTree) -> Array | None:
     derivative by the weight, which is 0, is asked.) None for none."""
     if unused is None:
         return None
-    floats = [n for n in jax.tree.leaves(numbers) if jnp.issubdtype(n.dtype, jnp.floating)]
+    floats = [n for n in jax.tree.leaves(numbers) if is_floating(n)]
     return reduce(jnp.logical_or, [unused & ~jnp.isfinite(n) for n in floats])
 
 
