@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.core import Tracer
-from jax.typing import ArrayLike
 
-from softmax_jax._dtypes import accumulator, nan_unless
+from softmax_jax._dtypes import AnyArray, accumulator, nan_unless
 from softmax_jax._labels import Dense, Ids, Labels
 from softmax_jax._masses import ROUNDING
 from softmax_jax._sharding import Names, PyTree, checks_varying, varying
@@ -99,7 +98,7 @@ def axes_of(name: str, shape: tuple[int, ...], axis: Any) -> tuple[int, ...]:
 RESHAPE = "Reshape it, or add axes of size 1."
 
 
-def mask(name: str, where: ArrayLike, shape: tuple[int, ...], way_out: str = RESHAPE) -> Array:
+def mask(name: str, where: AnyArray, shape: tuple[int, ...], way_out: str = RESHAPE) -> Array:
     """`where` as a bool array of the rank of `shape`."""
     where = array(name, where)
     if where.dtype != bool:
@@ -108,7 +107,7 @@ def mask(name: str, where: ArrayLike, shape: tuple[int, ...], way_out: str = RES
     return where.reshape((1,) * (len(shape) - where.ndim) + where.shape)
 
 
-def class_mask(name: str, where: ArrayLike, shape: tuple[int, ...], axis: int) -> Array:
+def class_mask(name: str, where: AnyArray, shape: tuple[int, ...], axis: int) -> Array:
     """`where` of logits of `shape`: which classes exist."""
     where = array(name, where)
     of_tokens = where.shape == shape[:axis] + shape[axis + 1 :]
@@ -456,7 +455,7 @@ def sharded(name: str, array: PyTree, class_axes: Names) -> None:
 
 
 def head(
-    x: ArrayLike, weight: ArrayLike, bias: Any, transpose_weight: bool, dtype: Any = None, prefix: str = ""
+    x: AnyArray, weight: AnyArray, bias: Any, transpose_weight: bool, dtype: Any = None, prefix: str = ""
 ) -> Source:
     """Where the logits of a head come from. The names of its operands begin with `prefix`."""
     x, weight = floating(f"{prefix}x", x), floating(f"{prefix}weight", weight)
@@ -464,7 +463,7 @@ def head(
     return Source.of_head(x, weight, bias, transpose_weight, multiplied_in(dtype))
 
 
-def head_size(x: Array, weight: Array, bias: ArrayLike | None, transpose_weight: bool, prefix: str) -> None:
+def head_size(x: Array, weight: Array, bias: AnyArray | None, transpose_weight: bool, prefix: str) -> None:
     """That `x`, `weight` and `bias` agree."""
     x_name, weight_name, bias_name = (f"{prefix}{name}" for name in ("x", "weight", "bias"))
     layout, other = (

@@ -1,35 +1,82 @@
 """Cross-entropy, of logits and of hidden states with a head."""
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, overload
 
+from jax import Array
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Bool, Float, Num
+from jaxtyping import Float, Num
 
 from softmax_jax import _checks
 from softmax_jax._arguments import hinted
 from softmax_jax._checks import Options, Reduction
 from softmax_jax._classes import Classes
 from softmax_jax._core import How, Operands, compute
+from softmax_jax._dtypes import AnyArray, Floats, Mask, Nested, Numbers, Scalar
 from softmax_jax._source import Source
 from softmax_jax._sparse_labels import SparseLabels
 from softmax_jax._token_loss import weighted_losses
-from softmax_jax._token_statistics import losses_and_statistics
+from softmax_jax._token_statistics import LabelStatistics, losses_and_statistics
 
-Scalar = Float[ArrayLike, ""] | float | int
-Loss = Any  # Float[Array, "..."], and with statistics=True the pair of that and LabelStatistics
+Labels = Numbers | SparseLabels
+Loss = Float[Array, "..."]
+LossAndStatistics = tuple[Loss, LabelStatistics]
+
+
+class LossOptions(TypedDict, total=False):
+    """The options that both have, for type checkers: their types follow from `statistics`."""
+
+    where: Mask | None
+    weights: AnyArray | None
+    ignore_index: int | None
+    class_weights: Num[ArrayLike, " classes"] | Nested | None
+    label_smoothing: Scalar
+    z_loss: Scalar
+    logit_scale: Scalar
+    softcap: Scalar | None
+    reduction: Reduction
+    normalizer: ArrayLike | None
+    axis_name: str | tuple[str, ...] | None
+    forward_mode: bool
+
+
+class HeadOptions(LossOptions, total=False):
+    bias: Float[ArrayLike, " classes"] | Nested | None
+    transpose_weight: bool
+    dtype: DTypeLike | None
+    chunk_size: int | None
+
+
+@overload
+def cross_entropy(
+    logits: Floats,
+    labels: Labels,
+    *,
+    axis: int = -1,
+    statistics: Literal[False] = False,
+    **options: Unpack[LossOptions],
+) -> Loss: ...
+@overload
+def cross_entropy(
+    logits: Floats,
+    labels: Labels,
+    *,
+    axis: int = -1,
+    statistics: Literal[True],
+    **options: Unpack[LossOptions],
+) -> LossAndStatistics: ...
 
 
 @hinted
 def cross_entropy(
-    logits: Float[ArrayLike, "..."],
-    labels: Num[ArrayLike, "..."] | SparseLabels,
+    logits: Floats,
+    labels: Labels,
     *,
     axis: int = -1,
-    where: Bool[ArrayLike, "..."] | None = None,
-    weights: ArrayLike | None = None,
+    where: Mask | None = None,
+    weights: AnyArray | None = None,
     ignore_index: int | None = None,
-    class_weights: Num[ArrayLike, " classes"] | None = None,
+    class_weights: Num[ArrayLike, " classes"] | Nested | None = None,
     label_smoothing: Scalar = 0.0,
     z_loss: Scalar = 0.0,
     logit_scale: Scalar = 1.0,
@@ -39,7 +86,7 @@ def cross_entropy(
     axis_name: str | tuple[str, ...] | None = None,
     forward_mode: bool = False,
     statistics: bool = False,
-) -> Loss:
+) -> Loss | LossAndStatistics:
     r"""Cross-entropy of softmax(logits) against integer or dense labels, exact in loss and gradient.
 
         ℓ = Σ_v c_v · target_v · (log_normalizer - z_v)  +  z_loss · log_normalizer²
@@ -89,7 +136,8 @@ def cross_entropy(
       statistics: True returns (loss, `LabelStatistics`): what `label_statistics` says of every token, without a
         gradient, on a GPU from the same pass; for `jax.value_and_grad(..., has_aux=True)`. Only what is used is
         computed. Of integer labels; 0 where the weight is. With `weights` w, a step's accuracy is Σ w · correct / Σ w,
-        its z-loss z_loss · Σ w · log_normalizer² / Σ w, and its perplexity exp of -Σ w · log_prob / Σ w.
+        its z-loss z_loss · Σ w · log_normalizer² / Σ w, and its perplexity exp of -Σ w · log_prob / Σ w; beside
+        `ignore_index` w is `labels != ignore_index`.
 
     Every float option may be a traced scalar, and has a gradient; `weights`, `class_weights` and dense labels too.
     Of traced options, a value out of range gives NaN.
@@ -128,18 +176,38 @@ def cross_entropy(
     )
 
 
+@overload
+def linear_cross_entropy(
+    x: Floats,
+    weight: Floats,
+    labels: Labels,
+    *,
+    statistics: Literal[False] = False,
+    **options: Unpack[HeadOptions],
+) -> Loss: ...
+@overload
+def linear_cross_entropy(
+    x: Floats,
+    weight: Floats,
+    labels: Labels,
+    *,
+    statistics: Literal[True],
+    **options: Unpack[HeadOptions],
+) -> LossAndStatistics: ...
+
+
 @hinted
 def linear_cross_entropy(
-    x: Float[ArrayLike, "*batch embed"],
-    weight: Float[ArrayLike, "_ _"],
-    labels: Num[ArrayLike, "..."] | SparseLabels,
+    x: Float[ArrayLike, "*batch embed"] | Nested,
+    weight: Float[ArrayLike, "_ _"] | Nested,
+    labels: Labels,
     *,
-    bias: Float[ArrayLike, " classes"] | None = None,
+    bias: Float[ArrayLike, " classes"] | Nested | None = None,
     transpose_weight: bool = False,
-    where: Bool[ArrayLike, "..."] | None = None,
-    weights: ArrayLike | None = None,
+    where: Mask | None = None,
+    weights: AnyArray | None = None,
     ignore_index: int | None = None,
-    class_weights: Num[ArrayLike, " classes"] | None = None,
+    class_weights: Num[ArrayLike, " classes"] | Nested | None = None,
     label_smoothing: Scalar = 0.0,
     z_loss: Scalar = 0.0,
     logit_scale: Scalar = 1.0,
@@ -151,7 +219,7 @@ def linear_cross_entropy(
     chunk_size: int | None = None,
     forward_mode: bool = False,
     statistics: bool = False,
-) -> Loss:
+) -> Loss | LossAndStatistics:
     """`cross_entropy(x @ weight + bias, labels, ...)` without ever holding the logits.
 
     Tokens go through in chunks: one matrix product makes a chunk's logits in float32, the very functions of
@@ -176,7 +244,7 @@ def linear_cross_entropy(
         dense labels, `where` and `class_weights` are this device's part of the classes; `x` and integer labels are the
         same along them (if each device has other tokens there, `jax.lax.all_gather` them first).
       dtype: what both are multiplied in, by default their promotion: a bfloat16 `x` with a float32 `weight`, as Flax
-        has them by `dtype=jnp.bfloat16`, multiplies in float32 unless told `dtype=jnp.bfloat16` here too. Logits and
+        has them by `dtype=jnp.bfloat16`, multiplies in float32 unless told `dtype=jnp.bfloat16` here too. Floats and
         sums are float32 (float64 of float64), and each gradient has its operand's dtype, whatever this is.
       chunk_size: the most tokens whose logits exist at a time: of one device's under `shard_map` and in explicit
         sharding, of all in automatic sharding. By default their logits take 32 MiB in float32, or as much as the
@@ -226,7 +294,7 @@ def _loss(
     chunk_size: Any = None,
     forward_mode: bool = False,
     statistics: bool = False,
-) -> Loss:
+) -> Loss | LossAndStatistics:
     """What both have in common, once the logits are known."""
     shape, dtype = student.shape, student.dtype
     labels_of = partial(_checks.ids_of, beside=" with statistics=True") if statistics else _checks.labels_of

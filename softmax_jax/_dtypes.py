@@ -5,7 +5,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Bool, Float, Integer, Num
+
+# What the functions take: arrays of JAX or NumPy, numbers, and nested lists of them.
+Nested = list[Any]
+Floats = Float[ArrayLike, "..."] | Nested
+Integers = Integer[ArrayLike, "..."] | Nested
+Numbers = Num[ArrayLike, "..."] | Nested
+Mask = Bool[ArrayLike, "..."] | Nested
+AnyArray = ArrayLike | Nested
+Scalar = Float[ArrayLike, ""] | float | int
 
 
 def accumulator(dtype: DTypeLike) -> jnp.dtype:

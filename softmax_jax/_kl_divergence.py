@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from softmax_jax import _checks
 from softmax_jax._adjustment import Adjustment
@@ -18,10 +18,9 @@ from softmax_jax._arguments import hinted
 from softmax_jax._checks import Kind, Options, Reduction
 from softmax_jax._classes import Classes
 from softmax_jax._core import How, Operands, compute
-from softmax_jax._cross_entropy import Scalar
 from softmax_jax._divergence import divergence
 from softmax_jax._divergence_formula import Logits, Pair
-from softmax_jax._dtypes import accumulator, product_dtype
+from softmax_jax._dtypes import AnyArray, Floats, Mask, Nested, Scalar, accumulator, product_dtype
 from softmax_jax._labels import Dense, unused_by
 from softmax_jax._masses import ROUNDING, existing
 from softmax_jax._product import emptied
@@ -31,13 +30,13 @@ from softmax_jax._sparse_labels import Sparse, SparseLabels
 
 @hinted
 def kl_divergence(
-    logits: Float[ArrayLike, "..."],
+    logits: Floats,
     *,
-    teacher_probs: Float[ArrayLike, "..."] | SparseLabels | None = None,
-    teacher_logits: Float[ArrayLike, "..."] | None = None,
+    teacher_probs: Floats | SparseLabels | None = None,
+    teacher_logits: Floats | None = None,
     axis: int = -1,
-    where: Bool[ArrayLike, "..."] | None = None,
-    weights: ArrayLike | None = None,
+    where: Mask | None = None,
+    weights: AnyArray | None = None,
     beta: Scalar = 0.0,
     temperature: Scalar = 1.0,
     softcap: Scalar | None = None,
@@ -114,19 +113,19 @@ def kl_divergence(
 
 @hinted
 def linear_kl_divergence(
-    x: Float[ArrayLike, "*batch embed"],
-    weight: Float[ArrayLike, "_ _"],
+    x: Float[ArrayLike, "*batch embed"] | Nested,
+    weight: Float[ArrayLike, "_ _"] | Nested,
     *,
-    teacher_probs: Float[ArrayLike, "..."] | SparseLabels | None = None,
-    teacher_logits: Float[ArrayLike, "..."] | None = None,
-    teacher_x: Float[ArrayLike, "*batch teacher_embed"] | None = None,
-    teacher_weight: Float[ArrayLike, "_ _"] | None = None,
-    bias: Float[ArrayLike, " classes"] | None = None,
-    teacher_bias: Float[ArrayLike, " classes"] | None = None,
+    teacher_probs: Floats | SparseLabels | None = None,
+    teacher_logits: Floats | None = None,
+    teacher_x: Float[ArrayLike, "*batch teacher_embed"] | Nested | None = None,
+    teacher_weight: Float[ArrayLike, "_ _"] | Nested | None = None,
+    bias: Float[ArrayLike, " classes"] | Nested | None = None,
+    teacher_bias: Float[ArrayLike, " classes"] | Nested | None = None,
     transpose_weight: bool = False,
     teacher_transpose_weight: bool = False,
-    where: Bool[ArrayLike, "..."] | None = None,
-    weights: ArrayLike | None = None,
+    where: Mask | None = None,
+    weights: AnyArray | None = None,
     beta: Scalar = 0.0,
     temperature: Scalar = 1.0,
     softcap: Scalar | None = None,

@@ -3,25 +3,25 @@
 from typing import Any
 
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Bool, Float, Integer
+from jaxtyping import Float
 
 from softmax_jax import _checks
 from softmax_jax._arguments import hinted
 from softmax_jax._checks import Options
 from softmax_jax._classes import Classes
 from softmax_jax._core import How, Operands, compute
-from softmax_jax._cross_entropy import Scalar
+from softmax_jax._dtypes import AnyArray, Floats, Integers, Mask, Nested, Scalar
 from softmax_jax._source import Source
 from softmax_jax._token_statistics import LabelStatistics, statistics
 
 
 @hinted
 def label_statistics(
-    logits: Float[ArrayLike, "..."],
-    labels: Integer[ArrayLike, "..."],
+    logits: Floats,
+    labels: Integers,
     *,
     axis: int = -1,
-    where: Bool[ArrayLike, "..."] | None = None,
+    where: Mask | None = None,
     ignore_index: int | None = None,
     logit_scale: Scalar = 1.0,
     softcap: Scalar | None = None,
@@ -73,13 +73,13 @@ def label_statistics(
 
 @hinted
 def linear_label_statistics(
-    x: Float[ArrayLike, "*batch embed"],
-    weight: Float[ArrayLike, "_ _"],
-    labels: Integer[ArrayLike, "..."],
+    x: Float[ArrayLike, "*batch embed"] | Nested,
+    weight: Float[ArrayLike, "_ _"] | Nested,
+    labels: Integers,
     *,
-    bias: Float[ArrayLike, " classes"] | None = None,
+    bias: Float[ArrayLike, " classes"] | Nested | None = None,
     transpose_weight: bool = False,
-    where: Bool[ArrayLike, "..."] | None = None,
+    where: Mask | None = None,
     ignore_index: int | None = None,
     logit_scale: Scalar = 1.0,
     softcap: Scalar | None = None,
@@ -106,7 +106,7 @@ def linear_label_statistics(
 
 def _of_source(
     student: Source,
-    labels: ArrayLike,
+    labels: AnyArray,
     axis: int,
     options: Options,
     ignore_index: int | None,

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
-from jaxtyping import Bool, Float, Integer, Num
+from jaxtyping import Float
 
 from softmax_jax import _checks
 from softmax_jax._arguments import hinted
 from softmax_jax._classes import classes_last
 from softmax_jax._cross_entropy import cross_entropy
-from softmax_jax._dtypes import upcast
+from softmax_jax._dtypes import AnyArray, Floats, Integers, Mask, Numbers, upcast
 from softmax_jax._softmax import log_softmax
 
 Axes = tuple[int, ...]
@@ -20,10 +20,10 @@ Axes = tuple[int, ...]
 
 @hinted
 def softmax_cross_entropy(
-    logits: Float[ArrayLike, "..."],
-    labels: Num[ArrayLike, "..."],
+    logits: Floats,
+    labels: Numbers,
     axis: int | Axes | None = -1,
-    where: Bool[ArrayLike, "..."] | None = None,
+    where: Mask | None = None,
 ) -> Float[Array, "..."]:
     """-Σ_v labels_v · log softmax(logits)_v per example: `optax.softmax_cross_entropy`, exact.
 
@@ -55,10 +55,10 @@ def softmax_cross_entropy(
 
 @hinted
 def softmax_cross_entropy_with_integer_labels(
-    logits: Float[ArrayLike, "..."],
-    labels: Integer[ArrayLike, "..."],
+    logits: Floats,
+    labels: Integers,
     axis: int | Axes = -1,
-    where: Bool[ArrayLike, "..."] | None = None,
+    where: Mask | None = None,
 ) -> Float[Array, "..."]:
     """-log softmax(logits)_labels per example: `optax.softmax_cross_entropy_with_integer_labels`, exact.
 
@@ -93,7 +93,7 @@ def softmax_cross_entropy_with_integer_labels(
 
 
 @hinted
-def safe_softmax_cross_entropy(logits: Float[ArrayLike, "..."], labels: Num[ArrayLike, "..."]) -> Float[Array, "..."]:
+def safe_softmax_cross_entropy(logits: Floats, labels: Numbers) -> Float[Array, "..."]:
     """`softmax_cross_entropy` whose labels broadcast to the logits' shape: `optax.safe_softmax_cross_entropy`.
 
     Safe is what every function here is: 0 · -inf is 0.
@@ -109,12 +109,12 @@ def safe_softmax_cross_entropy(logits: Float[ArrayLike, "..."], labels: Num[Arra
 
 @hinted
 def poly_loss_cross_entropy(
-    logits: Float[ArrayLike, "..."],
-    labels: Num[ArrayLike, "..."],
+    logits: Floats,
+    labels: Numbers,
     *,
     epsilon: ArrayLike = 2.0,
     axis: int | Axes | None = -1,
-    where: Bool[ArrayLike, "..."] | None = None,
+    where: Mask | None = None,
 ) -> Float[Array, "..."]:
     """Σ_v labels_v · (-log p_v + ε (1 - p_v)), p = softmax(logits): `optax.losses.poly_loss_cross_entropy`.
 
@@ -151,14 +151,14 @@ def _losses(logits: Array, labels: Array, where: Array | None, axes: Axes) -> Ar
     return cross_entropy(logits, labels, where=where, axis=_axis(axes), reduction="none", forward_mode=True)
 
 
-def _broadcast(labels: ArrayLike, logits: Array) -> Array:
+def _broadcast(labels: AnyArray, logits: Array) -> Array:
     labels = _checks.array("labels", labels)
     _checks.broadcastable("labels", labels.shape, logits.shape, "the logits' shape")
     labels = upcast(labels) if jnp.issubdtype(labels.dtype, jnp.floating) else labels  # its gradient is cast once
     return jnp.broadcast_to(labels, logits.shape)
 
 
-def _mask(where: ArrayLike | None, logits: Array, axes: Axes) -> Array | None:
+def _mask(where: AnyArray | None, logits: Array, axes: Axes) -> Array | None:
     """`where` for `classes_last(logits, axes)`: of lower rank than the logits it masks rows."""
     if where is None:
         return None

@@ -5,8 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.typing import ArrayLike
-from jaxtyping import Bool, Num
+from jaxtyping import Num
 
 from softmax_jax import _checks
 from softmax_jax._adjustment import Adjustment, adjust, rounded, row_shift, shifted
@@ -15,7 +14,7 @@ from softmax_jax._barrier import apart
 from softmax_jax._blocks import on_cpu_or_elsewhere
 from softmax_jax._class_sums import settled, top_sums
 from softmax_jax._classes import Classes, classes_last, from_classes_last
-from softmax_jax._dtypes import floating, nan_unless, upcast
+from softmax_jax._dtypes import AnyArray, Mask, Numbers, floating, nan_unless, upcast
 from softmax_jax._fold import sums_in_one_pass
 from softmax_jax._masses import existing
 from softmax_jax._sharding import vary_alike
@@ -25,9 +24,7 @@ Axes = tuple[int, ...]
 
 
 @hinted
-def softmax(
-    x: Num[ArrayLike, "..."], axis: int | Axes | None = -1, where: Bool[ArrayLike, "..."] | None = None
-) -> Num[Array, "..."]:
+def softmax(x: Numbers, axis: int | Axes | None = -1, where: Mask | None = None) -> Num[Array, "..."]:
     """softmax(x)_v = exp(x_v) / Σ_u exp(x_u), over `axis`: same signature and values as `jax.nn.softmax`.
 
     float32 inside for 16-bit inputs, the input's dtype outside. Derivatives, in both modes, are y · (g - Σ g·y) of the
@@ -53,9 +50,7 @@ def softmax(
 
 
 @hinted
-def log_softmax(
-    x: Num[ArrayLike, "..."], axis: int | Axes | None = -1, where: Bool[ArrayLike, "..."] | None = None
-) -> Num[Array, "..."]:
+def log_softmax(x: Numbers, axis: int | Axes | None = -1, where: Mask | None = None) -> Num[Array, "..."]:
     """log_softmax(x)_v = x_v - log Σ_u exp(x_u), over `axis`: same signature and values as `jax.nn.log_softmax`.
 
     Exact at the top too: the largest class a of a row has log-probability -log1p(Σ_{v≠a} exp(x_v - x_a)), which
@@ -80,7 +75,7 @@ def log_softmax(
     return _jitted_log_softmax(*_operands(x, axis, where))
 
 
-def _operands(x: ArrayLike, axis: int | Axes | None, where: ArrayLike | None) -> tuple[Array, Array | None, Axes]:
+def _operands(x: AnyArray, axis: int | Axes | None, where: AnyArray | None) -> tuple[Array, Array | None, Axes]:
     x = _checks.array("x", x)
     if x.dtype == bool or jnp.issubdtype(x.dtype, jnp.complexfloating):
         raise TypeError(f"`x` must be real; got dtype {x.dtype}. Pass `x.astype(jnp.float32)`, or the part you mean.")

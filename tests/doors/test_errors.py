@@ -215,10 +215,28 @@ def test_what_is_no_array_is_named_with_the_way_out(untyped, name, kind):
         assert message.endswith("."), "a sentence"
 
 
-def test_lists_of_numbers_are_arrays(untyped):
-    want = cross_entropy(np.float32([[1, 2], [3, 4]]), np.array([0, 1]), weights=np.float32([1, 2]))
-    for logits in ([[1.0, 2.0], [3.0, 4.0]], [jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0])]):
-        np.testing.assert_array_equal(cross_entropy(logits, [0, 1], weights=[1.0, 2.0]), want)
+NUMBERS, IDS, SHARES = [[1.0, 2.0], [3.0, 4.0]], [0, 1], [[0.5, 0.5], [0.0, 1.0]]
+
+
+@pytest.mark.parametrize(
+    ("f", "arguments", "options"),
+    [
+        (cross_entropy, (NUMBERS, IDS), {"weights": [1.0, 2.0], "where": [[True, True], [False, True]]}),
+        (cross_entropy, ([jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0])], SHARES), {"class_weights": [1, 2]}),
+        (linear_cross_entropy, (NUMBERS, NUMBERS, IDS), {"bias": [1.0, 0.0]}),
+        (label_statistics, (NUMBERS, IDS), {}),
+        (kl_divergence, (NUMBERS,), {"teacher_probs": SHARES}),
+        (softmax_jax.linear_kl_divergence, (NUMBERS, NUMBERS), {"teacher_x": SHARES, "teacher_weight": NUMBERS}),
+        (softmax_jax.softmax, (NUMBERS,), {"where": [True, False]}),
+        (softmax_jax.log_softmax, (NUMBERS,), {}),
+        (softmax_jax.poly_loss_cross_entropy, (NUMBERS, SHARES), {}),
+        (softmax_jax.safe_softmax_cross_entropy, (NUMBERS, SHARES), {}),
+    ],
+)
+def test_lists_of_numbers_are_arrays(f, arguments, options):
+    """For the annotations too, which are executed here."""
+    arrays = jax.tree.map(jnp.asarray, (arguments, options), is_leaf=lambda a: isinstance(a, list))
+    jax.tree.map(np.testing.assert_array_equal, f(*arguments, **options), f(*arrays[0], **arrays[1]))
 
 
 HINTED = [

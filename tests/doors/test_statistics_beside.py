@@ -1,6 +1,7 @@
 """`statistics=True`: what `label_statistics` says of every token, beside the loss and from the same program."""
 
 import re
+from typing import assert_type
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import mesh_of
 
-from softmax_jax import SparseLabels, cross_entropy, label_statistics, linear_cross_entropy
+from softmax_jax import LabelStatistics, SparseLabels, cross_entropy, label_statistics, linear_cross_entropy
 
 TOKENS, EMBED, CLASSES = 12, 6, 17
 
@@ -147,6 +148,23 @@ def test_only_what_is_used_is_computed_and_no_product_is_made_again():
     loss = lambda x, w, y: linear_cross_entropy(x, w, y, statistics=True, chunk_size=16)  # noqa: E731
     text = compiled(jax.value_and_grad(loss, (0, 1), has_aux=True)).as_text()
     assert len(re.findall(r" (?:dot|custom-call)\(", text)) == 3
+
+
+def test_types_follow_from_the_flag(rng):
+    """For a type checker, which reads this file, and at run time."""
+    x, weight, labels = case(rng)
+    loss, of_head = cross_entropy(x, labels % EMBED), linear_cross_entropy(x, weight, labels % CLASSES)
+    pair = cross_entropy(x.tolist(), labels % EMBED, statistics=True)
+    of_pair = linear_cross_entropy(x, weight, labels % CLASSES, bias=[0.0] * CLASSES, statistics=True)
+    for of_one in (assert_type(loss, jax.Array), assert_type(of_head, jax.Array)):
+        assert isinstance(of_one, jax.Array)
+    for of_both in (
+        assert_type(pair, tuple[jax.Array, LabelStatistics]),
+        assert_type(of_pair, tuple[jax.Array, LabelStatistics]),
+    ):
+        assert isinstance(of_both[0], jax.Array) and isinstance(of_both[1], LabelStatistics)
+    flag = bool(len(x))
+    assert_type(cross_entropy(x, labels % EMBED, statistics=flag), jax.Array | tuple[jax.Array, LabelStatistics])
 
 
 @pytest.mark.usefixtures("untyped")
