@@ -215,16 +215,16 @@ def test_what_is_no_array_is_named_with_the_way_out(untyped, name, kind):
         assert message.endswith("."), "a sentence"
 
 
-NUMBERS, IDS, SHARES = [[1.0, 2.0], [3.0, 4.0]], [0, 1], [[0.5, 0.5], [0.0, 1.0]]
+NUMBERS, INTEGERS, SHARES = [[1.0, 2.0], [3.0, 4.0]], [0, 1], [[0.5, 0.5], [0.0, 1.0]]
 
 
 @pytest.mark.parametrize(
     ("f", "arguments", "options"),
     [
-        (cross_entropy, (NUMBERS, IDS), {"weights": [1.0, 2.0], "where": [[True, True], [False, True]]}),
+        (cross_entropy, (NUMBERS, INTEGERS), {"weights": [1.0, 2.0], "where": [[True, True], [False, True]]}),
         (cross_entropy, ([jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0])], SHARES), {"class_weights": [1, 2]}),
-        (linear_cross_entropy, (NUMBERS, NUMBERS, IDS), {"bias": [1.0, 0.0]}),
-        (label_statistics, (NUMBERS, IDS), {}),
+        (linear_cross_entropy, (NUMBERS, NUMBERS, INTEGERS), {"bias": [1.0, 0.0]}),
+        (label_statistics, (NUMBERS, INTEGERS), {}),
         (kl_divergence, (NUMBERS,), {"teacher_probs": SHARES}),
         (softmax_jax.linear_kl_divergence, (NUMBERS, NUMBERS), {"teacher_x": SHARES, "teacher_weight": NUMBERS}),
         (softmax_jax.softmax, (NUMBERS,), {"where": [True, False]}),
