@@ -1,8 +1,9 @@
 """One core for every function: from checked operands to the numbers of the tokens, or their sum or mean.
 
+checks         options and devices, while tracing
 operands       each device's part, where they are laid out explicitly
-in one form    options and labels
-numbers        of the tokens at once, or in chunks whose logits a head makes: losses, divergences, statistics
+one form       options and labels
+per token      at once, or in chunks whose logits a head makes: losses, divergences, statistics
 reduction      none, sum, mean, over the tokens of all devices: the only one over tokens
 """
 
@@ -15,161 +16,231 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
-from softmax_jax._checks import Options, Reduction
-from softmax_jax._classes import Classes
-from softmax_jax._dtypes import accumulator
-from softmax_jax._head import dealt, over_chunks
-from softmax_jax._labels import unused_by
-from softmax_jax._sharding import (
-    Names,
+from softmax_jax._devices import (
+    AxisNames,
+    Classes,
     PyTree,
+    broadcast_spec,
+    check_sharded,
     count,
-    entries_of,
-    exactly,
     explicit_mesh,
-    fit,
-    over_devices,
+    mesh_axes,
+    mesh_axes_of,
+    on_each_device,
+    partition_spec,
     pmax,
     psum,
     vary,
     varying,
 )
-from softmax_jax._source import Source
+from softmax_jax._head.deal import over_chunks, to_chunks
+from softmax_jax._inputs.arrays import Shape, accumulator, integer
+from softmax_jax._inputs.labels import Dense, Ids, Labels, check_ids_in_range, check_labels, ignored_id, narrowed
+from softmax_jax._inputs.options import Options, Reduction, check_options, check_reduction
+from softmax_jax._inputs.sources import Source
+from softmax_jax._sums.waist import Batch, unused_tokens
 
 
 class Operands(NamedTuple):
     student: Source
-    target: Source  # labels, or a teacher
+    target: Labels | Source  # a teacher with a head is a source
     options: Options
     normalizer: Any = None
-    more: PyTree = None  # scalars that only `numbers` knows
 
 
-class How(NamedTuple):
+class Config(NamedTuple):
     """Static arguments."""
 
-    numbers: Callable  # (logits, target, weights, options, more, classes, forward_mode) -> ([*batch], what is beside)
+    per_token: Callable[[Batch], tuple[PyTree, PyTree]]
     dtype: DTypeLike  # of the logits
     classes: Classes
-    reduction: Reduction = "none"
-    in_chunks: bool = False  # where no head asks for them too
-    chunk_size: int | None = None
-    forward_mode: bool = False
-    token_axes: Names = ()  # the mesh axes of the tokens, where the loss is one of all devices
+    reduction: Reduction
+    in_chunks: bool  # also where no head asks for it
+    chunk_size: int | None
+    forward_mode: bool
+    token_axes: AxisNames = ()  # the mesh axes of the tokens, where the loss is one of all devices
 
 
-@partial(jax.jit, static_argnames="how")
-def compute(operands: Operands, how: How) -> tuple[PyTree, PyTree]:
-    """(`numbers` of the tokens, reduced; what they have beside, of every token)."""
+def compute(
+    per_token: Callable[[Batch], tuple[PyTree, PyTree]],
+    student: Source,
+    target: Labels | Source,
+    options: Options,
+    axis: int,
+    dtype: DTypeLike,
+    axis_name: str | tuple[str, ...] | None,
+    *,
+    reduction: Reduction = "none",
+    normalizer: ArrayLike | None = None,
+    in_chunks: bool = False,
+    chunk_size: int | None = None,
+    forward_mode: bool = False,
+) -> tuple[PyTree, PyTree]:
+    """(what `per_token` makes of all tokens, reduced; the auxiliary numbers that it has of every token), of options
+    that are checked.
+
+    `per_token` is one function for all calls that mean the same, since JAX keeps programs by it."""
+    classes = Classes(axis, mesh_axes(axis_name))
+    check_sharded(*student.of_classes(), classes.over)
+    normalizer = check_reduction(reduction, normalizer, dtype)
+    if chunk_size is not None:
+        chunk_size = integer("chunk_size", chunk_size, "Pass a number of tokens, or None.")
+        if chunk_size < 1:
+            raise ValueError(f"`chunk_size` must be at least 1 token; got {chunk_size}. Pass None for the default.")
+    config = Config(per_token, dtype, classes, reduction, in_chunks, chunk_size, bool(forward_mode))
+    return _compute(Operands(student, target, options, normalizer), config)
+
+
+def compute_of_labels(
+    per_token: Callable[[Batch], tuple[PyTree, PyTree]],
+    student: Source,
+    labels: Any,
+    options: Options,
+    axis: int,
+    axis_name: str | tuple[str, ...] | None,
+    only_ids: str | None = None,
+    **how: Any,
+) -> tuple[PyTree, PyTree]:
+    """The same of labels; of integers alone where `only_ids`, which says of what, is given."""
+    ids, ignore_index = narrowed(labels, options.ignore_index)
+    target = check_labels(ids, student.shape, axis, only_ids)
+    given = options._replace(ignore_index=ignored_id(ignore_index, target))
+    checked = check_options(given, student.shape, axis, student.dtype)
+    if axis_name is None:
+        check_ids_in_range(labels, student.shape, axis, options)
+    return compute(per_token, student, target, checked, axis, student.dtype, axis_name, **how)
+
+
+@partial(jax.jit, static_argnames="config")
+def _compute(operands: Operands, config: Config) -> tuple[PyTree, PyTree]:
     mesh = explicit_mesh(operands)
     if mesh is None:
-        return _of_device(*operands, how=how)
-    batch, classes, specs = _specs(operands, how.classes)
-    f = partial(_of_device, how=how._replace(classes=classes, token_axes=sum(batch, ())))
-    reduced = batch if how.reduction == "none" else ()
-    return over_devices(f, mesh, tuple(operands), specs, (exactly(reduced), exactly(batch)))
+        return _on_device(*operands, config=config)
+    batch, classes, specs = _specs(operands, config.classes)
+    f = partial(_on_device, config=config._replace(classes=classes, token_axes=sum(batch, ())))
+    reduced = batch if config.reduction == "none" else ()
+    return on_each_device(f, mesh, tuple(operands), specs, (partition_spec(reduced), partition_spec(batch)))
 
 
-def _of_device(
-    student: Source, target: Source, options: Options, normalizer: Any, more: PyTree, how: How
+def _on_device(
+    student: Source, target: Labels | Source, options: Options, normalizer: Array | None, config: Config
 ) -> tuple[PyTree, PyTree]:
-    """Of one device's part."""
-    shape, axis, summed = student.shape, how.classes.axis, how.reduction != "none"
-    batch = shape[:axis] + shape[axis + 1 :]
-    labels, weights, options, more = _in_one_form(target, options, more, shape, how)
-    if how.in_chunks or student.weight is not None:
-        operands = dealt(student, replace(target, x=labels), weights, options, more, how.dtype, how.chunk_size)
-        numbers = partial(how.numbers, classes=replace(how.classes, axis=1), forward_mode=how.forward_mode)
-        found, beside = over_chunks(numbers, operands, batch, summed, how.forward_mode)
+    """Of one device's part of the operands."""
+    if config.in_chunks:
+        (student, target, options, _), config = _classes_last(Operands(student, target, options), config)
+    shape, axis, summed = student.shape, config.classes.axis, config.reduction != "none"
+    tokens = shape[:axis] + shape[axis + 1 :]
+    target, options = _in_one_form(target, options, shape, config)
+    if config.in_chunks or student.weight is not None:
+        chunks = to_chunks(student, target, options, config.dtype, config.chunk_size)
+        found, auxiliary = over_chunks(config.per_token, chunks, config.classes, summed, config.forward_mode)
     else:
-        found, beside = how.numbers(student.x, labels, weights, options, more, how.classes, how.forward_mode)
+        target = target if isinstance(target, Labels) else Dense(target.x)
+        batch = Batch(student.x, target, options, config.classes, config.forward_mode)
+        found, auxiliary = config.per_token(batch)
         found = jnp.sum(found) if summed else found
     if not summed:
-        return found, beside
-    found = psum(found, how.token_axes)
-    if how.reduction == "mean":
-        found = _divide(found, _mean_divisor(labels, weights, options, math.prod(batch), normalizer, how))
-    return found, beside
+        return found, auxiliary
+    found = psum(found, config.token_axes)
+    if config.reduction == "mean":
+        found = _divide(found, _mean_divisor(target, options, math.prod(tokens), normalizer, config))
+    return found, auxiliary
 
 
-def _in_one_form(target: Source, options: Options, more: PyTree, shape: tuple[int, ...], how: How):
-    """(labels, weights, options, more) in their one form for logits of `shape`: ids int32, arrays of the logits' rank.
+def _in_one_form(
+    target: Labels | Source, options: Options, shape: Shape, config: Config
+) -> tuple[Labels | Source, Options]:
+    """(target, options) for logits of `shape`: ids int32, arrays of the logits' rank, scalars arrays.
 
-    `weights` are those of the tokens, 0 where one is ignored or no class of it exists; None is 1 for all. An option
+    The weights are those of the tokens, 0 where one is ignored or no class of it exists; None is 1 for all. An option
     that is the same for the tokens of all devices is marked as varying here, while it is small: once it is broadcast
     to the logits, its gradient would be summed over devices at that size.
     """
-    labels, classes, axis, dtype = target.x, how.classes, how.classes.axis, accumulator(how.dtype)
-    options, more = jax.tree.map(jnp.asarray, (options, more))  # under jax_disable_jit numbers are still NumPy's
-    options = vary(options, tuple(name for name in varying(labels, options) if name not in classes.over))
+    classes, dtype = config.classes, accumulator(config.dtype)
+    options = jax.tree.map(jnp.asarray, options)  # under jax_disable_jit numbers are still NumPy's
+    options = vary(options, tuple(name for name in varying(target, options) if name not in classes.over))
     where, weights, class_weights = options.where, options.weights, options.class_weights
-    batch = shape[:axis] + shape[axis + 1 :]
+    batch = shape[: classes.axis] + shape[classes.axis + 1 :]
     if class_weights is not None:
-        class_weights = class_weights.astype(dtype).reshape([-1 if a == axis else 1 for a in range(len(shape))])
+        sizes = [-1 if a == classes.axis else 1 for a in range(len(shape))]
+        class_weights = class_weights.astype(dtype).reshape(sizes)
     if weights is not None:
         weights = jnp.broadcast_to(weights.astype(dtype), batch)
     kept = []
     if where is not None:
-        kept.append(pmax(jnp.any(where, axis).astype(jnp.int32), classes.over) > 0)
-    if options.ignore_index is not None:
-        kept.append(labels.ids != options.ignore_index)
+        kept.append(pmax(jnp.any(where, classes.axis).astype(jnp.int32), classes.over) > 0)
+    if isinstance(target, Ids) and options.ignore_index is not None:
+        kept.append(target.ids != options.ignore_index)
     for keep in kept:
         weights = jnp.broadcast_to(jnp.where(keep, 1 if weights is None else weights, 0).astype(dtype), batch)
-    if target.weight is None:
-        labels = labels.in_one_form(unused_by(weights), count(shape[axis], classes.over), dtype, classes)
-    return labels, weights, options._replace(class_weights=class_weights, weights=None, ignore_index=None), more
+    if isinstance(target, Labels):
+        number = count(shape[classes.axis], classes.over)
+        target = target.in_one_form(unused_tokens(weights), number, dtype, classes)
+    return target, options._replace(class_weights=class_weights, weights=weights, ignore_index=None)
 
 
-def _specs(operands: Operands, classes: Classes) -> tuple[tuple[Names, ...], Classes, tuple]:
-    """How the tokens, the classes and the operands lie over devices in explicit sharding."""
-    student, target, options, normalizer, more = operands
-    every, axis = entries_of(student.x), classes.axis
-    if student.weight is None:
-        batch, over = every[:axis] + every[axis + 1 :], every[axis]
-        of_student = replace(student, x=exactly(every))
+def _classes_last(operands: Operands, config: Config) -> tuple[Operands, Config]:
+    """A chunk of tokens has its classes on the last axis."""
+    student, target, options, normalizer = operands
+    last = partial(jnp.moveaxis, source=config.classes.axis, destination=-1)
+    if isinstance(target, Dense):
+        target = Dense(last(target.values))
+    options = options._replace(where=None if options.where is None else last(options.where))
+    classes = replace(config.classes, axis=student.x.ndim - 1)
+    return Operands(replace(student, x=last(student.x)), target, options, normalizer), config._replace(classes=classes)
+
+
+# Explicit sharding: how the tokens, the classes and the operands lie over devices.
+
+
+def _specs(operands: Operands, classes: Classes) -> tuple[tuple[AxisNames, ...], Classes, tuple]:
+    """(the mesh axes of the tokens, the classes, the specs of the operands)."""
+    student, target, options, normalizer = operands
+    axis, logits = classes.axis, student.weight is None
+    over_mesh = mesh_axes_of(student.x)
+    if logits:
+        batch, over = over_mesh[:axis] + over_mesh[axis + 1 :], over_mesh[axis]
     else:
-        batch = every[:-1]
-        over = entries_of(student.weight)[0 if student.transposed else 1]
+        batch, over = over_mesh[:-1], mesh_axes_of(student.weight)[0 if student.transposed else 1]
         over = tuple(name for name in over if name not in sum(batch, ()))
-        of_student = _head_specs(student, batch, over)
     classes = replace(classes, over=over)
-    if target.weight is None:
-        of_target = replace(target, x=target.x.specs(batch, classes))
-    else:
-        of_target = _head_specs(target, batch, over)
-    scalars = jax.tree.map(lambda a: fit(a, ()), (normalizer, more))
-    return batch, classes, (of_student, of_target, _option_specs(options, batch, classes), *scalars)
-
-
-def _head_specs(source: Source, batch: tuple[Names, ...], over: Names) -> Source:
-    weight = exactly((over, ()) if source.transposed else ((), over))
-    return replace(source, x=exactly((*batch, ())), weight=weight, bias=fit(source.bias, (over,)))
-
-
-def _option_specs(options: Options, batch: tuple[Names, ...], classes: Classes) -> Options:
-    over, axis = classes.over, classes.axis
-    scalars = jax.tree.map(lambda a: fit(a, ()), options._replace(where=None, weights=None, class_weights=None))
-    return scalars._replace(
-        where=fit(options.where, (*batch[:axis], over, *batch[axis:])),
-        weights=fit(options.weights, batch),
-        class_weights=fit(options.class_weights, (over,)),
+    of_target = target.specs(batch, classes) if isinstance(target, Labels) else _head_specs(target, batch, over)
+    scalars = jax.tree.map(
+        lambda a: broadcast_spec(a, ()), options._replace(where=None, weights=None, class_weights=None)
     )
+    of_options = scalars._replace(
+        where=broadcast_spec(options.where, (*batch[:axis], over, *batch[axis:])),
+        weights=broadcast_spec(options.weights, batch),
+        class_weights=broadcast_spec(options.class_weights, (over,)),
+    )
+    of_student = replace(student, x=partition_spec(over_mesh)) if logits else _head_specs(student, batch, over)
+    return batch, classes, (of_student, of_target, of_options, broadcast_spec(normalizer, ()))
+
+
+def _head_specs(source: Source, batch: tuple[AxisNames, ...], over: AxisNames) -> Source:
+    weight = partition_spec((over, ()) if source.transposed else ((), over))
+    x, bias = partition_spec((*batch, ())), broadcast_spec(source.bias, (over,))
+    return replace(source, x=x, weight=weight, bias=bias)
+
+
+# The mean.
 
 
 def _mean_divisor(
-    labels: Any, weights: Array | None, options: Options, tokens: int, normalizer: Any, how: How
+    target: Labels | Source, options: Options, tokens: int, normalizer: Array | None, config: Config
 ) -> Array | int:
     """The `normalizer`, else Σ weights · c_y for integer labels or Σ weights for dense ones, of the tokens on all
     devices."""
     if normalizer is not None:
-        return jnp.asarray(normalizer)
-    # (Of a teacher with a head `labels` are hidden states: there are no class weights.)
-    share = None if options.class_weights is None else labels.share_of_mean(options.class_weights, how.classes)
+        return normalizer
+    weights, share = options.weights, None
+    if options.class_weights is not None and isinstance(target, Labels):
+        share = target.share_of_mean(options.class_weights, config.classes)
     if share is not None:
         weights = share if weights is None else weights * share
-    return count(tokens, how.token_axes) if weights is None else psum(jnp.sum(weights), how.token_axes)
+    return count(tokens, config.token_axes) if weights is None else psum(jnp.sum(weights), config.token_axes)
 
 
 def _divide(total: Array, by: Array | int) -> Array:

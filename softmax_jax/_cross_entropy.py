@@ -1,24 +1,21 @@
 """Cross-entropy, of logits and of hidden states with a head."""
 
-from functools import partial
 from typing import Any, Literal, TypedDict, Unpack, overload
 
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Float, Num
 
-from softmax_jax import _checks
-from softmax_jax._arguments import hinted
-from softmax_jax._checks import Options, Reduction
-from softmax_jax._classes import Classes
-from softmax_jax._core import How, Operands, compute
-from softmax_jax._dtypes import AnyArray, Floats, Mask, Nested, Numbers, Scalar
-from softmax_jax._source import Source
-from softmax_jax._sparse_labels import SparseLabels
-from softmax_jax._token_loss import weighted_losses
-from softmax_jax._token_statistics import LabelStatistics, losses_and_statistics
+from softmax_jax._core import compute_of_labels
+from softmax_jax._inputs.arrays import AnyArray, Floats, Mask, Nested, Numbers, Scalar, class_axis
+from softmax_jax._inputs.hints import hinted
+from softmax_jax._inputs.labels import SparseLabels
+from softmax_jax._inputs.options import Options, Reduction
+from softmax_jax._inputs.sources import Source, given_logits, head
+from softmax_jax._statistics import LabelStatistics, losses_and_statistics
+from softmax_jax._sums.loss import weighted_losses
 
-Labels = Numbers | SparseLabels
+AnyLabels = Numbers | SparseLabels
 Loss = Float[Array, "..."]
 LossAndStatistics = tuple[Loss, LabelStatistics]
 
@@ -50,7 +47,7 @@ class HeadOptions(LossOptions, total=False):
 @overload
 def cross_entropy(
     logits: Floats,
-    labels: Labels,
+    labels: AnyLabels,
     *,
     axis: int = -1,
     statistics: Literal[False] = False,
@@ -59,7 +56,7 @@ def cross_entropy(
 @overload
 def cross_entropy(
     logits: Floats,
-    labels: Labels,
+    labels: AnyLabels,
     *,
     axis: int = -1,
     statistics: Literal[True],
@@ -70,7 +67,7 @@ def cross_entropy(
 @hinted
 def cross_entropy(
     logits: Floats,
-    labels: Labels,
+    labels: AnyLabels,
     *,
     axis: int = -1,
     where: Mask | None = None,
@@ -160,27 +157,17 @@ def cross_entropy(
     Prieto et al., "Grokking at the Edge of Numerical Stability", ICLR 2025, on why it matters; Szegedy et al., CVPR
     2016 (label smoothing); Chowdhery et al., "PaLM", 2022 (z-loss); Gemma Team, "Gemma 2", 2024 (softcap).
     """
-    logits = _checks.floating("logits", logits)
-    axis = _checks.class_axis("logits", logits.shape, axis)
+    student = given_logits("logits", logits)
     options = Options(where, weights, ignore_index, class_weights, label_smoothing, z_loss, logit_scale, softcap)
-    return _loss(
-        Source(logits, dtype=logits.dtype),
-        labels,
-        axis,
-        options,
-        reduction,
-        normalizer,
-        axis_name,
-        forward_mode=bool(forward_mode),
-        statistics=bool(statistics),
-    )
+    how: dict[str, Any] = {"reduction": reduction, "normalizer": normalizer, "forward_mode": forward_mode}
+    return _loss(student, labels, options, class_axis("logits", student.shape, axis), axis_name, statistics, how)
 
 
 @overload
 def linear_cross_entropy(
     x: Floats,
     weight: Floats,
-    labels: Labels,
+    labels: AnyLabels,
     *,
     statistics: Literal[False] = False,
     **options: Unpack[HeadOptions],
@@ -189,7 +176,7 @@ def linear_cross_entropy(
 def linear_cross_entropy(
     x: Floats,
     weight: Floats,
-    labels: Labels,
+    labels: AnyLabels,
     *,
     statistics: Literal[True],
     **options: Unpack[HeadOptions],
@@ -200,7 +187,7 @@ def linear_cross_entropy(
 def linear_cross_entropy(
     x: Float[ArrayLike, "*batch embed"] | Nested,
     weight: Float[ArrayLike, "_ _"] | Nested,
-    labels: Labels,
+    labels: AnyLabels,
     *,
     bias: Float[ArrayLike, " classes"] | Nested | None = None,
     transpose_weight: bool = False,
@@ -277,37 +264,23 @@ def linear_cross_entropy(
 
     Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", ICLR 2025; Hsu et al., "Liger Kernel", 2024.
     """
-    head = _checks.head(x, weight, bias, transpose_weight, dtype)
+    student = head(x, weight, bias, transpose_weight, dtype)
     options = Options(where, weights, ignore_index, class_weights, label_smoothing, z_loss, logit_scale, softcap)
-    how = reduction, normalizer, axis_name, chunk_size
-    return _loss(head, labels, len(head.shape) - 1, options, *how, bool(forward_mode), bool(statistics))
+    how: dict[str, Any] = {"reduction": reduction, "normalizer": normalizer}
+    how |= {"chunk_size": chunk_size, "forward_mode": forward_mode}
+    return _loss(student, labels, options, len(student.shape) - 1, axis_name, statistics, how)
 
 
 def _loss(
     student: Source,
     labels: Any,
-    axis: int,
     options: Options,
-    reduction: Reduction,
-    normalizer: Any,
-    axis_name: Any,
-    chunk_size: Any = None,
-    forward_mode: bool = False,
-    statistics: bool = False,
+    axis: int,
+    axis_name: str | tuple[str, ...] | None,
+    statistics: bool,
+    how: dict[str, Any],
 ) -> Loss | LossAndStatistics:
-    """What both have in common, once the logits are known."""
-    shape, dtype = student.shape, student.dtype
-    labels_of = partial(_checks.ids_of, beside=" with statistics=True") if statistics else _checks.labels_of
-    class_axes = _checks.mesh_axes(axis_name)
-    as_held, ignore_index = _checks.narrowed(labels, options.ignore_index)
-    checked = labels_of(as_held, shape, axis)
-    in_one_form = _checks.options_for(shape, dtype, axis, checked, options._replace(ignore_index=ignore_index))
-    if not class_axes:
-        _checks.ids_in_range(labels, shape, axis, options)
-    _checks.sharded(*student.of_classes(), class_axes)
-    divisor = _checks.reduction_of(reduction, normalizer, dtype)
-    numbers, chunk_size = losses_and_statistics if statistics else weighted_losses, _checks.chunk_size_of(chunk_size)
-    classes = Classes(axis, class_axes)
-    how = How(numbers, dtype, classes, reduction, chunk_size=chunk_size, forward_mode=forward_mode)
-    loss, beside = compute(Operands(student, Source(checked), in_one_form, divisor), how)
-    return (loss, beside) if statistics else loss
+    if not statistics:
+        return compute_of_labels(weighted_losses, student, labels, options, axis, axis_name, **how)[0]
+    only_ids = " with statistics=True"
+    return compute_of_labels(losses_and_statistics, student, labels, options, axis, axis_name, only_ids, **how)

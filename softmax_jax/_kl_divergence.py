@@ -1,31 +1,52 @@
 """The divergence of a student from a teacher: for distillation, on logits and on hidden states."""
 
-import math
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache, partial, reduce
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Float
 
-from softmax_jax import _checks
-from softmax_jax._adjustment import Adjustment
-from softmax_jax._arguments import hinted
-from softmax_jax._checks import Kind, Options, Reduction
-from softmax_jax._classes import Classes
-from softmax_jax._core import How, Operands, compute
-from softmax_jax._divergence import divergence
-from softmax_jax._divergence_formula import Logits, Pair
-from softmax_jax._dtypes import AnyArray, Floats, Mask, Nested, Scalar, accumulator, product_dtype
-from softmax_jax._labels import Dense, unused_by
-from softmax_jax._masses import ROUNDING, existing
-from softmax_jax._product import emptied
-from softmax_jax._source import Source
-from softmax_jax._sparse_labels import Sparse, SparseLabels
+from softmax_jax._core import compute
+from softmax_jax._devices import Classes, check_sharded, mesh_axes
+from softmax_jax._divergence.formula import Logits, Pair
+from softmax_jax._divergence.rule import divergence
+from softmax_jax._head.product import zero_nonfinite_unused
+from softmax_jax._inputs.arrays import (
+    AnyArray,
+    Floats,
+    Mask,
+    Nested,
+    Scalar,
+    Shape,
+    accumulator,
+    class_axis,
+    floating,
+    is_floating,
+    nan_unless,
+    product_dtype,
+    scalar,
+)
+from softmax_jax._inputs.hints import hinted
+from softmax_jax._inputs.labels import (
+    ROUNDING,
+    Dense,
+    Sparse,
+    SparseLabels,
+    check_probabilities,
+    check_sparse_labels,
+    narrowed,
+)
+from softmax_jax._inputs.options import Adjustment, Options, Reduction, check_options, zero_hidden
+from softmax_jax._inputs.sources import Source, given_logits, head
+from softmax_jax._sums.blocks import num_existing
+from softmax_jax._sums.targets import dense_probabilities
+from softmax_jax._sums.waist import Batch, unused_tokens
 
 
 @hinted
@@ -96,19 +117,13 @@ def kl_divergence(
     Hinton et al., "Distilling the Knowledge in a Neural Network", 2015; Agarwal et al., "On-Policy Distillation of
     Language Models" (generalized Jensen-Shannon), ICLR 2024.
     """
-    logits = _checks.floating("logits", logits)
-    axis = _checks.class_axis("logits", logits.shape, axis)
-    kind, teacher = _checks.one_teacher(logits.shape, axis, teacher_probs=teacher_probs, teacher_logits=teacher_logits)
-    _checks.probabilities(teacher_probs, axis, where, weights)
-    where = None if where is None else _checks.class_mask("where", where, logits.shape, axis)
-    if kind == "probabilities":  # a chunk of tokens has its classes last
-        last = partial(jnp.moveaxis, source=axis, destination=-1)
-        teacher = replace(teacher, x=Dense(last(teacher.x.values))) if isinstance(teacher.x, Dense) else teacher
-        logits, where, axis = last(logits), None if where is None else last(where), logits.ndim - 1
-    numbers = beta, temperature, softcap, teacher_softcap
-    student = Source(logits, dtype=logits.dtype)
-    how = reduction, normalizer, axis_name, chunk_size, bool(forward_mode)
-    return _divergence(kind, student, teacher, axis, where, weights, numbers, *how)
+    student = given_logits("logits", logits)
+    axis = class_axis("logits", student.shape, axis)
+    given = {"teacher_probs": teacher_probs, "teacher_logits": teacher_logits}
+    options = Options(where, weights, softcap=softcap, teacher_softcap=teacher_softcap, temperature=temperature)
+    how: dict[str, Any] = {"reduction": reduction, "normalizer": normalizer}
+    how |= {"chunk_size": chunk_size, "forward_mode": forward_mode}
+    return _divergence(student, given, None, options, axis, axis_name, beta, how)
 
 
 @hinted
@@ -156,98 +171,126 @@ def linear_kl_divergence(
 
     Hsu et al., "Liger Kernel", 2024 (the fused linear form).
     """
-    student = _checks.head(x, weight, bias, transpose_weight, dtype)
-    axis, of_states = len(student.shape) - 1, (teacher_x, teacher_weight, teacher_bias, teacher_transpose_weight)
-    kind, teacher = _checks.one_teacher(student.shape, axis, teacher_probs, teacher_logits, of_states, dtype)
-    _checks.probabilities(teacher_probs, axis, where, weights)
-    numbers = beta, temperature, softcap, teacher_softcap
-    how = reduction, normalizer, axis_name, chunk_size, bool(forward_mode)
-    return _divergence(kind, student, teacher, axis, where, weights, numbers, *how)
-
-
-class _Numbers(NamedTuple):
-    """What tokens share besides the options of the student."""
-
-    teacher_softcap: Any
-    scale: Any  # of both sides' logits, 1 / temperature
-    beta: Any
+    student = head(x, weight, bias, transpose_weight, dtype)
+    given = {"teacher_probs": teacher_probs, "teacher_logits": teacher_logits, "teacher_x": teacher_x}
+    of_head = {"teacher_weight": teacher_weight, "teacher_bias": teacher_bias}
+    of_head["teacher_transpose_weight"] = teacher_transpose_weight or None
+    teacher = None
+    if teacher_x is not None and teacher_weight is not None:
+        teacher = head(teacher_x, teacher_weight, teacher_bias, teacher_transpose_weight, dtype, "teacher_")
+    options = Options(where, weights, softcap=softcap, teacher_softcap=teacher_softcap, temperature=temperature)
+    how: dict[str, Any] = {"reduction": reduction, "normalizer": normalizer}
+    how |= {"chunk_size": chunk_size, "forward_mode": forward_mode}
+    return _divergence(student, given | of_head, teacher, options, len(student.shape) - 1, axis_name, beta, how)
 
 
 def _divergence(
-    kind: Kind,
     student: Source,
-    teacher: Source,
+    given: dict[str, Any],
+    teacher: Source | None,
+    options: Options,
     axis: int,
-    where: Any,
-    weights: Any,
-    numbers: tuple,
-    reduction: Reduction,
-    normalizer: Any,
-    axis_name: Any,
-    chunk_size: Any,
-    forward_mode: bool,
+    axis_name: str | tuple[str, ...] | None,
+    beta: Scalar,
+    how: dict[str, Any],
 ) -> Array:
-    """What both have in common, once the two sides are known."""
-    beta, temperature, *softcaps = numbers
-    class_axes = _checks.mesh_axes(axis_name)
-    _checks.sharded(*student.of_classes(), class_axes)
-    if not isinstance(teacher.x, Sparse):
-        name, array = teacher.of_classes()
-        _checks.sharded("teacher_probs" if kind == "probabilities" else f"teacher_{name}", array, class_axes)
-    dtype = reduce(product_dtype, (dtype for source in (student, teacher) for dtype in source.dtypes()))
-    scale = _checks.unless(1, "temperature", temperature, dtype, 0.0, math.inf, open_low=True)
-    scale = None if scale is None else jnp.asarray(1 / scale)
-    caps = zip(("softcap", "teacher_softcap"), softcaps, strict=True)
-    caps = [_checks.unless(None, name, cap, dtype, 0.0, math.inf, open_low=True) for name, cap in caps]
-    options = _checks.options_for(student.shape, dtype, axis, None, Options(where, weights))
-    options = options._replace(softcap=None if caps[0] is None else jnp.asarray(caps[0]))
-    if kind == "probabilities":  # which have no temperature
-        if caps[1] is not None:
-            raise ValueError(f"`teacher_softcap` is of logits; got {softcaps[1]!r} and probabilities. Leave it out.")
-        cap = options.softcap if caps[0] is None or scale is None else options.softcap * scale
-        options, scale = options._replace(logit_scale=scale, softcap=cap), None
-    reverse, beta = _checks.mixture("beta", beta, dtype)
-    divisor = _checks.reduction_of(reduction, normalizer, dtype)
-    in_chunks, chunk_size = kind == "probabilities", _checks.chunk_size_of(chunk_size)
-    losses, classes = _numbers(kind, reverse), Classes(axis, class_axes)
-    how = How(losses, dtype, classes, reduction, in_chunks, chunk_size, forward_mode)
-    return compute(Operands(student, teacher, options, divisor, _Numbers(caps[1], scale, beta)), how)[0]
+    """Of the one teacher that is `given`, by the names of its operands; its head is in `teacher`."""
+    name, target = _one_teacher(student.shape, axis, given, teacher)
+    if not isinstance(target, Sparse):
+        array = target.values if isinstance(target, Dense) else target.weight
+        check_sharded(name, array, mesh_axes(axis_name))
+    of_probs, floats = name == "teacher_probs", [a.dtype for a in jax.tree.leaves(target) if is_floating(a)]
+    dtype = reduce(product_dtype, [target.dtype] if isinstance(target, Source) else floats, student.dtype)
+    if of_probs and options.teacher_softcap is not None:
+        raise ValueError(
+            f"`teacher_softcap` is of logits; got {options.teacher_softcap!r} and probabilities. Leave it out."
+        )
+    checked, (reverse, share) = check_options(options, student.shape, axis, dtype), _mixture(beta, dtype)
+    if of_probs:
+        check_probabilities(given[name], axis, options)
+    operands = student, target, checked._replace(beta=share), axis, dtype, axis_name
+    return compute(_per_token(of_probs, reverse), *operands, in_chunks=of_probs, **how)[0]
+
+
+def _one_teacher(
+    shape: Shape, axis: int, given: dict[str, Any], teacher: Source | None
+) -> tuple[str, Dense | Sparse | Source]:
+    """(the operand that holds the classes, the teacher) for a student's logits of `shape`."""
+    given = {name: value for name, value in given.items() if value is not None}
+    if (
+        teacher is None
+        and list(given) not in (["teacher_probs"], ["teacher_logits"])
+        or (teacher is not None and {"teacher_probs", "teacher_logits"} & set(given))
+    ):
+        raise ValueError(
+            f"there must be one teacher; got {list(given) or 'none'}. Pass `teacher_probs`, or `teacher_logits`, or to "
+            "the linear form `teacher_x` with `teacher_weight`."
+        )
+    if teacher is not None:
+        if teacher.shape != shape:
+            raise ValueError(
+                f"the teacher's logits must have the student's shape {shape}; got {teacher.shape} from teacher_x.shape="
+                f"{teacher.x.shape}, teacher_weight.shape={teacher.weight.shape}. Give both the same tokens, classes."
+            )
+        return "teacher_weight", teacher
+    ((name, value),) = given.items()
+    if isinstance(value, SparseLabels):
+        if name == "teacher_logits":
+            raise TypeError("`teacher_logits` must be an array; got SparseLabels. Pass those as `teacher_probs`.")
+        return name, check_sparse_labels(narrowed(value)[0], shape[:axis] + shape[axis + 1 :])
+    value = floating(name, value)
+    if value.shape != shape:
+        raise ValueError(
+            f"`{name}` must have the shape of the student's logits, {shape}; got {name}.shape={value.shape}. "
+            "Reshape it, or pass `SparseLabels` for a few classes a token."
+        )
+    return name, Dense(value)
+
+
+def _mixture(beta: Any, dtype: DTypeLike) -> tuple[bool, Array | np.ndarray | None]:
+    """(whether beta is 1, the number between 0 and 1). Of traced numbers the ends are NaN."""
+    if isinstance(beta, np.ndarray | Array) and not isinstance(beta, Tracer) and beta.shape == ():
+        beta = beta.item()
+    number = scalar("beta", beta, dtype, 0.0, 1.0)
+    if isinstance(number, np.ndarray):
+        return bool(number == 1), None if number in (0, 1) else number
+    return False, nan_unless((number > 0) & (number < 1), number)
 
 
 @cache
-def _numbers(kind: Kind, reverse: bool) -> Callable:
+def _per_token(of_probs: bool, reverse: bool) -> Callable[[Batch], tuple[Array, None]]:
     """One function for each pair, since JAX keeps programs by it."""
-    return partial(_losses, kind, reverse)
+    return partial(_weighted_divergences, of_probs, reverse)
 
 
-def _losses(
-    kind: Kind,
-    reverse: bool,
-    logits: Array,
-    target: Any,
-    weights: Array | None,
-    options: Options,
-    more: _Numbers,
-    classes: Classes,
-    forward_mode: bool,
-) -> tuple[Array, None]:
-    """weights · divergence of every token."""
-    if kind == "probabilities":
-        target = jax.tree.map(lambda a: emptied(a, weights), target)
-        t = target.probabilities(options.where, logits.shape[classes.axis], classes)
-    else:
-        t = target.values
+def _weighted_divergences(of_probs: bool, reverse: bool, batch: Batch) -> tuple[Array, None]:
+    """weights · divergence of every token. Probabilities have no temperature: the student's logits alone do."""
+    logits, labels, options, classes, forward_mode = batch
+    target: Any = labels
+    where, weights, softcap = options.where, options.weights, options.softcap
+    scale = None if options.temperature is None else 1 / options.temperature
+    of_student = None
+    if of_probs:
+        target = jax.tree.map(lambda a: zero_nonfinite_unused(a, weights), target)
+        softcap = softcap if softcap is None or scale is None else softcap * scale
+        of_student, scale = scale, None
+    t = target.values if isinstance(target, Dense) else _dense(target, where, logits.shape[classes.axis], classes)
     dtype = accumulator(product_dtype(logits.dtype, t.dtype))
 
     def wide(a):
         return a if accumulator(a.dtype) == dtype else a.astype(dtype)
 
-    student = Logits(wide(logits), Adjustment(None, options.logit_scale, options.softcap))
-    of_teacher = wide(t) if kind != "probabilities" else _log(existing(t.astype(dtype), options.where))
-    teacher = Logits(of_teacher, Adjustment(softcap=more.teacher_softcap))
-    both, unused = (student, teacher) if reverse else (teacher, student), unused_by(weights)
-    losses = divergence(Pair(*both, options.where, more.scale, more.beta, unused), classes, forward_mode)
+    student = Logits(wide(logits), Adjustment(None, of_student, softcap))
+    of_teacher = _log(zero_hidden(t.astype(dtype), where)) if of_probs else wide(t)
+    teacher = Logits(of_teacher, Adjustment(softcap=options.teacher_softcap))
+    both, unused = (student, teacher) if reverse else (teacher, student), unused_tokens(weights)
+    losses = divergence(Pair(*both, where, scale, options.beta, unused), classes, forward_mode)
     return losses if weights is None else weights * losses, None
+
+
+def _dense(target: Sparse, where: Array | None, size: int, classes: Classes) -> Array:
+    existing = num_existing(where, size, classes, target.probs.dtype)
+    return dense_probabilities(target, where, existing, size, classes)
 
 
 @jax.custom_jvp

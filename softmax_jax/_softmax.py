@@ -7,20 +7,27 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Num
 
-from softmax_jax import _checks
-from softmax_jax._adjustment import Adjustment, adjust, rounded, row_shift, shifted
-from softmax_jax._arguments import hinted
-from softmax_jax._barrier import apart
-from softmax_jax._blocks import on_cpu_or_elsewhere
-from softmax_jax._class_sums import settled, top_sums
-from softmax_jax._classes import Classes, classes_last, from_classes_last
-from softmax_jax._dtypes import AnyArray, Mask, Numbers, floating, nan_unless, upcast
-from softmax_jax._fold import sums_in_one_pass
-from softmax_jax._masses import existing
-from softmax_jax._sharding import vary_alike
-from softmax_jax._sums import Asked, Read, Top
-
-Axes = tuple[int, ...]
+from softmax_jax._devices import Classes, barrier, vary_alike
+from softmax_jax._inputs.arrays import (
+    AnyArray,
+    Axes,
+    Mask,
+    Numbers,
+    array,
+    axes_of,
+    classes_last,
+    from_classes_last,
+    is_floating,
+    mask,
+    nan_unless,
+    upcast,
+)
+from softmax_jax._inputs.hints import hinted
+from softmax_jax._inputs.options import Adjustment, adjust, row_max_of, shifted, without_fma, zero_hidden
+from softmax_jax._sums.blocks import on_cpu_or_elsewhere
+from softmax_jax._sums.fold import sums_in_one_pass
+from softmax_jax._sums.rule import finish_rows, top_sums
+from softmax_jax._sums.waist import ClassSums, Tokens
 
 
 @hinted
@@ -76,13 +83,20 @@ def log_softmax(x: Numbers, axis: int | Axes | None = -1, where: Mask | None = N
 
 
 def _operands(x: AnyArray, axis: int | Axes | None, where: AnyArray | None) -> tuple[Array, Array | None, Axes]:
-    x = _checks.array("x", x)
+    x = array("x", x)
     if x.dtype == bool or jnp.issubdtype(x.dtype, jnp.complexfloating):
         raise TypeError(f"`x` must be real; got dtype {x.dtype}. Pass `x.astype(jnp.float32)`, or the part you mean.")
-    axes = _checks.axes_of("x", x.shape, axis)
+    axes = axes_of("x", x.shape, axis)
     if where is not None:
-        where = _checks.mask("where", where, x.shape)
-    return *vary_alike(floating(x), where), axes
+        where = mask("where", where, x.shape)
+    return *vary_alike(_as_floating(x), where), axes
+
+
+def _as_floating(x: Array) -> Array:
+    """`x`, or its float32 copy (float64 of 64 bits) where it holds integers, as `jax.nn` has it."""
+    if is_floating(x):
+        return x
+    return x.astype(jnp.float64 if x.dtype.itemsize == 8 else jnp.float32)
 
 
 # y = exp(x - m) / Σ exp(x - m) has the tangent
@@ -110,12 +124,12 @@ def _softmax_value(x: Array, where: Array | None, axes: Axes) -> Array:
     masked = Adjustment(where=where)
 
     def plain(x):
-        e = jnp.exp(shifted(x, masked, row_shift(adjust(x, masked), axes), axes))
+        e = jnp.exp(shifted(x, masked, row_max_of(adjust(x, masked), axes), axes))
         return e, jnp.sum(e, axes, keepdims=True)
 
     def in_one_pass(x):
-        m, rest, exists = settled(sums_in_one_pass(Read(x, masked), axis=axes[0], asked=Asked()))
-        return jnp.exp(rounded(upcast(adjust(x, masked)), m) - m), jnp.where(exists, 1 + rest, rest)
+        m, rest, exists = finish_rows(sums_in_one_pass(Tokens(x, None, masked, classes=Classes(axes[0])), axis=axes[0]))
+        return jnp.exp(without_fma(upcast(adjust(x, masked)), m) - m), jnp.where(exists, 1 + rest, rest)
 
     size, wide = x.shape[axes[0]], x.dtype.itemsize >= 4
     plain_on_gpu = isinstance(size, int) and (size <= KERNEL if axes[0] == x.ndim - 1 else wide)
@@ -126,7 +140,7 @@ def _softmax_value(x: Array, where: Array | None, axes: Axes) -> Array:
         e, total = on_cpu_or_elsewhere(plain, partial(lax.platform_dependent, default=in_one_pass, **on_gpu), x)
     if where is not None:
         total = jnp.where(jnp.any(where, axes, keepdims=True), total, 1)
-    return existing(e / total, where).astype(x.dtype)
+    return zero_hidden(e / total, where).astype(x.dtype)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -143,11 +157,11 @@ def _softmax_jvp(axes, primals, tangents):
 @partial(jax.checkpoint, prevent_cse=False, static_argnums=3)
 def _softmax_tangent(y: Array, where: Array | None, dx: Array, axes: Axes) -> Array:
     # As it is kept, not as it was before: XLA on a GPU would keep that (attention on an H200: 18 units, not 14).
-    y = lax.platform_dependent(y, tpu=lambda y: y, default=lambda y: apart(y)[0])
-    dx = existing(upcast(dx), where)
+    y = lax.platform_dependent(y, tpu=lambda y: y, default=lambda y: barrier(y)[0])
+    dx = zero_hidden(upcast(dx), where)
     twice, around_top = partial(_softmax_projected, axes=axes), partial(_softmax_around_top, axes=axes)
     dy = on_cpu_or_elsewhere(twice, around_top, upcast(y), dx)
-    return existing(dy, where).astype(y.dtype)
+    return zero_hidden(dy, where).astype(y.dtype)
 
 
 def _softmax_projected(p: Array, dx: Array, axes: Axes) -> Array:
@@ -182,10 +196,10 @@ _jitted_softmax = jax.jit(_softmax_rule, static_argnums=2)
 # Kept: x, and three numbers of each row. Several axes are made one.
 
 
-def _row(x: Array, where: Array | None, classes: Classes) -> Top:
-    m, top, rest = top_sums(x, Adjustment(where=where), classes)
+def _row(x: Array, where: Array | None, classes: Classes) -> ClassSums:
+    row = top_sums(x, Adjustment(where=where), classes)
     hidden = None if where is None else ~jnp.any(where, classes.axis)
-    return Top(m, top, nan_unless(top < x.shape[classes.axis], rest, hidden))
+    return row._replace(rest=nan_unless(row.pivot < x.shape[classes.axis], row.rest, hidden))
 
 
 def _sum(terms: Array, classes: Classes) -> Array:
@@ -193,10 +207,10 @@ def _sum(terms: Array, classes: Classes) -> Array:
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
-def _log_softmax_rule(x: Array, where: Array | None, row: Top, classes: Classes) -> Array:
-    nll, down = classes.along(jnp.log1p(row.rest)), shifted(x, Adjustment(where=where), row.m, classes.axis)
+def _log_softmax_rule(x: Array, where: Array | None, row: ClassSums, classes: Classes) -> Array:
+    nll, down = classes.expand(jnp.log1p(row.rest)), shifted(x, Adjustment(where=where), row.row_max, classes.axis)
     # `down` is 0 at the top as it is: but then XLA on a TPU makes two arrays (a policy's step moves 15 units, not 11).
-    y = jnp.where(classes.is_at(row.top, x), -nll, down - nll)
+    y = jnp.where(classes.one_hot(row.pivot, x), -nll, down - nll)
     return (y if where is None else jnp.where(where, y, -jnp.inf)).astype(x.dtype)
 
 
@@ -206,28 +220,28 @@ def _log_softmax_jvp(classes, primals, tangents):
 
 
 @partial(jax.checkpoint, prevent_cse=False, static_argnums=4)
-def _log_softmax_tangent(x: Array, where: Array | None, row: Top, dx: Array, classes: Classes) -> Array:
-    z, dx = shifted(x, Adjustment(where=where), row.m, classes.axis), existing(upcast(dx), where)
+def _log_softmax_tangent(x: Array, where: Array | None, row: ClassSums, dx: Array, classes: Classes) -> Array:
+    z, dx = shifted(x, Adjustment(where=where), row.row_max, classes.axis), zero_hidden(upcast(dx), where)
     twice, around_top = partial(_log_softmax_projected, classes), partial(_log_softmax_around_top, classes)
     dy = on_cpu_or_elsewhere(twice, around_top, z, row, dx)
-    return existing(dy, where).astype(x.dtype)
+    return zero_hidden(dy, where).astype(x.dtype)
 
 
-def _log_softmax_projected(classes: Classes, z: Array, row: Top, dx: Array) -> Array:
-    p, dy = jnp.exp(z) / classes.along(1 + row.rest), dx
+def _log_softmax_projected(classes: Classes, z: Array, row: ClassSums, dx: Array) -> Array:
+    p, dy = jnp.exp(z) / classes.expand(1 + row.rest), dx
     for _ in range(2):
-        dy = dy - classes.along(_sum(p * dy, classes))
+        dy = dy - classes.expand(_sum(p * dy, classes))
     return dy
 
 
-def _log_softmax_around_top(classes: Classes, z: Array, row: Top, dx: Array) -> Array:
+def _log_softmax_around_top(classes: Classes, z: Array, row: ClassSums, dx: Array) -> Array:
     top, miss = 1 / (1 + row.rest), row.rest / (1 + row.rest)
-    p = jnp.exp(z) * classes.along(top)
+    p = jnp.exp(z) * classes.expand(top)
     # As factors: of a select XLA on a GPU keeps the zeros, at the size of x (65536 x 512 float32: 16 units, not 13).
-    others = 1 - classes.is_at(row.top, z).astype(p.dtype)
+    others = 1 - classes.one_hot(row.pivot, z).astype(p.dtype)
     of_top, of_others = _sum((1 - others) * dx, classes), _sum(others * p * dx, classes)
-    dy = (1 - others) * classes.along(miss * of_top) + others * (dx - classes.along(top * of_top))
-    return dy - classes.along(of_others)
+    dy = (1 - others) * classes.expand(miss * of_top) + others * (dx - classes.expand(top * of_top))
+    return dy - classes.expand(of_others)
 
 
 @partial(jax.jit, static_argnums=2)

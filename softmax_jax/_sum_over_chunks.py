@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from softmax_jax._chunks import PyTree, refuse_closure, sum_over
-from softmax_jax._dtypes import is_floating
+from softmax_jax._devices import PyTree
+from softmax_jax._head.chunks import refuse_closure, sum_over
+from softmax_jax._inputs.arrays import is_floating
 
 
 def sum_over_chunks(

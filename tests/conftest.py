@@ -15,7 +15,7 @@ import pytest  # noqa: E402
 from helpers import few_of, unoptimized  # noqa: E402
 from hypothesis import is_hypothesis_test, settings  # noqa: E402
 
-from softmax_jax import _blocks  # noqa: E402
+from softmax_jax._sums import blocks  # noqa: E402
 
 for name, examples in {"quick": 2, "thorough": 4, "fuzz": 2400}.items():
     settings.register_profile(name, max_examples=examples, derandomize=True, deadline=None, database=None)
@@ -37,8 +37,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     jax.config.update("jax_num_cpu_devices", config.getoption("--devices"))
     if config.getoption("--fold"):
-        _blocks.PLATFORMS = ()
-    _blocks.BLOCK = config.getoption("--block") or _blocks.BLOCK
+        blocks.PLATFORMS = ()
+    blocks.BLOCK = config.getoption("--block") or blocks.BLOCK
     if not config.getoption("--hypothesis-profile"):
         settings.load_profile("quick" if "not thorough" in config.option.markexpr else "thorough")
 

@@ -10,7 +10,7 @@ import pytest
 from helpers import epsilon, few_of
 
 from softmax_jax import cross_entropy, linear_cross_entropy
-from softmax_jax._head import KEPT_TOKENS
+from softmax_jax._head.deal import KEPT_TOKENS
 
 TOKENS, EMBED, CLASSES, CHUNK = 2048, 512, 32000, 512
 

@@ -13,7 +13,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import collectives, mesh_of
 
-from softmax_jax import _blocks, linear_cross_entropy
+from softmax_jax import linear_cross_entropy
+from softmax_jax._sums import blocks
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
@@ -60,7 +61,7 @@ def test_temporary_bytes(mesh):
     """Of float32; the CPU's products of bfloat16 make float32 copies of their operands besides."""
     step = scaling.Step(1024, 64, 4096, *mesh, chunk=128, itemsize=4)
     temporary = compiled(step, jnp.float32).memory_analysis().temp_size_in_bytes
-    block = 4 * min(_blocks.BLOCK, step.chunk * step.classes // mesh[1])  # without the label's logit
+    block = 4 * min(blocks.BLOCK, step.chunk * step.classes // mesh[1])  # without the label's logit
     assert step.chunk_bytes() <= temporary <= 1.02 * (step.chunk_bytes() + step.sums_bytes() + block)
 
 

@@ -20,7 +20,8 @@ from meshes import (
     under_jit,
 )
 
-from softmax_jax import _blocks, cross_entropy, linear_cross_entropy, log_softmax, softmax, softmax_cross_entropy
+from softmax_jax import cross_entropy, linear_cross_entropy, log_softmax, softmax, softmax_cross_entropy
+from softmax_jax._sums import blocks
 
 pytestmark = pytest.mark.compiled
 
@@ -37,7 +38,7 @@ def assert_moves_little(program, per_token, gradients=(), gathered=()):
     """Only reductions, of at most `per_token` numbers a device or of a gradient's own size; and a gather of the head,
     where its embed axis is sharded. The sums in one pass are gathered, which is a set of numbers a token and device."""
     for found in collectives(program):
-        if found.op == "all-gather" and "cpu" in _blocks.PLATFORMS:
+        if found.op == "all-gather" and "cpu" in blocks.PLATFORMS:
             assert found.largest in gathered and not found.in_loop, found
         elif found.op == "all-gather":
             assert found.largest in gathered or found.largest <= per_token * 8, found

@@ -28,7 +28,7 @@ from softmax_jax import (
     softmax_cross_entropy,
     softmax_cross_entropy_with_integer_labels,
 )
-from softmax_jax._arguments import ELSEWHERE
+from softmax_jax._inputs.hints import ELSEWHERE
 
 LOGITS, IDS = np.zeros((4, 7), np.float32), np.zeros(4, np.int32)
 DENSE = np.full((4, 7), 1 / 7, np.float32)

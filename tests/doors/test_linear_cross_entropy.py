@@ -11,8 +11,8 @@ import reference
 from helpers import ALONE, FLOATS, assert_within, epsilon, few_of, random_case
 
 from softmax_jax import cross_entropy, linear_cross_entropy
-from softmax_jax._head import KEPT_TOKENS, chunk_counts
-from softmax_jax._source import Source
+from softmax_jax._head.deal import KEPT_TOKENS, chunk_counts
+from softmax_jax._inputs.sources import head as head_of
 
 AWKWARD = (252, 507, 123)  # tokens, embed, classes
 
@@ -284,7 +284,7 @@ def test_sums_over_chunks_are_in_the_accumulator_of_the_product(rng, formats):
 
 def test_small_chunks_are_not_padded_to_the_size_of_a_super_chunk():
     for tokens, size in [(4200, 1), (4200, 16), (8400, 8), (18001, 100), (9000, 500)]:
-        head = Source.of_head(jnp.zeros((tokens, 8), jnp.bfloat16), jnp.zeros((8, 9), jnp.bfloat16))
+        head = head_of(jnp.zeros((tokens, 8), jnp.bfloat16), jnp.zeros((8, 9), jnp.bfloat16), None, False)
         chunks, super_chunks = chunk_counts((tokens,), size, head)
         assert chunks % super_chunks == 0 and super_chunks == -(-tokens // KEPT_TOKENS)
         assert -(-tokens // chunks) <= size and -(-tokens // chunks) * chunks <= 1.01 * tokens

@@ -10,7 +10,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
-from softmax_jax import _blocks, _softmax, log_softmax, softmax
+from softmax_jax import _softmax, log_softmax, softmax
+from softmax_jax._sums import blocks
 
 DOORS = {
     "softmax": (softmax, reference.softmax, jax.nn.softmax),
@@ -217,7 +218,7 @@ def test_both_modes_to_second_order(rng, monkeypatch, side, masked, ours, truth,
     """JAX's own check, against differences in float64; of rows that a GPU takes as wide."""
     if side == "one pass":
         jax.clear_caches()
-        monkeypatch.setattr(_blocks, "PLATFORMS", ())
+        monkeypatch.setattr(blocks, "PLATFORMS", ())
     monkeypatch.setattr(_softmax, "KERNEL", 4)
     where = np.arange(7)[:, None] % 3 != 1 if masked else None
     with jax.enable_x64(True):

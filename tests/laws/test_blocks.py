@@ -13,7 +13,8 @@ from helpers import ALONE, assert_within, check_against_reference, epsilon, few_
 from jax.sharding import PartitionSpec as P
 from meshes import assert_equal, collectives, mesh_of, problem, truth, under_jit
 
-from softmax_jax import SparseLabels, _blocks, cross_entropy, kl_divergence, label_statistics, log_softmax
+from softmax_jax import SparseLabels, cross_entropy, kl_divergence, label_statistics, log_softmax
+from softmax_jax._sums import blocks
 
 pytestmark = pytest.mark.optimized
 
@@ -182,7 +183,7 @@ def test_nothing_of_the_logits_size_is_made(dtype, dense):
     logits = jax.ShapeDtypeStruct((tokens, 10), dtype)
     labels = jax.ShapeDtypeStruct((tokens, 10) if dense else (tokens,), jnp.float32 if dense else jnp.int32)
     memory = jax.jit(jax.value_and_grad(cross_entropy)).lower(logits, labels).compile().memory_analysis()
-    assert memory.temp_size_in_bytes <= (12 if dense else 6) * 4 * tokens + 3 * 4 * _blocks.BLOCK
+    assert memory.temp_size_in_bytes <= (12 if dense else 6) * 4 * tokens + 3 * 4 * blocks.BLOCK
 
 
 @pytest.mark.devices
@@ -226,15 +227,15 @@ def test_the_same_as_rows_of_a_small_batch(rng):
     ],
 )
 def test_a_block_is_whole_along_the_classes(monkeypatch, shape, axis, block):
-    monkeypatch.setattr(_blocks, "BLOCK", 100)
-    assert _blocks.block_shape(shape, axis) == block
+    monkeypatch.setattr(blocks, "BLOCK", 100)
+    assert blocks.block_shape(shape, axis) == block
 
 
 @pytest.fixture
 def small(monkeypatch):
     """Blocks of 40 logits: JAX keeps programs by the function alone, it forgets them before and after."""
     jax.clear_caches()
-    monkeypatch.setattr(_blocks, "BLOCK", 40)
+    monkeypatch.setattr(blocks, "BLOCK", 40)
     yield
     jax.clear_caches()
 

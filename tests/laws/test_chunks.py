@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from softmax_jax import cross_entropy, sum_over_chunks
-from softmax_jax._chunks import map_over
+from softmax_jax._head.chunks import map_over
 
 SIZE, COUNT, WIDTH = 4, 3, 5
 

@@ -6,22 +6,23 @@ import numpy as np
 import pytest
 import reference
 
-from softmax_jax import _sparse_labels
-from softmax_jax._adjustment import Adjustment, z_at_of_all
-from softmax_jax._blocks import existing_classes, sums_of_block
-from softmax_jax._classes import Classes
-from softmax_jax._sparse_labels import Sparse, few, spread_evenly, sums_of_few
-from softmax_jax._sums import Asked, Read, Tokens
+from softmax_jax._devices import Classes
+from softmax_jax._inputs.labels import Dense, Ids, Sparse, merge_entries
+from softmax_jax._inputs.options import Adjustment, adjusted_at_global
+from softmax_jax._sums import blocks
+from softmax_jax._sums.targets import dense_probabilities, share_of_others, target_sums
+from softmax_jax._sums.waist import ExtraSums, Tokens
 
 INF, NONE = np.inf, Adjustment(None, None, None)
-merged = jax.jit(_sparse_labels.merged, static_argnums=3)
-block = jax.jit(sums_of_block, static_argnames=("axis", "asked"))
-dense_of, number_of = (
-    jax.jit(Sparse.probabilities, static_argnums=(2, 3)),
-    jax.jit(existing_classes, static_argnums=(1, 2, 3)),
-)
-spread = jax.jit(spread_evenly, static_argnums=(3, 4))
-sparse_rest, few_of_shard = jax.jit(sums_of_few, static_argnums=4), jax.jit(few, static_argnums=1)
+merged = jax.jit(merge_entries, static_argnums=3)
+block = jax.jit(blocks.block_sums, static_argnames="axis")
+num_existing = jax.jit(blocks.num_existing, static_argnums=(1, 2, 3))
+dense_of, share_of = (jax.jit(f, static_argnums=(3, 4)) for f in (dense_probabilities, share_of_others))
+sparse_sums = jax.jit(target_sums)
+
+
+def tokens_of(logits, adjustment=NONE, labels=None, axis=1, **more):
+    return Tokens(logits, labels, adjustment, classes=Classes(axis), **more)
 
 
 def along(numbers):
@@ -48,12 +49,12 @@ def test_top_class_is_the_first_of_the_largest(dtype):
     }
     z, want = jnp.asarray(np.array(list(rows)).astype(dtype)), np.array([*rows.values()])
     for array, axis in ((z, -1), (z.T, -2)):
-        found = block(Read(array, NONE), axis=axis, asked=Asked())
-        np.testing.assert_array_equal(found.top.ravel(), want)
-        np.testing.assert_array_equal(found.m.ravel(), np.float32(z.max(-1)))
+        found = block(tokens_of(array), axis=axis)
+        np.testing.assert_array_equal(found.pivot.ravel(), want)
+        np.testing.assert_array_equal(found.row_max.ravel(), np.float32(z.max(-1)))
     where = Adjustment(jnp.arange(4)[None] != 1)
-    hidden = block(Read(z, where), axis=-1, asked=Asked())
-    np.testing.assert_array_equal(hidden.top.ravel(), [2, 0, 0, 2, 0, 0, 0, 0, 0, 2])
+    hidden = block(tokens_of(z, where), axis=-1)
+    np.testing.assert_array_equal(hidden.pivot.ravel(), [2, 0, 0, 2, 0, 0, 0, 0, 0, 2])
 
 
 @pytest.mark.nan
@@ -61,10 +62,10 @@ def test_a_row_that_has_no_sums_says_so():
     """m is -inf in one of -inf alone, which adds nothing; rest is NaN beside a NaN or +inf, whatever the pivot."""
     z = jnp.array([[-INF] * 3, [0, np.nan, 1], [1, INF, 0], [np.nan] * 3])
     for label in (None, along([0, 2, 0, 1]), along([1, 1, 1, 3])):
-        found = block(Read(z, NONE, label), axis=-1, asked=Asked())
-        assert found.m[0] == -INF and found.rest[0] == 0
-        taken = jnp.zeros(3) if label is None or label[0] == 0 else found.own[1:, 0]
-        assert np.all(np.isnan(found.rest[1:, 0] + found.m[1:, 0] - found.m[1:, 0] + taken))
+        found = block(tokens_of(z, labels=None if label is None else Ids(label)), axis=-1)
+        assert found.row_max[0] == -INF and found.rest[0] == 0
+        taken = jnp.zeros(3) if label is None or label[0] == 0 else found.label_logit[1:, 0]
+        assert np.all(np.isnan(found.rest[1:, 0] + found.row_max[1:, 0] - found.row_max[1:, 0] + taken))
 
 
 def test_sums_of_all_but_the_label(rng):
@@ -75,9 +76,9 @@ def test_sums_of_all_but_the_label(rng):
     here = np.arange(9) == label[:, None]
     z[0, 0] = 50  # also the largest
     others = np.exp(np.float64(z) - z.max(-1, keepdims=True)) * ~here
-    found = block(Read(jnp.asarray(z), Adjustment(softcap=jnp.float32(1e6)), along(label)), axis=-1, asked=Asked())
+    found = block(tokens_of(jnp.asarray(z), Adjustment(softcap=jnp.float32(1e6)), Ids(along(label))), axis=-1)
     np.testing.assert_allclose(found.rest.ravel(), others.sum(-1), rtol=1e-5)
-    np.testing.assert_array_equal(found.own.ravel(), np.where(here, z, 0).sum(-1))
+    np.testing.assert_array_equal(found.label_logit.ravel(), np.where(here, z, 0).sum(-1))
 
 
 def test_sums_around_the_top(rng):
@@ -88,20 +89,21 @@ def test_sums_around_the_top(rng):
     c, own = np.float32(rng.uniform(0.5, 2, 9)), z[np.arange(5), label]
     c[4], m = 0, z.max(-1, keepdims=True)
     down, others = np.float64(z) - m, np.arange(9) != np.argmax(z, -1)[:, None]
-    than, asked = (along(label), along(own)), Asked(prior=True, moment=True)
-    found = block(Read(jnp.asarray(z), NONE, class_weights=jnp.asarray(c)[None], than=than), axis=-1, asked=asked)
+    labels, extra = Ids(along(label), along(own)), ExtraSums(even=True, statistics=True)
+    tokens = tokens_of(jnp.asarray(z), NONE, labels, class_weights=jnp.asarray(c)[None], extra=extra)
+    found = block(tokens, axis=-1)
     np.testing.assert_allclose(found.rest.ravel(), (np.exp(down) * others).sum(-1), rtol=1e-6)
     gap = np.where(np.isinf(z), 0, -down)
     np.testing.assert_allclose(found.moment.ravel(), (np.exp(down) * gap).sum(-1), rtol=1e-6)
     np.testing.assert_array_equal(found.above.ravel(), (z > own[:, None]).sum(-1))
-    np.testing.assert_allclose(found.prior.ravel(), -(c * gap).sum(-1), rtol=1e-6)
-    np.testing.assert_allclose(found.each_mass.ravel(), np.full(5, c.sum()), rtol=1e-6)
+    np.testing.assert_allclose(found.even_sum.ravel(), -(c * gap).sum(-1), rtol=1e-6)
+    np.testing.assert_allclose(found.even_mass.ravel(), np.full(5, c.sum()), rtol=1e-6)
 
 
 def test_z_of_a_class_of_all(rng):
     """0 for an id that no class has."""
     z = np.float32(rng.normal(size=(5, 3)) + 5)
-    got = z_at_of_all(jnp.int32([0, 2, 1, -1, 3]), jnp.asarray(z), NONE, Classes(1))
+    got = adjusted_at_global(jnp.int32([0, 2, 1, -1, 3]), jnp.asarray(z), NONE, Classes(1))
     np.testing.assert_array_equal(got, [z[0, 0], z[1, 2], z[2, 1], 0, 0])
 
 
@@ -154,19 +156,16 @@ def test_others_are_spread_over_the_classes_without_an_entry(hidden, axis):
     turn = lambda a: jnp.asarray(a if axis == 1 else a.T)  # noqa: E731
     labels = Sparse(turn(ids), turn(probs), jnp.asarray(others))
     exists = turn(where) if hidden else None
-    np.testing.assert_allclose(dense_of(labels, exists, 6, Classes(axis)), turn(want), rtol=1e-6)
-
-    number = number_of(exists, 6, Classes(axis), jnp.float32)
+    number = num_existing(exists, 6, Classes(axis), jnp.float32)
     np.testing.assert_array_equal(np.broadcast_to(number, 4), where.sum(-1))
-    without, share = spread(labels, exists, jnp.broadcast_to(number, 4), 6, Classes(axis))
-    assert without.others is None
-    np.testing.assert_allclose(share, each, rtol=1e-6)
-    np.testing.assert_allclose(without.probs, turn(probs - each[:, None]), atol=1e-7)
+    number = jnp.broadcast_to(number, 4)
+    np.testing.assert_allclose(dense_of(labels, exists, number, 6, Classes(axis)), turn(want), rtol=1e-6)
+    np.testing.assert_allclose(share_of(labels, exists, number, 6, Classes(axis)), each, rtol=1e-6)
 
 
 def test_classes_are_counted_by_a_mask_that_they_share():
     where = jnp.array([[True], [False]])
-    np.testing.assert_array_equal(existing_classes(where, 6, Classes(1), jnp.float32), [6, 0])
+    np.testing.assert_array_equal(num_existing(where, 6, Classes(1), jnp.float32), [6, 0])
 
 
 @pytest.mark.nan
@@ -191,19 +190,19 @@ def test_masses_and_sums_of_dense_and_of_few_labels(rng, weighted):
 
     c, exists = jnp.asarray(weights)[None] if weighted else None, jnp.asarray(where)
     adjustment, logits = Adjustment(exists, None, None), jnp.asarray(z)
-    labels = jnp.asarray(np.where(where, t, np.nan))
-    found = block(Read(logits, adjustment, values=labels, class_weights=c), axis=-1, asked=Asked())
-    dense = found.mass, found.rest_mass, found.label_sum
-    for got, truth in zip(dense, around(np.asarray(found.top).ravel()), strict=True):
+    labels = Dense(jnp.asarray(np.where(where, t, np.nan)))
+    found = block(tokens_of(logits, adjustment, labels, class_weights=c), axis=-1)
+    dense = found.own_mass, found.other_mass, found.label_sum
+    for got, truth in zip(dense, around(np.asarray(found.pivot).ravel()), strict=True):
         np.testing.assert_allclose(got.ravel(), truth, rtol=1e-6, atol=1e-7)
 
-    total, pivot, classes = np.zeros((3, 4)), np.int32([0, 1, 5, 2]), Classes(1)
+    total, pivot = np.zeros((3, 4)), np.int32([0, 1, 5, 2])
     for first, size in ((0, 2), (2, 4)):  # two shards
         here = slice(first, first + size)
         sparse = Sparse(jnp.asarray(ids - first), jnp.asarray(probs))
-        shard = Tokens(logits[:, here], sparse, None if c is None else c[:, here], Adjustment(exists[:, here]))
-        few = few_of_shard(shard, classes)
-        total += np.stack(sparse_rest(few.logits - m[:, None], sparse.probs, few, jnp.asarray(pivot) - first, classes))
+        weights = None if c is None else c[:, here]
+        shard = tokens_of(logits[:, here], Adjustment(exists[:, here]), sparse, class_weights=weights)
+        total += np.stack(sparse_sums(shard, jnp.asarray(m), jnp.asarray(pivot) - first))
     np.testing.assert_allclose(total, around(pivot), rtol=1e-6, atol=1e-7)
 
 
@@ -212,4 +211,4 @@ def test_the_references_dense_labels_are_those(rng):
     probs = rng.uniform(0.1, 1, (5, 3)).astype(np.float32)
     labels = Sparse(*merged(jnp.asarray(ids), jnp.asarray(probs), None, 6), jnp.full(5, 0.2, jnp.float32))
     want = reference.dense_labels(ids, probs, np.full(5, 0.2), np.ones((5, 6), bool))
-    np.testing.assert_allclose(dense_of(labels, None, 6, Classes(1)), want, rtol=1e-6)
+    np.testing.assert_allclose(dense_of(labels, None, jnp.float32(6), 6, Classes(1)), want, rtol=1e-6)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from mpmath import exp, inf, isfinite, isnan, log, mp, mpf, nan
 
-from softmax_jax import _blocks, kl_divergence
+from softmax_jax import kl_divergence
+from softmax_jax._sums import blocks
 
 pytestmark = [pytest.mark.optimized, pytest.mark.nan]
 
@@ -126,5 +127,5 @@ def test_value_and_gradients_keep_their_digits(name: str, temperature: float, be
         }
     worst = float(np.max(list(errors.values())))  # NaN if one of them is
     # XLA on the CPU makes one pass class by class: half a unit in the last place of the sum for each.
-    one_by_one = 0 if _blocks.PLATFORMS else b.size // len(b) * 2**-24
+    one_by_one = 0 if blocks.PLATFORMS else b.size // len(b) * 2**-24
     assert worst <= TOLERANCE + one_by_one, errors

@@ -22,7 +22,7 @@ from helpers import (
 from mpmath import mp, mpf, sech, tanh
 
 from softmax_jax import cross_entropy, kl_divergence, label_statistics, linear_cross_entropy, log_softmax, softmax
-from softmax_jax._adjustment import capped
+from softmax_jax._inputs.options import softcapped
 
 pytestmark = pytest.mark.optimized
 
@@ -344,7 +344,7 @@ def test_a_soft_cap_at_any_ratio(cap):
     with mp.workdps(40):
         ratios = [mpf(float(v)) / mpf(float(cap)) for v in z]
         want = [(mpf(float(cap)) * tanh(r), sech(r) ** 2, tanh(r) - r * sech(r) ** 2) for r in ratios]
-        found = [capped(z, cap), *jax.vmap(jax.grad(capped, (0, 1)), (0, None))(z, cap)]
+        found = [softcapped(z, cap), *jax.vmap(jax.grad(softcapped, (0, 1)), (0, None))(z, cap)]
         for got, true in zip(found, zip(*want, strict=True), strict=True):
             error = np.float64([abs(mpf(float(x)) / y - 1) if y > 1e-30 else 0 for x, y in zip(got, true, strict=True)])
             assert np.max(error / (4 + 4 * np.float64(ratios))) < epsilon(jnp.float32)

@@ -22,9 +22,6 @@ from jax.sharding import PartitionSpec as P
 from meshes import assert_equal, collectives, mesh_of, problem, truth, under_jit
 
 from softmax_jax import (
-    _blocks,
-    _combine,
-    _fold,
     _softmax,
     cross_entropy,
     kl_divergence,
@@ -32,8 +29,11 @@ from softmax_jax import (
     log_softmax,
     softmax,
 )
-from softmax_jax._adjustment import Adjustment
-from softmax_jax._sums import Asked, Read
+from softmax_jax._devices import Classes
+from softmax_jax._inputs.labels import Ids
+from softmax_jax._inputs.options import Adjustment
+from softmax_jax._sums import blocks, combine, fold
+from softmax_jax._sums.waist import ExtraSums, Tokens
 
 pytestmark = pytest.mark.compiled
 
@@ -42,10 +42,10 @@ pytestmark = pytest.mark.compiled
 def folded(monkeypatch):
     """JAX keeps programs by the function alone, which does not tell the side: it forgets them before and after."""
     jax.clear_caches()
-    monkeypatch.setattr(_blocks, "PLATFORMS", ())
-    monkeypatch.setattr(_fold, "SHORT", 0)
-    monkeypatch.setattr(_fold, "FEW", 0)
-    monkeypatch.setattr(_fold, "COLUMNS", (2, 4))
+    monkeypatch.setattr(blocks, "PLATFORMS", ())
+    monkeypatch.setattr(fold, "SHORT", 0)
+    monkeypatch.setattr(fold, "FEW", 0)
+    monkeypatch.setattr(fold, "COLUMNS", (2, 4))
     yield
     jax.clear_caches()
 
@@ -56,13 +56,14 @@ def classes(rng, label=None):
     z[1, [0, 4]] = -np.inf
     t[2, 3] = 0
     t = None if label is not None else t
-    return [jax.tree.map(lambda a, v=v: jnp.asarray(a[:, v]), _combine.Class(z, z, t, c)) for v in range(6)]
+    return [jax.tree.map(lambda a, v=v: jnp.asarray(a[:, v]), combine.ClassTerm(z, z, t, c)) for v in range(6)]
 
 
 def summed(some, first, label, than):
     first = jnp.full(some[0].z.shape, first, jnp.int32)
-    label = None if label is None else jnp.int32(label)
-    return _combine.of_neighbours(some, first, label, (2, than), moment=label is None)
+    labels, extra = Ids(jnp.int32(2 if label is None else label), than), ExtraSums(statistics=label is None)
+    tokens = Tokens(some[0].z, labels, Adjustment(), classes=Classes(1), extra=extra)
+    return combine.sums_of_neighbours(some, first, tokens)
 
 
 @pytest.mark.parametrize("label", [None, 4], ids=["top", "label"])
@@ -75,15 +76,15 @@ def test_combine_joins_in_any_order_and_grouping(rng, label):
     def joined(parts):
         total = parts[0]
         for part in parts[1:]:
-            total = _combine.combine(total, part)
+            total = combine.combine(total, part)
         return total
 
     want = joined(some)
     orders = [[some[v] for v in rng.permutation(6)] for _ in range(4)]
-    halves = _combine.combine(joined(some[3:]), joined(some[:3]))
+    halves = combine.combine(joined(some[3:]), joined(some[:3]))
     neighbours = [joined([summed(six[v : v + n], v, label, six[2].z) for v in range(0, 6, n)]) for n in (2, 3, 6)]
-    none = jax.tree.map(lambda a: jnp.broadcast_to(a, (5,)), _combine.of_none(some[0]))
-    for got in (*map(joined, orders), *neighbours, halves, _combine.combine(none, want), _combine.combine(want, none)):
+    none = jax.tree.map(lambda a: jnp.broadcast_to(a, (5,)), combine.sums_of_no_class(some[0]))
+    for got in (*map(joined, orders), *neighbours, halves, combine.combine(none, want), combine.combine(want, none)):
         for name, a, b in zip(want._fields, got, want, strict=True):
             if b is not None:
                 np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6, err_msg=name)
@@ -95,7 +96,7 @@ def test_combine_joins_in_any_order_and_grouping(rng, label):
 @pytest.mark.parametrize("row", [64, 3], ids=["row", "parts"])
 def test_every_margin(rng, monkeypatch, kind, row):
     """From -100 to 100: loss and gradient as exact as on the other side, also in parts of a row."""
-    monkeypatch.setattr(_fold, "ROW", row)
+    monkeypatch.setattr(fold, "ROW", row)
     z, labels = at_margins(rng, np.linspace(-100, 100, 101), classes=12)
     targets = np.eye(12, dtype=np.float32)[labels] if kind == "dense" else labels
     cotangent = rng.normal(size=len(z)).astype(np.float32)
@@ -160,8 +161,8 @@ def test_both_sides_agree(rng, name, monkeypatch):
 
     in_blocks = jax.jit(all_of)(z)
     jax.clear_caches()
-    monkeypatch.setattr(_blocks, "PLATFORMS", ())
-    monkeypatch.setattr(_fold, "SHORT", 0)
+    monkeypatch.setattr(blocks, "PLATFORMS", ())
+    monkeypatch.setattr(fold, "SHORT", 0)
     one_pass = jax.jit(all_of)(z)
     jax.clear_caches()
     for got, want in zip(one_pass, in_blocks, strict=True):
@@ -189,7 +190,7 @@ def test_over_8_devices(rng, kind, dense):
 def test_automatically_sharded_classes_stay_where_they_lie(monkeypatch, kind):
     """What moves are sets of a token's classes, a few numbers a device, also where rows are taken in parts."""
     for name, value in {"SHARDED": 0, "ROW": 64}.items():
-        monkeypatch.setattr(_fold, name, value)
+        monkeypatch.setattr(fold, name, value)
     monkeypatch.setattr(_softmax, "KERNEL", 64)
     mesh = mesh_of("automatic")
     z = jax.ShapeDtypeStruct((16, 1024), jnp.float32, sharding=NamedSharding(mesh, P(None, ("data", "model"))))
@@ -204,9 +205,9 @@ def test_automatically_sharded_classes_stay_where_they_lie(monkeypatch, kind):
 @pytest.mark.parametrize("classes", [24, 1024])
 def test_softmax_of_explicitly_sharded_classes(rng, monkeypatch, side, classes):
     jax.clear_caches()
-    monkeypatch.setattr(_blocks, "PLATFORMS", () if side == "folded" else ("cpu",))
-    monkeypatch.setattr(_fold, "SHORT", 1)
-    for module, name in ((_fold, "ROW"), (_softmax, "KERNEL")):
+    monkeypatch.setattr(blocks, "PLATFORMS", () if side == "folded" else ("cpu",))
+    monkeypatch.setattr(fold, "SHORT", 1)
+    for module, name in ((fold, "ROW"), (_softmax, "KERNEL")):
         monkeypatch.setattr(module, name, 64)
     x, g = (np.float32(3 * rng.normal(size=(16, classes))) for _ in range(2))
     sharding = NamedSharding(mesh_of("explicit"), P("data", "model"))
@@ -221,9 +222,9 @@ def test_softmax_of_explicitly_sharded_classes(rng, monkeypatch, side, classes):
 
 
 def test_a_row_without_any_class_is_told():
-    read = Read(jnp.full((2, 3), -jnp.inf), Adjustment())
-    found = _fold.sums_in_one_pass(read, axis=1, asked=Asked())
-    np.testing.assert_array_equal(found.m, [[-np.inf], [-np.inf]])
+    tokens = Tokens(jnp.full((2, 3), -jnp.inf), None, Adjustment(), classes=Classes(1))
+    found = fold.sums_in_one_pass(tokens, axis=1)
+    np.testing.assert_array_equal(found.row_max, [[-np.inf], [-np.inf]])
 
 
 @pytest.mark.usefixtures("folded")
@@ -252,11 +253,11 @@ def test_softmax_by_the_fold(rng, monkeypatch, dtype):
         again = jax.grad(lambda x: jnp.sum(jnp.float32(jax.vjp(softmax, x)[1](g)[0]) ** 2))(x)
         return y, pull(g)[0], again
 
-    monkeypatch.setattr(_blocks, "PLATFORMS", ("cpu",))
+    monkeypatch.setattr(blocks, "PLATFORMS", ("cpu",))
     jax.clear_caches()
     want = jax.jit(all_of)(x, g)
-    monkeypatch.setattr(_blocks, "PLATFORMS", ())
-    monkeypatch.setattr(_fold, "SHORT", 1)
+    monkeypatch.setattr(blocks, "PLATFORMS", ())
+    monkeypatch.setattr(fold, "SHORT", 1)
     jax.clear_caches()
     for got, of_short in zip(jax.jit(all_of)(x, g), want, strict=True):
         size = 1 + np.max(np.abs(np.float64(of_short)))
@@ -303,4 +304,4 @@ def test_softmaxs_gradient_is_as_exact_as_its_cotangent(rng, monkeypatch, dtype)
 
 def test_neighbours_on_another_axis_than_the_last():
     """As many as divide the classes, or 8; of many classes, which may lie over devices, as leave each of 32 its own."""
-    assert [_fold._of_columns(n) for n in (150, 64, 151, 32000, 8193)] == [15, 16, 8, 10, 1]
+    assert [fold._of_columns(n) for n in (150, 64, 151, 32000, 8193)] == [15, 16, 8, 10, 1]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,98 +11,105 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from softmax_jax._checks import Options, fixed_sizes
-from softmax_jax._chunks import PyTree, map_over, sum_over
-from softmax_jax._dtypes import accumulator
-from softmax_jax._labels import Dense
-from softmax_jax._product import Product, kept_in
-from softmax_jax._source import Source
+from softmax_jax._devices import Classes, PyTree
+from softmax_jax._head.chunks import map_over, sum_over
+from softmax_jax._head.product import Product, kept_in
+from softmax_jax._inputs.arrays import Shape, accumulator
+from softmax_jax._inputs.labels import Dense, Labels
+from softmax_jax._inputs.options import Options
+from softmax_jax._inputs.sources import Source
+from softmax_jax._sums.waist import Batch
 
 
 class Shared(NamedTuple):
     """What every chunk sees."""
 
     bias: Array | None
-    target_bias: Array | None
-    rows: Array | None  # `where` of groups of tokens, [groups, classes]
+    teacher_bias: Array | None
+    mask_rows: Array | None  # `where` of groups of tokens, [groups, classes]
     options: Options  # with the part of `where` that all tokens share
-    more: PyTree
 
 
-class Each(NamedTuple):
+class PerToken(NamedTuple):
     """One entry a token."""
 
-    logits: Any  # None where a head makes them
-    target: Any
+    logits: Array | None  # None where a head makes them
+    target: Labels | None
     weights: Array | None
-    where: Array | None  # [tokens, classes], or the token's group in `rows`
+    where: Array | None  # [tokens, classes], or the token's group in `mask_rows`
 
 
-class Dealt(NamedTuple):
-    """The operands of all chunks."""
+class Chunks(NamedTuple):
+    """The operands of all chunks, of tokens in the shape `batch`."""
 
-    operands: tuple[tuple[Product, ...], Shared, Each]
+    operands: tuple[tuple[Product, ...], Shared, PerToken]
     super_chunks: int
+    batch: Shape
 
 
-def dealt(
-    student: Source,
-    target: Source,
-    weights: Array | None,
-    options: Options,
-    more: PyTree,
-    dtype: DTypeLike,
-    chunk_size: int | None,
-) -> Dealt:
+def to_chunks(
+    student: Source, target: Labels | Source, options: Options, dtype: DTypeLike, chunk_size: int | None
+) -> Chunks:
     (*batch, classes), tokens = student.shape, math.prod(student.shape[:-1])
-    embed = 1 if student.weight is None else student.x.shape[-1]
-    fixed_sizes(tuple(batch), embed, classes, chunk_size)
+    batch, embed = tuple(batch), 1 if student.weight is None else student.x.shape[-1]
+    check_fixed_sizes(batch, embed, classes, chunk_size)
     chunk_size = chunk_size or default_chunk(tokens, embed, classes, dtype)
-    chunks, super_chunks = chunk_counts(tuple(batch), chunk_size, student)
+    chunks, super_chunks = chunk_counts(batch, chunk_size, student)
+    weights = options.weights
     if weights is None and tokens % chunks:
         weights = jnp.ones(batch, accumulator(dtype))
-    where, rows, row_of = _mask_rows(options.where, tuple(batch))
+    where, mask_rows, row_of = _mask_rows(options.where, batch)
     deal = partial(jax.tree.map, partial(_deal, len(batch), chunks))
-    heads = [source for source in (student, target) if source.weight is not None]
-    logits, labels = (None if source.weight is not None else source.x for source in (student, target))
-    each = deal(Each(logits, labels, weights, row_of))
-    weights = lax.stop_gradient(each.weights)  # a product asks which are 0
+    heads = [s for s in (student, target) if isinstance(s, Source) and s.weight is not None]
+    labels = target if isinstance(target, Labels) else None
+    per_token = deal(PerToken(student.x if student.weight is None else None, labels, weights, row_of))
+    weights = lax.stop_gradient(per_token.weights)  # a product asks which are 0
     products = (Product(deal(s.x), s.weight, weights, s.dtype, s.transposed) for s in heads)
-    options = options._replace(where=where, class_weights=_row(options.class_weights))
-    shared = Shared(student.bias, target.bias, rows, options, more)
-    return Dealt((tuple(products), shared, each), super_chunks)
+    options = options._replace(where=where, weights=None, class_weights=_row(options.class_weights))
+    shared = Shared(student.bias, target.bias if isinstance(target, Source) else None, mask_rows, options)
+    return Chunks((tuple(products), shared, per_token), super_chunks, batch)
 
 
 def over_chunks(
-    numbers: Callable, operands: Dealt, batch: tuple[int, ...], summed: bool, forward_mode: bool
+    per_token: Callable[[Batch], tuple[PyTree, PyTree]],
+    chunks: Chunks,
+    classes: Classes,
+    summed: bool,
+    forward_mode: bool,
 ) -> tuple[PyTree, PyTree]:
-    """`numbers` of a chunk's logits, target, weights, options and `more`: each [*batch], or the sum of the first."""
-    of_chunk, undealt = partial(_of_chunk, numbers), partial(jax.tree.map, partial(_undealt, batch))
+    """`per_token` of every chunk: each [*batch], or the sum of the first."""
+    of_chunk = partial(_of_chunk, per_token, replace(classes, axis=1), forward_mode)
+    from_chunks = partial(jax.tree.map, partial(_from_chunks, chunks.batch))
     if summed:
-        total, beside = sum_over(partial(_total, of_chunk), *operands, forward_mode)
-        return total, undealt(beside)
-    return undealt(map_over(of_chunk, *operands, forward_mode))
+        f = partial(_total, of_chunk)
+        total, auxiliary = sum_over(f, chunks.operands, chunks.super_chunks, forward_mode)
+        return total, from_chunks(auxiliary)
+    return from_chunks(map_over(of_chunk, chunks.operands, chunks.super_chunks, forward_mode))
 
 
 def _total(of_chunk: Callable, *operands: Any) -> tuple[Array, PyTree]:
-    losses, beside = of_chunk(*operands)
-    return jnp.sum(losses), beside
+    losses, auxiliary = of_chunk(*operands)
+    return jnp.sum(losses), auxiliary
 
 
-def _of_chunk(numbers: Callable, shared: Shared, chunk: Each, *of_heads: Array) -> tuple[PyTree, PyTree]:
-    made, options = iter(of_heads), shared.options
-    logits = chunk.logits if chunk.logits is not None else _plus(next(made), shared.bias)
-    target = chunk.target if chunk.target is not None else Dense(_plus(next(made), shared.target_bias))
+def _of_chunk(
+    per_token: Callable, classes: Classes, forward_mode: bool, shared: Shared, chunk: PerToken, *of_heads: Array
+) -> tuple[PyTree, PyTree]:
+    """Of the logits that heads made, the student's are the first and the teacher's the last."""
+    logits = _plus(of_heads[0], shared.bias) if chunk.logits is None else chunk.logits
+    target = Dense(_plus(of_heads[-1], shared.teacher_bias)) if chunk.target is None else chunk.target
+    options = shared.options._replace(weights=chunk.weights)
     if chunk.where is not None:
-        options = options._replace(where=chunk.where if shared.rows is None else shared.rows[chunk.where])
-    return numbers(logits, target, chunk.weights, options, shared.more)
+        where = chunk.where if shared.mask_rows is None else shared.mask_rows[chunk.where]
+        options = options._replace(where=where)
+    return per_token(Batch(logits, target, options, classes, forward_mode))
 
 
 def _plus(logits: Array, bias: Array | None) -> Array:
     return logits if bias is None else logits + bias[None, :].astype(logits.dtype)
 
 
-def _undealt(batch: tuple[int, ...], of_chunks: Array) -> Array:
+def _from_chunks(batch: tuple[int, ...], of_chunks: Array) -> Array:
     """One number a token, [size, count], in the batch shape."""
     return of_chunks.reshape(-1)[: math.prod(batch)].reshape(batch)
 
@@ -126,8 +134,8 @@ def default_chunk(tokens: int, embed: int, classes: int, dtype: DTypeLike) -> in
     as large), in whose place they lie: 64 tokens at a time, summing it takes as long as the products (1024 x 1024 x
     128256 on the CPU: 1.25 of Optax's time, 0.97 with 512)."""
     of_bytes = CHUNK_BYTES // (classes * accumulator(dtype).itemsize)
-    few = FEW_TOKENS if tokens < KEPT_TOKENS else 2 * FEW_TOKENS
-    return max(1, of_bytes, min(embed, few), embed // 2)
+    logits_of_labels = FEW_TOKENS if tokens < KEPT_TOKENS else 2 * FEW_TOKENS
+    return max(1, of_bytes, min(embed, logits_of_labels), embed // 2)
 
 
 def chunk_counts(batch: tuple[int, ...], chunk_size: int, student: Source) -> tuple[int, int]:
@@ -184,3 +192,18 @@ def _deal(batch_axes: int, count: int, a: Array) -> Array:
     a = a.reshape(math.prod(a.shape[:batch_axes]), *a.shape[batch_axes:])
     a = jnp.pad(a, [(0, -len(a) % count)] + [(0, 0)] * (a.ndim - 1)) if len(a) % count else a
     return a.reshape(len(a) // count, count, *a.shape[1:])
+
+
+def check_fixed_sizes(batch: tuple[Any, ...], embed: Any, classes: Any, chunk_size: int | None) -> None:
+    """That the number of chunks can be known: sizes may be symbols, as `jax.export` has them."""
+    if not all(isinstance(n, int) for n in batch):
+        raise ValueError(
+            f"tokens go through in chunks of equal size, and their number must be fixed; got a batch of shape {batch}. "
+            "Export it with a fixed batch, or use what takes symbolic sizes: `cross_entropy(x @ weight, labels)`, "
+            "`label_statistics`, `kl_divergence` with `teacher_logits`."
+        )
+    if chunk_size is None and not (isinstance(embed, int) and isinstance(classes, int)):
+        raise ValueError(
+            f"the default `chunk_size` follows from the number of classes and the embed size of a head; got {classes} "
+            f"and {embed}. Pass `chunk_size`, the most tokens a chunk may have."
+        )

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
-from softmax_jax._dtypes import accumulator, has_range
-from softmax_jax._sharding import unwritten, vary, vary_alike, varying
+from softmax_jax._devices import unwritten, vary, vary_alike, varying
+from softmax_jax._inputs.arrays import accumulator, has_range
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["x", "weight", "weights"], meta_fields=["dtype", "transposed"])
@@ -66,13 +66,13 @@ class Product:
     def _rows(self, first: ArrayLike, chunks: int) -> Array:
         """What takes part in the head's gradient."""
         some = self._some(self.x, first, chunks)
-        return some if self.weights is None else emptied(some, self._some(self.weights, first, chunks))
+        return some if self.weights is None else zero_nonfinite_unused(some, self._some(self.weights, first, chunks))
 
     def _some(self, array: Array, first: ArrayLike, chunks: int) -> Array:
         return lax.dynamic_slice_in_dim(array, first, chunks, 1)
 
 
-def emptied(array: Array, weights: Array | None) -> Array:
+def zero_nonfinite_unused(array: Array, weights: Array | None) -> Array:
     """Rows of weight 0 hold 0 where they hold a number that is not finite."""
     if weights is None:
         return array

@@ -8,14 +8,26 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from softmax_jax import _checks
-from softmax_jax._arguments import hinted
-from softmax_jax._classes import classes_last
 from softmax_jax._cross_entropy import cross_entropy
-from softmax_jax._dtypes import AnyArray, Floats, Integers, Mask, Numbers, upcast
+from softmax_jax._inputs.arrays import (
+    AnyArray,
+    Axes,
+    Floats,
+    Integers,
+    Mask,
+    Numbers,
+    array,
+    axes_of,
+    check_broadcastable,
+    classes_last,
+    floating,
+    mask,
+    scalar,
+    upcast,
+)
+from softmax_jax._inputs.hints import hinted
+from softmax_jax._inputs.labels import check_labels
 from softmax_jax._softmax import log_softmax
-
-Axes = tuple[int, ...]
 
 
 @hinted
@@ -44,11 +56,11 @@ def softmax_cross_entropy(
     >>> softmax_cross_entropy(jnp.array([[30.0, 0.0]]), jnp.array([[1.0, 0.0]])).tolist()
     [9.357622912219837e-14]
     """
-    logits, labels = _checks.floating("logits", logits), _checks.array("labels", labels)
+    logits, labels = floating("logits", logits), array("labels", labels)
     if jnp.issubdtype(labels.dtype, jnp.integer):
         labels = labels.astype(jnp.float32)
-    axes = _checks.axes_of("logits", logits.shape, axis)
-    _checks.labels_of(labels, logits.shape, axes[0] if len(axes) == 1 else -1)
+    axes = axes_of("logits", logits.shape, axis)
+    check_labels(labels, logits.shape, axes[0] if len(axes) == 1 else -1)
     merged, where = classes_last(logits, axes), _mask(where, logits, axes)
     return _losses(merged, classes_last(labels, axes), where, axes)
 
@@ -79,7 +91,7 @@ def softmax_cross_entropy_with_integer_labels(
     >>> softmax_cross_entropy_with_integer_labels(jnp.array([[30.0, 0.0]]), jnp.array([0])).tolist()
     [9.357622912219837e-14]
     """
-    logits, labels = _checks.floating("logits", logits), _checks.array("labels", labels)
+    logits, labels = floating("logits", logits), array("labels", labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(
             f"`labels` must be integers; got dtype {labels.dtype}. Pass class ids, or use `softmax_cross_entropy` for "
@@ -87,7 +99,7 @@ def softmax_cross_entropy_with_integer_labels(
         )
     if axis is None:
         raise TypeError("`axis` must be an int or a tuple of ints; got None. Name the axes, in the labels' order.")
-    axes = _checks.axes_of("logits", logits.shape, axis)
+    axes = axes_of("logits", logits.shape, axis)
     merged, where = classes_last(logits, axes), _mask(where, logits, axes)
     return _losses(merged, labels, where, axes)
 
@@ -103,7 +115,7 @@ def safe_softmax_cross_entropy(logits: Floats, labels: Numbers) -> Float[Array, 
     >>> safe_softmax_cross_entropy(jnp.array([[0.0, -jnp.inf], [0.0, 0.0]]), jnp.array([1.0, 0.0]))
     Array([0.       , 0.6931472], dtype=float32)
     """
-    logits = _checks.array("logits", logits)
+    logits = array("logits", logits)
     return softmax_cross_entropy(logits, _broadcast(labels, logits))
 
 
@@ -128,10 +140,10 @@ def poly_loss_cross_entropy(
 
     Leng et al., "PolyLoss: A Polynomial Expansion Perspective of Classification Loss Functions", ICLR 2022.
     """
-    logits = _checks.floating("logits", logits)
-    axes = _checks.axes_of("logits", logits.shape, axis)
+    logits = floating("logits", logits)
+    axes = axes_of("logits", logits.shape, axis)
     where = _mask(where, logits, axes)
-    epsilon = _checks.scalar("epsilon", epsilon, logits.dtype, -float("inf"), float("inf"))
+    epsilon = scalar("epsilon", epsilon, logits.dtype, -float("inf"), float("inf"))
     labels = classes_last(_broadcast(labels, logits), axes)
     return _poly_loss(classes_last(logits, axes), labels, epsilon, where, _axis(axes))
 
@@ -152,8 +164,8 @@ def _losses(logits: Array, labels: Array, where: Array | None, axes: Axes) -> Ar
 
 
 def _broadcast(labels: AnyArray, logits: Array) -> Array:
-    labels = _checks.array("labels", labels)
-    _checks.broadcastable("labels", labels.shape, logits.shape, "the logits' shape")
+    labels = array("labels", labels)
+    check_broadcastable("labels", labels.shape, logits.shape, "the logits' shape")
     labels = upcast(labels) if jnp.issubdtype(labels.dtype, jnp.floating) else labels  # its gradient is cast once
     return jnp.broadcast_to(labels, logits.shape)
 
@@ -162,11 +174,11 @@ def _mask(where: AnyArray | None, logits: Array, axes: Axes) -> Array | None:
     """`where` for `classes_last(logits, axes)`: of lower rank than the logits it masks rows."""
     if where is None:
         return None
-    where = _checks.array("where", where)
+    where = array("where", where)
     if where.ndim != logits.ndim:
         batch = tuple(n for a, n in enumerate(logits.shape) if a not in axes)
-        where = jnp.expand_dims(_checks.mask("where", where, batch), axes)
-    where = _checks.mask("where", where, logits.shape)
+        where = jnp.expand_dims(mask("where", where, batch), axes)
+    where = mask("where", where, logits.shape)
     return where if len(axes) == 1 else classes_last(jnp.broadcast_to(where, logits.shape), axes)
 
 

@@ -36,8 +36,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from softmax_jax._adjustment import Adjustment, adjust, rounded, scaled
-from softmax_jax._dtypes import upcast
+from softmax_jax._inputs.arrays import upcast
+from softmax_jax._inputs.options import Adjustment, adjust, scaled, without_fma
 
 
 class Logits(NamedTuple):
@@ -58,7 +58,7 @@ class Pair(NamedTuple):
     unused: Array | None  # tokens of weight 0, whatever they hold
 
 
-class Row(NamedTuple):
+class RowNumbers(NamedTuple):
     """What the classes of a token share."""
 
     pivot: Array  # c, the class of the largest b
@@ -75,7 +75,7 @@ class Row(NamedTuple):
     s: Array
 
 
-class Half(NamedTuple):
+class OneDirection(NamedTuple):
     """A divergence of one class: KL(t ‖ m) is the sum of t ψ(log(m/t)), where m may be p."""
 
     t: Array
@@ -99,18 +99,18 @@ def offsets_of(b_max: Array, a_max: Array) -> tuple[Array, Array]:
     return jnp.where(of_a, 0, -offset), jnp.where(of_a, offset, 0)
 
 
-def logits_of(pair: Pair, row: Row) -> tuple[Array, Array, Array]:
+def logits_of(pair: Pair, row: RowNumbers) -> tuple[Array, Array, Array]:
     """z of both, and a - b without the offset between the two: -inf where p = 0, large where t = 0."""
-    b, a = (rounded(z_of(side, pair.where), row.b_max) for side in (pair.b, pair.a))
-    return b, a, (a - row.a_offset) - jnp.maximum(b - row.b_offset, -largest(b))
+    b, a = (without_fma(z_of(side, pair.where), row.b_max) for side in (pair.b, pair.a))
+    return b, a, (a - row.a_offset) - jnp.maximum(b - row.b_offset, -finite_bound(b))
 
 
-def largest(z: Array) -> float:
+def finite_bound(z: Array) -> float:
     """For infinity, where a difference or a product with 0 would be NaN."""
     return float(jnp.finfo(z.dtype).max) / 8
 
 
-def halves_of(ids: Array, pair: Pair, row: Row) -> list[Half]:
+def halves_of(ids: Array, pair: Pair, row: RowNumbers) -> list[OneDirection]:
     """Of every class: KL(t ‖ p), or of a mixture KL(t ‖ m) and KL(p ‖ m)."""
     b, a, away = logits_of(pair, row)
     t = jnp.exp(scaled(b - row.b_max, pair.scale)) * row.b_share
@@ -122,16 +122,20 @@ def halves_of(ids: Array, pair: Pair, row: Row) -> list[Half]:
     delta = jnp.where(ids == row.pivot, 0, scaled(away - row.at_pivot, pair.scale))
     r = r_at(away, delta)
     if pair.beta is None:
-        return [Half(t, p, jnp.where(t == 0, largest(r), r), jnp.where(t == 0, 0, jnp.maximum(delta, -largest(r))))]
-    bound = math.floor(math.log(largest(r)))  # the exponential of r is finite, and so is its inverse
+        return [
+            OneDirection(
+                t, p, jnp.where(t == 0, finite_bound(r), r), jnp.where(t == 0, 0, jnp.maximum(delta, -finite_bound(r)))
+            )
+        ]
+    bound = math.floor(math.log(finite_bound(r)))  # the exponential of r is finite, and so is its inverse
     r_pivot, r_top = r_at(row.at_pivot, 0), r_at(row.at_top, scaled(row.at_top - row.at_pivot, pair.scale))
     r, r_pivot, r_top = (jnp.clip(r, -bound, bound) for r in (r, r_pivot, r_top))
     back = jnp.where(ids == row.top, 0, scaled(row.at_top - away, pair.scale))
     beta, gamma = pair.beta, 1 - pair.beta
     m, of_t, of_p = beta * t + gamma * p, partial(log_mixture, gamma, beta), partial(log_mixture, beta, gamma)
     return [
-        Half(t, m, of_t(r, r, 0), of_t(r, delta, r_pivot)),
-        Half(p, m, of_p(-r, -r, 0), of_p(-r, back, -r_top)),
+        OneDirection(t, m, of_t(r, r, 0), of_t(r, delta, r_pivot)),
+        OneDirection(p, m, of_p(-r, -r, 0), of_p(-r, back, -r_top)),
     ]
 
 
@@ -150,7 +154,7 @@ def log_mixture(share: Array, other: Array, r: Array, delta: Array, pivot: Array
     return jnp.where((change > -0.5) & (rise < FAR * of_pivot), by_change, by_ratio)
 
 
-def ratio_terms(half: Half) -> tuple[Array, Array]:
+def ratio_terms(half: OneDirection) -> tuple[Array, Array]:
     """(t expm1(r), t ψ(r)) of m = t exp(r): by a series, or from a ratio of e on as they are, where t may be 0."""
     t, m, r, _ = half
     is_near = jnp.abs(r) < 1

@@ -11,49 +11,53 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from softmax_jax._adjustment import rounded, scaled
-from softmax_jax._barrier import apart
-from softmax_jax._blocks import made_once, sum_over_classes
-from softmax_jax._class_sums import class_sums, top_sums
-from softmax_jax._classes import Classes
-from softmax_jax._divergence_formula import (
+from softmax_jax._devices import Classes, PyTree, barrier, check_gradient, psum, vary, varying
+from softmax_jax._divergence.formula import (
     Pair,
-    Row,
+    RowNumbers,
     beyond_log1p,
+    finite_bound,
     halves_of,
-    largest,
     logits_of,
     offsets_of,
     ratio_terms,
     z_of,
 )
-from softmax_jax._dtypes import nan_unless
-from softmax_jax._labels import Ids
-from softmax_jax._sharding import PyTree, check_gradient, psum, vary, varying
-from softmax_jax._sums import Asked, Tokens, batched_alike, in_rule, lost
-from softmax_jax._token_loss import log_spread, negative_log_likelihood, without
-from softmax_jax._waist import tangent_of
+from softmax_jax._inputs.arrays import nan_unless
+from softmax_jax._inputs.labels import Ids
+from softmax_jax._inputs.options import scaled, without_fma
+from softmax_jax._sums.blocks import fence_gradient, sum_over_classes
+from softmax_jax._sums.rule import (
+    batch_all_or_none,
+    class_sums,
+    keeping_its_rule,
+    nonfinite_unused,
+    tangent_of,
+    top_sums,
+    zero_rows,
+)
+from softmax_jax._sums.waist import ExtraSums, Tokens, log_total, negative_log_likelihood
 
 
-class Found(NamedTuple):
+class DivergenceSums(NamedTuple):
     """Of a token. A mixture has two halves, else there is one."""
 
-    row: Row
+    row: RowNumbers
     divergences: list[Array]  # Σ t ψ
     means: list[Array]  # Σ t δ, or Σ t η and Σ p η'
 
 
-def _first_sums(pair: Pair, classes: Classes) -> Row:
+def _first_sums(pair: Pair, classes: Classes) -> RowNumbers:
     """The loss's own sums, of b around its top class and of a with that class as its label."""
     b, a = (side.adjustment._replace(where=pair.where) for side in (pair.b, pair.a))
     of_b = top_sums(pair.b.raw, b, classes)
-    tokens = Tokens(pair.a.raw, Ids(of_b.top), None, a, pair.unused)
-    of_a = class_sums(tokens, classes, Asked(forward_mode=True))
+    extra = ExtraSums(forward_mode=True)
+    of_a = class_sums(Tokens(pair.a.raw, Ids(of_b.pivot), a, unused=pair.unused, classes=classes, extra=extra))
     if pair.unused is not None:  # a token without any class
-        of_a = of_a._replace(own=jnp.where(pair.unused & (of_b.top == classes.of_all(pair.b.raw)), 0, of_a.own))
-    b_rest, a_rest, b_max, a_max, own = of_b.rest, of_a.rest, of_b.m, of_a.shift, of_a.own
+        of_a = of_a._replace(own=jnp.where(pair.unused & (of_b.pivot == classes.num_classes(pair.b.raw)), 0, of_a.own))
+    b_rest, a_rest, b_max, a_max, own = of_b.rest, of_a.rest, of_b.row_max, of_a.row_max, of_a.own
     if pair.scale is not None:
-        rows = map(classes.along, (of_b.top - classes.first(pair.b.raw), b_max, a_max))
+        rows = map(classes.expand, (of_b.pivot - classes.first_id(pair.b.raw), b_max, a_max))
         local = pair._replace(unused=None)
         b_rest, a_rest = psum(sum_over_classes(_exponentials, classes, local, *rows), classes.over)
         own = scaled(own, pair.scale)
@@ -61,55 +65,55 @@ def _first_sums(pair: Pair, classes: Classes) -> Row:
     at_pivot = jnp.maximum(((a_max + of_a.own) - a_offset) - (b_max - b_offset), jnp.finfo(own.dtype).min)
     is_near = jnp.abs(scaled(at_pivot, pair.scale)) < 1
     between = scaled((a_max - a_offset) - (b_max - b_offset), pair.scale)  # the maxima
-    log_a = jnp.where(is_near, negative_log_likelihood(a_rest, own), between + log_spread(a_rest, own))
+    log_a = jnp.where(is_near, negative_log_likelihood(a_rest, own), between + log_total(a_rest, own))
     b_share, a_share, s = 1 / (1 + b_rest), 1 / (a_rest + jnp.exp(own)), log_a - jnp.log1p(b_rest)
-    top = of_b.top if pair.beta is None else top_sums(pair.a.raw, a, classes).top
-    of_pivot = {"pivot": of_b.top, "top": top, "at_pivot": at_pivot, "at_top": at_pivot}  # (of the top not yet)
+    top = of_b.pivot if pair.beta is None else top_sums(pair.a.raw, a, classes).pivot
+    of_pivot = {"pivot": of_b.pivot, "top": top, "at_pivot": at_pivot, "at_top": at_pivot}  # (of the top not yet)
     of_both = {"b_max": b_max, "a_max": a_max, "b_share": b_share, "a_share": a_share}
-    return Row(**of_pivot, **of_both, b_offset=b_offset, a_offset=a_offset, is_near=is_near, s=s)
+    return RowNumbers(**of_pivot, **of_both, b_offset=b_offset, a_offset=a_offset, is_near=is_near, s=s)
 
 
 def _exponentials(ids: Array, pair: Pair, pivot: Array, b_max: Array, a_max: Array) -> list[Array]:
     """Of all classes but the pivot."""
-    z = [rounded(z_of(side, pair.where), m) - m for side, m in ((pair.b, b_max), (pair.a, a_max))]
+    z = [without_fma(z_of(side, pair.where), m) - m for side, m in ((pair.b, b_max), (pair.a, a_max))]
     return [jnp.where(ids == pivot, 0, jnp.exp(scaled(down, pair.scale))) for down in z]
 
 
-def _ratio_sums(ids: Array, pair: Pair, row: Row) -> list[Array]:
+def _ratio_sums(ids: Array, pair: Pair, row: RowNumbers) -> list[Array]:
     """x, and Σ t ψ(r̂), Σ t δ; or of a mixture a - b at the student's top."""
     (half,) = halves_of(ids, pair._replace(beta=None), row)
     growth, psi = ratio_terms(half)
     if pair.beta is None:
         return [growth, psi, half.t * half.centred]
     away = logits_of(pair, row)[2]
-    return [growth, jnp.where(ids == row.top, jnp.maximum(away, -largest(away)), 0)]
+    return [growth, jnp.where(ids == row.top, jnp.maximum(away, -finite_bound(away)), 0)]
 
 
-def _sums_of_halves(ids: Array, pair: Pair, row: Row) -> list[Array]:
+def _sums_of_halves(ids: Array, pair: Pair, row: RowNumbers) -> list[Array]:
     halves = halves_of(ids, pair, row)
     return [ratio_terms(half)[1] for half in halves] + [half.t * half.centred for half in halves]
 
 
 @partial(jax.jit, static_argnums=1, inline=True)  # a rule and its function make the same: one trace serves both
-def _sums_of(pair: Pair, classes: Classes) -> Found:
-    row, local, first = _first_sums(pair, classes), pair._replace(unused=None), classes.first(pair.b.raw)
+def _sums_of(pair: Pair, classes: Classes) -> DivergenceSums:
+    row, local, first = _first_sums(pair, classes), pair._replace(unused=None), classes.first_id(pair.b.raw)
 
     def summed(f, row):
-        (row,) = apart(row)  # else XLA on a GPU writes out what two passes make
-        rows = jax.tree.map(classes.along, row._replace(pivot=row.pivot - first, top=row.top - first))
+        (row,) = barrier(row)  # else XLA on a GPU writes out what two passes make
+        rows = jax.tree.map(classes.expand, row._replace(pivot=row.pivot - first, top=row.top - first))
         return psum(sum_over_classes(f, classes, local, rows), classes.over)
 
     x, *more = summed(_ratio_sums, row)
     error = jnp.log1p(lax.stop_gradient(x))
     row = row._replace(s=row.s + error)
     if pair.beta is None:
-        return Found(row, [jnp.maximum(more[0] - beyond_log1p(x), 0)], more[1:])
+        return DivergenceSums(row, [jnp.maximum(more[0] - beyond_log1p(x), 0)], more[1:])
     row = row._replace(at_top=more[0])
     sums = summed(_sums_of_halves, row)
-    return Found(row, sums[:2], sums[2:])
+    return DivergenceSums(row, sums[:2], sums[2:])
 
 
-def _value(found: Found, beta: Array | None) -> Array:
+def _value(found: DivergenceSums, beta: Array | None) -> Array:
     of_t, *of_p = found.divergences
     return of_t if beta is None else beta * of_t + (1 - beta) * of_p[0]
 
@@ -122,15 +126,15 @@ def _value(found: Found, beta: Array | None) -> Array:
 # pulled back through `adjust`, where they are cast once. Kept: the operands as they came, and a few numbers a token.
 
 
-def _used(pair: Pair, classes: Classes) -> Found:
+def _used(pair: Pair, classes: Classes) -> DivergenceSums:
     """All 0 of a token that is not used and not finite."""
     found = _sums_of(pair, classes)
-    return without(lost(pair.unused, found), found)
+    return zero_rows(nonfinite_unused(pair.unused, found), found)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _in_both_modes(pair: Pair, classes: Classes) -> tuple[Array, Found]:
-    found = batched_alike(_used(pair, classes))
+def _in_both_modes(pair: Pair, classes: Classes) -> tuple[Array, DivergenceSums]:
+    found = batch_all_or_none(_used(pair, classes))
     return _value(found, pair.beta), found
 
 
@@ -158,21 +162,21 @@ def _divergence(pair: Pair, classes: Classes) -> Array:
     return _in_both_modes(pair, classes)[0]
 
 
-def _divergence_fwd(pair: Pair, classes: Classes) -> tuple[Array, tuple[Pair, Found]]:
-    value, found = in_rule(partial(_in_both_modes, classes=classes))(pair)
+def _divergence_fwd(pair: Pair, classes: Classes) -> tuple[Array, tuple[Pair, DivergenceSums]]:
+    value, found = keeping_its_rule(partial(_in_both_modes, classes=classes))(pair)
     return value, (pair, found)
 
 
-def _divergence_bwd(classes: Classes, kept: tuple[Pair, Found], cotangent: Array) -> tuple[Pair]:
+def _divergence_bwd(classes: Classes, kept: tuple[Pair, DivergenceSums], cotangent: Array) -> tuple[Pair]:
     check_gradient(classes.over)
     pair, found = kept
     dbeta = None if pair.beta is None else jnp.sum(jnp.where(cotangent == 0, 0, cotangent * _by_beta(found)))
     cotangent = vary(cotangent, varying((pair.b, pair.a)))
     pair, slopes = _slopes(pair, found, cotangent, classes)
-    db, da = (classes.along(cotangent) * slope for slope in slopes)
+    db, da = (classes.expand(cotangent) * slope for slope in slopes)
     _, pull = jax.vjp(_z_of_both, pair)
     (dpair,) = pull({"b": db, "a": da, "beta": dbeta})
-    raw = (side._replace(raw=made_once(side.raw)) for side in (dpair.b, dpair.a))
+    raw = (side._replace(raw=fence_gradient(side.raw)) for side in (dpair.b, dpair.a))
     return (dpair._replace(**dict(zip("ba", raw, strict=True))),)
 
 
@@ -185,14 +189,14 @@ def _z_of_both(pair: Pair) -> dict[str, Array | None]:
     return {"b": z_of(pair.b, pair.where, scale), "a": z_of(pair.a, pair.where, scale), "beta": pair.beta}
 
 
-def _slopes(pair: Pair, found: Found, cotangent: Array, classes: Classes) -> tuple[Pair, tuple[Array, Array]]:
+def _slopes(pair: Pair, found: DivergenceSums, cotangent: Array, classes: Classes) -> tuple[Pair, tuple[Array, Array]]:
     """(the operands as a derivative reads them, the slopes of the divergence by both z)."""
-    b, a, found = apart(pair.b.raw, pair.a.raw, found)
+    b, a, found = barrier(pair.b.raw, pair.a.raw, found)
     pair = _emptied(pair._replace(b=pair.b._replace(raw=b), a=pair.a._replace(raw=a)), found, classes)
-    first = classes.first(b)
+    first = classes.first_id(b)
     row = found.row._replace(pivot=found.row.pivot - first, top=found.row.top - first)
     row, means = jax.tree.map(
-        classes.along,
+        classes.expand,
         (row, [_if_finite(*sums, cotangent) for sums in zip(found.divergences, found.means, strict=True)]),
     )
     local = pair._replace(unused=None, scale=vary(pair.scale, varying((pair.b, pair.a))))
@@ -203,16 +207,16 @@ def _slopes(pair: Pair, found: Found, cotangent: Array, classes: Classes) -> tup
     return pair, (pair.beta * slopes[0], (1 - pair.beta) * slopes[1])
 
 
-def _emptied(pair: Pair, found: Found, classes: Classes) -> Pair:
+def _emptied(pair: Pair, found: DivergenceSums, classes: Classes) -> Pair:
     """Rows that are lost hold 0: whatever they hold, their gradient is exactly 0."""
     if pair.unused is None:
         return pair
-    rows = classes.along(found.row.b_share == 0)
+    rows = classes.expand(found.row.b_share == 0)
     b, a = (side._replace(raw=jnp.where(rows, 0, side.raw)) for side in (pair.b, pair.a))
     return pair._replace(b=b, a=a)
 
 
-def _by_beta(found: Found) -> Array:
+def _by_beta(found: DivergenceSums) -> Array:
     of_t, of_p = found.divergences
     return of_t - of_p
 

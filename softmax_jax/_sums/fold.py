@@ -15,34 +15,34 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from softmax_jax._adjustment import adjust
-from softmax_jax._classes import in_parts
-from softmax_jax._combine import Class, Folded, combine, of_neighbours, of_none
-from softmax_jax._dtypes import upcast
-from softmax_jax._masses import target_of, uniform
-from softmax_jax._sharding import entries_of, vary_alike
-from softmax_jax._sums import Asked, Read
+from softmax_jax._devices import mesh_axes_of, vary_alike
+from softmax_jax._inputs.arrays import upcast
+from softmax_jax._inputs.options import adjust, even_targets, weighted_targets
+from softmax_jax._sums.combine import ClassTerm, combine, sums_of_neighbours, sums_of_no_class
+from softmax_jax._sums.waist import ClassSums, Tokens
 
 LOAD, SHORT, ROW = 8, 128, 2**14
 """Of a GPU: bytes of neighbours that a thread reads at once; the shortest row that is worth it; the longest that XLA
 does not cut into pieces of a few hundred, for each of which a warp joins the sets of its threads."""
 
 
-def sums_in_one_pass(read: Read, *, axis: int, asked: Asked) -> Folded:
+def sums_in_one_pass(tokens: Tokens, *, axis: int) -> ClassSums:
     """The sums of every token, for operands of the logits' rank with the classes on `axis`."""
     # Where neighbours cost much more than their read, XLA makes their maxima, or what else is used twice, in another
     # kernel, and reads them again: always of a tanh, of dense labels and of a moment, of more sums from 8 bytes on.
-    plain = read.adjustment.logit_scale is None and not asked.prior and read.than is None
-    one_by_one = asked.beside or asked.moment or read.values is not None or read.adjustment.softcap is not None
-    load = 1 if one_by_one else LOAD if plain else LOAD // 2
-    found = by_neighbours(partial(_fold, axis=axis, asked=asked), axis, load, read.logits, read)
+    extra, adjustment = tokens.extra, tokens.adjustment
+    one_by_one = (
+        extra.with_statistics or extra.statistics or tokens.values is not None or adjustment.softcap is not None
+    )
+    load = 1 if one_by_one else LOAD if adjustment.logit_scale is None and not extra.even else LOAD // 2
+    found = by_neighbours(partial(_fold, axis=axis), axis, load, tokens.logits, tokens)
     return jax.tree.map(lambda a: jnp.expand_dims(a, axis), found)
 
 
 def by_neighbours(f: Callable, axis: int, load: int, like: Array, *operands: Any) -> Any:
     """f(*operands, step, parts): a reduction of `load` bytes of arrays like that at a time."""
     size, step, parts = like.shape[axis], 1, 1
-    if isinstance(size, int) and not entries_of(like)[axis]:
+    if isinstance(size, int) and not mesh_axes_of(like)[axis]:
         if axis < like.ndim - 1 and size > FEW:
             step = _of_columns(size)
         elif size >= SHORT:
@@ -54,35 +54,37 @@ def by_neighbours(f: Callable, axis: int, load: int, like: Array, *operands: Any
     return lax.platform_dependent(*operands, tpu=one_by_one, default=together)
 
 
-def _fold(read: Read, *, axis: int, asked: Asked, step: int, parts: int) -> Folded:
+def _fold(tokens: Tokens, *, axis: int, step: int, parts: int) -> ClassSums:
     """`step` of a token's classes are summed before the reduction; a row then is `parts` equal parts."""
-    logits, adjustment, label, values, class_weights, than = read
-    size = logits.shape[axis]
-    shape = [-(-size // step) if a == axis else n for a, n in enumerate(logits.shape)]
+    size = tokens.logits.shape[axis]
+    shape = [-(-size // step) if a == axis else n for a, n in enumerate(tokens.logits.shape)]
     first = lax.broadcasted_iota(jnp.int32, shape, axis) * step
 
-    def every(place: int) -> Class:
-        take = partial(every_of, first=place, step=step, axis=axis)
-        raw, adjusted, masses, weights = jax.tree.map(take, (logits, adjustment, values, class_weights))
+    def every(place: int) -> ClassTerm:
+        take = partial(every_nth, first=place, step=step, axis=axis)
+        of_classes = tokens.logits, tokens.adjustment, tokens.values, tokens.class_weights
+        raw, adjusted, values, weights = jax.tree.map(take, of_classes)
         z = upcast(adjust(raw, adjusted))
-        t = None if masses is None else target_of(jnp.broadcast_to(masses, z.shape), weights, adjusted.where, z.dtype)
-        c = uniform(weights, adjusted.where, z) if asked.prior else None
+        t = None
+        if values is not None:
+            t = weighted_targets(jnp.broadcast_to(values, z.shape), weights, adjusted.where, z.dtype)
+        c = even_targets(weights, adjusted.where, z) if tokens.extra.even else None
         if size % step:
             exists = first < size - place
             z, c = jnp.where(exists, z, -jnp.inf), None if c is None else jnp.where(exists, c, 0)
-        return Class(z, upcast(raw), t, c)
+        return ClassTerm(z, upcast(raw), t, c)
 
-    each = of_neighbours([*map(every, range(step))], first, label, than, asked.moment)
-    return reduced(combine, each, of_none(each), axis, parts)
+    each = sums_of_neighbours([*map(every, range(step))], first, tokens)
+    return reduced(combine, each, sums_of_no_class(each), axis, parts)
 
 
-def every_of(a: Array, first: int, step: int, axis: int) -> Array:
+def every_nth(a: Array, first: int, step: int, axis: int) -> Array:
     """Every `step`-th entry, 0 beyond the last; what is the same for all, as it is."""
     if step == 1 or not a.ndim or a.shape[axis] == 1:
         return a
     if missing := -a.shape[axis] % step:
         a = jnp.pad(a, [(0, missing if i == axis else 0) for i in range(a.ndim)])
-    return lax.index_in_dim(in_parts(a, a.shape[axis] // step, axis), first, axis + 1, keepdims=False)
+    return lax.index_in_dim(_in_parts(a, a.shape[axis] // step, axis), first, axis + 1, keepdims=False)
 
 
 # Classes that are sharded automatically, over how many devices nobody tells, stay where they lie if each device has a
@@ -120,6 +122,11 @@ def _parts(size: int) -> int:
     return parts if size % (parts * DEVICES) == 0 else 1
 
 
+def _in_parts(a: Array, parts: int, axis: int) -> Array:
+    """With the axis as so many equal parts: [.., parts, size, ..]."""
+    return a.reshape(*a.shape[:axis], parts, a.shape[axis] // parts, *a.shape[axis + 1 :])
+
+
 def reduced(join: Callable, sums: Any, nothing: Any, axis: int, parts: int = 1) -> Any:
     """The sums of all entries on `axis`, in one pass."""
     leaves, tree = jax.tree.flatten(sums)
@@ -129,5 +136,5 @@ def reduced(join: Callable, sums: Any, nothing: Any, axis: int, parts: int = 1) 
         return tuple(jax.tree.leaves(join(tree.unflatten(a), tree.unflatten(b))))
 
     if parts > 1:
-        leaves = lax.reduce(tuple(in_parts(a, parts, axis) for a in leaves), tuple(init), of_leaves, (axis + 1,))
+        leaves = lax.reduce(tuple(_in_parts(a, parts, axis) for a in leaves), tuple(init), of_leaves, (axis + 1,))
     return tree.unflatten(lax.reduce(tuple(leaves), tuple(init), of_leaves, (axis,)))

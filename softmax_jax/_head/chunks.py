@@ -33,17 +33,17 @@ from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from softmax_jax._dtypes import accumulator, is_floating, upcast
-from softmax_jax._product import Product, kept_in
-from softmax_jax._sharding import PyTree, buffer_for, same_on_devices, vary, varying, zeros_as
-from softmax_jax._sums import in_rule
+from softmax_jax._devices import PyTree, buffer_for, sum_over_sharing_devices, vary, varying, zeros_as
+from softmax_jax._head.product import Product, kept_in
+from softmax_jax._inputs.arrays import accumulator, is_floating, upcast
+from softmax_jax._sums.rule import keeping_its_rule
 
 Products = tuple[Product, ...]
-Operands = tuple[Products, PyTree, PyTree]  # products, shared, chunks
+ChunkOperands = tuple[Products, PyTree, PyTree]  # products, shared, chunks
 
 
 def sum_over(
-    f: Callable[..., tuple[Array, PyTree]], operands: Operands, super_chunks: int = 1, forward_mode: bool = False
+    f: Callable[..., tuple[Array, PyTree]], operands: ChunkOperands, super_chunks: int = 1, forward_mode: bool = False
 ) -> tuple[Array, PyTree]:
     """Σ_c f(shared, chunk_c, *logits_c) in float32, with its gradient computed and summed chunk by chunk; beside it f
     gives numbers [size], which have no gradient, each as [size, count].
@@ -55,16 +55,18 @@ def sum_over(
     taken once, after the loops.
     """
     refuse_closure(f, *operands)
-    return _plain_sum(_made_again(f), f, _up(operands)) if forward_mode else _sum(f, super_chunks, *operands)
+    return _plain_sum(_rematerialized(f), f, _up(operands)) if forward_mode else _sum(f, super_chunks, *operands)
 
 
-def map_over(f: Callable[..., PyTree], operands: Operands, super_chunks: int = 1, forward_mode: bool = False) -> PyTree:
+def map_over(
+    f: Callable[..., PyTree], operands: ChunkOperands, super_chunks: int = 1, forward_mode: bool = False
+) -> PyTree:
     """f(shared, chunk_c, *logits_c) of every chunk: numbers [size] in any pytree, each as [size, count]."""
     refuse_closure(f, *operands)
-    return _plain_map(_made_again(f), f, _up(operands)) if forward_mode else _map(f, super_chunks, *operands)
+    return _plain_map(_rematerialized(f), f, _up(operands)) if forward_mode else _map(f, super_chunks, *operands)
 
 
-def _made_again(f: Callable) -> Callable:
+def _rematerialized(f: Callable) -> Callable:
     return jax.checkpoint(partial(_of_index, f), prevent_cse=False)
 
 
@@ -141,7 +143,7 @@ def _vjp(f: Callable, shared: PyTree, chunk: PyTree, logits: list[Array]) -> tup
     return jax.vjp(of, _floats(_up(shared)), _floats(_up(chunk)), logits)
 
 
-def _pull(f: Callable, super_chunks: int, operands: Operands, cotangents: PyTree | None) -> tuple:
+def _pull(f: Callable, super_chunks: int, operands: ChunkOperands, cotangents: PyTree | None) -> tuple:
     """One loop for value and gradients, all in float32: (the sum and what is beside it, or None, d(shared), d(chunks),
     those of the products); the last are dlogits where there is one super-chunk, else (dx, dweight).
 
@@ -192,18 +194,18 @@ def _pull(f: Callable, super_chunks: int, operands: Operands, cotangents: PyTree
 
 def _gradients(
     super_chunks: int,
-    operands: Operands,
+    operands: ChunkOperands,
     dshared: list[Array],
     dchunks: list[Array],
     of_products: list[Any],
     factor: Array | float = 1.0,
-) -> Operands:
+) -> ChunkOperands:
     """What `_pull` found, as the gradients of all operands: multiplied by `factor`, summed over the devices that share
     an operand, and cast once."""
     products, shared, chunks = operands
 
     def cast(gradient, operand):
-        return same_on_devices(gradient * jnp.asarray(factor, gradient.dtype), operand).astype(operand.dtype)
+        return sum_over_sharing_devices(gradient * jnp.asarray(factor, gradient.dtype), operand).astype(operand.dtype)
 
     def of_tree(tree, gradients):
         return _with_floats(tree, list(map(cast, gradients, _floats(tree))), lambda a: None)
@@ -248,7 +250,7 @@ def _sum(f: Callable, super_chunks: int, *operands: PyTree) -> tuple[Array, PyTr
     return _plain_sum(partial(_of_index, f), f, operands)
 
 
-def _plain_sum(of_index: Callable, f: Callable, operands: Operands) -> tuple[Array, PyTree]:
+def _plain_sum(of_index: Callable, f: Callable, operands: ChunkOperands) -> tuple[Array, PyTree]:
     count = _count(operands[0], operands[2])
 
     def of_chunk(index, sums):
@@ -258,11 +260,11 @@ def _plain_sum(of_index: Callable, f: Callable, operands: Operands) -> tuple[Arr
 
 
 def _sum_fwd(f: Callable, super_chunks: int, *operands: PyTree) -> tuple[PyTree, PyTree]:
-    sums, *gradients = in_rule(partial(_pull, f, super_chunks))(operands, None)
+    sums, *gradients = keeping_its_rule(partial(_pull, f, super_chunks))(operands, None)
     return sums, (operands, gradients)
 
 
-def _sum_bwd(f: Callable, super_chunks: int, residuals: PyTree, cotangents: PyTree) -> Operands:
+def _sum_bwd(f: Callable, super_chunks: int, residuals: PyTree, cotangents: PyTree) -> ChunkOperands:
     operands, (dshared, dchunks, of_products) = residuals
     return _gradients(super_chunks, operands, dshared, dchunks, of_products, cotangents[0])
 
@@ -275,21 +277,21 @@ def _map(f: Callable, super_chunks: int, *operands: PyTree) -> PyTree:
     return _plain_map(partial(_of_index, f), f, operands)
 
 
-def _plain_map(of_index: Callable, f: Callable, operands: Operands) -> PyTree:
+def _plain_map(of_index: Callable, f: Callable, operands: ChunkOperands) -> PyTree:
     count, init = _count(operands[0], operands[2]), _zeros(f, *operands)
     return _loop(lambda index, out: _put(out, of_index(index, *operands), index), _for_all(init, count), count)
 
 
-def _map_fwd(f: Callable, super_chunks: int, *operands: PyTree) -> tuple[PyTree, Operands]:
+def _map_fwd(f: Callable, super_chunks: int, *operands: PyTree) -> tuple[PyTree, ChunkOperands]:
     """By way of `jax.vjp`: a rule inside f that is called by itself has no second derivative."""
 
     def of_index(index, products, shared, chunks):
         return _vjp(f, shared, _take(chunks, index), [product.logits(index) for product in products])[0]
 
-    return in_rule(partial(_plain_map, of_index, f))(operands), operands
+    return keeping_its_rule(partial(_plain_map, of_index, f))(operands), operands
 
 
-def _map_bwd(f: Callable, super_chunks: int, operands: Operands, cotangents: PyTree) -> Operands:
+def _map_bwd(f: Callable, super_chunks: int, operands: ChunkOperands, cotangents: PyTree) -> ChunkOperands:
     """By those results that are floats."""
     _, *gradients = _pull(lambda *of_chunk: _floats(f(*of_chunk)), super_chunks, operands, _floats(cotangents))
     return _gradients(super_chunks, operands, *gradients)

@@ -1,0 +1,169 @@
+"""What else one pass over the classes tells of a token: for reinforcement learning, evaluation, calibration."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Bool, Float, Int
+
+from softmax_jax._core import compute_of_labels
+from softmax_jax._inputs.arrays import Floats, Integers, Mask, Nested, Scalar, class_axis
+from softmax_jax._inputs.hints import hinted
+from softmax_jax._inputs.options import Options
+from softmax_jax._inputs.sources import given_logits, head
+from softmax_jax._sums.loss import loss_of, losses_beside_statistics
+from softmax_jax._sums.rule import class_sums, zero_rows
+from softmax_jax._sums.waist import Batch, ExtraSums, Tokens, log_total, unused_tokens
+
+
+class LabelStatistics(NamedTuple):
+    """Per token, each of the batch shape. The first three are differentiable."""
+
+    log_prob: Float[Array, "*batch"]
+    log_normalizer: Float[Array, "*batch"]
+    entropy: Float[Array, "*batch"]
+    correct: Bool[Array, "*batch"]
+    rank: Int[Array, "*batch"]
+    prediction: Int[Array, "*batch"]
+
+
+# With a = the largest class as the pivot, all are sums of terms ≥ 0, so nothing cancels:
+#
+#     -log p_y = nll if y = a, else spread + (m - z_y)
+#     entropy  = spread + μ       μ = Σ_v p_v (m - z_v) = moment / total       ∂/∂z_v = -p_v (μ - (m - z_v))
+#
+# Of moment = Σ_{v≠a} exp(z_v - m) (m - z_v) itself the slope would cancel against that of rest where several classes
+# share the top. So it is a constant, whose slope is that of moment_and_rest less that of rest.
+
+
+def _mean_gap(rest: Array, own: Array, moment: Array, moment_and_rest: Array) -> Array:
+    """μ, of own = 0."""
+    slope = moment_and_rest - rest
+    return (moment + (slope - lax.stop_gradient(slope)) - own * jnp.exp(own)) / (rest + jnp.exp(own))
+
+
+@jax.custom_jvp
+def _entropy(rest: Array, own: Array, moment: Array, moment_and_rest: Array) -> Array:
+    return log_total(rest, own) + _mean_gap(rest, own, moment, moment_and_rest)
+
+
+@_entropy.defjvp
+def _entropy_jvp(primals, tangents):
+    (rest, own, *_), (drest, down, _, dboth) = primals, tangents
+    mean, hit = _mean_gap(*primals), jnp.exp(own)
+    return _entropy(*primals), (dboth - mean * drest - (mean + own) * hit * down) / (rest + hit)
+
+
+def statistics(batch: Batch) -> tuple[LabelStatistics, None]:
+    """All 0 for a token of weight 0."""
+    logits, labels, options, classes, forward_mode = batch
+    unused, extra = unused_tokens(options.weights), ExtraSums(statistics=True, forward_mode=forward_mode)
+    tokens = Tokens(logits, labels, options.adjustment, unused=unused, classes=classes, extra=extra)
+    sums: Any = zero_rows(unused, class_sums(tokens))
+    log_prob = -loss_of(sums, None, Options())
+    valid, log_normalizer = ~jnp.isnan(log_prob), sums.row_max + log_total(sums.rest, sums.own)
+    found = LabelStatistics(
+        log_prob,
+        log_normalizer,
+        _entropy(sums.rest, sums.own, sums.moment, sums.moment_and_rest),
+        valid & (sums.above == 0) & (sums.ties == 0),
+        jnp.where(valid, sums.above.astype(jnp.int32), -1),
+        jnp.where(jnp.isnan(log_normalizer), -1, sums.pivot),
+    )
+    return zero_rows(unused, found), None
+
+
+def losses_and_statistics(batch: Batch) -> tuple[Array, LabelStatistics]:
+    """weights · ℓ of every token, and its statistics, which have no gradient."""
+    constant = lax.stop_gradient((batch.logits, batch.target, batch.options))
+    return losses_beside_statistics(batch), statistics(Batch(*constant, batch.classes, batch.forward_mode))[0]
+
+
+@hinted
+def label_statistics(
+    logits: Floats,
+    labels: Integers,
+    *,
+    axis: int = -1,
+    where: Mask | None = None,
+    ignore_index: int | None = None,
+    logit_scale: Scalar = 1.0,
+    softcap: Scalar | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+    forward_mode: bool = False,
+) -> LabelStatistics:
+    """What softmax(logits) says of a label, per token.
+
+        log_prob = z_y - log_normalizer = log p_y         log_normalizer = log Σ_v exp(z_v)
+        entropy = -Σ_v p_v log p_v, in nats               rank = number of classes v with z_v > z_y
+        correct: the label is the largest logit, of equal ones the first; prediction: the class of that
+
+    z are the adjusted logits, as in `cross_entropy`, whose exactness these have, and their gradients: the log_prob and
+    the entropy of a confident token do not round to 0. Under `jit` only what is used is computed; kept for the
+    backward pass are the logits as they came and a few numbers a token.
+
+    Args:
+      logits: floating, `[*batch, classes]` for `axis=-1`. A row that holds +inf or NaN, or whose every logit is
+        -inf, gives NaN; -inf is a class of probability zero, which adds 0 to the entropy.
+      labels: integer class ids of the batch shape. An id outside `[0, classes)` has log_prob NaN.
+      ignore_index: rows with this label are left out: all their numbers are 0, and their gradients.
+      axis, where, logit_scale, softcap, axis_name, forward_mode: as in `cross_entropy`. A label that `where` hides has
+        log_prob -inf; in a row without any class all numbers are 0.
+
+    Returns:
+      `LabelStatistics`. Where log_prob is NaN, `correct` is False and `rank` -1; `prediction` is -1 in a row that is
+      NaN itself. Two logits that differ by less than the smallest normal number count as equal.
+
+    Raises:
+      TypeError, ValueError: while tracing, for shapes, dtypes and numbers that do not fit; the message says which.
+
+    >>> import jax.numpy as jnp
+    >>> from softmax_jax import label_statistics
+    >>> logits = jnp.array([[2.0, 1.0, 0.0], [0.0, 30.0, 0.0]])
+    >>> statistics = label_statistics(logits, jnp.array([1, 1]))
+    >>> [f"{entropy:.5e}" for entropy in statistics.entropy]
+    ['8.32396e-01', '5.80173e-12']
+    >>> statistics.correct.tolist(), statistics.rank.tolist()
+    ([False, True], [1, 0])
+
+    Schulman et al., "Proximal Policy Optimization Algorithms", 2017 (the uses of log_prob and entropy).
+    """
+    student = given_logits("logits", logits)
+    options = Options(where, ignore_index=ignore_index, logit_scale=logit_scale, softcap=softcap)
+    axis = class_axis("logits", student.shape, axis)
+    return compute_of_labels(statistics, student, labels, options, axis, axis_name, "", forward_mode=forward_mode)[0]
+
+
+@hinted
+def linear_label_statistics(
+    x: Float[ArrayLike, "*batch embed"] | Nested,
+    weight: Float[ArrayLike, "_ _"] | Nested,
+    labels: Integers,
+    *,
+    bias: Float[ArrayLike, " classes"] | Nested | None = None,
+    transpose_weight: bool = False,
+    where: Mask | None = None,
+    ignore_index: int | None = None,
+    logit_scale: Scalar = 1.0,
+    softcap: Scalar | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+    dtype: DTypeLike | None = None,
+    chunk_size: int | None = None,
+    forward_mode: bool = False,
+) -> LabelStatistics:
+    """`label_statistics(x @ weight + bias, labels, ...)` without ever holding the logits, as `linear_cross_entropy`.
+
+    Its backward pass makes each chunk's logits again. The arguments are those of the two.
+
+    >>> import jax.numpy as jnp
+    >>> from softmax_jax import linear_label_statistics
+    >>> x, weight = jnp.eye(3, 4), jnp.arange(20.0).reshape(4, 5)
+    >>> linear_label_statistics(x, weight, jnp.array([0, 4, 2])).rank.tolist()
+    [4, 0, 2]
+    """
+    student = head(x, weight, bias, transpose_weight, dtype)
+    options = Options(where, ignore_index=ignore_index, logit_scale=logit_scale, softcap=softcap)
+    how: dict[str, Any] = {"chunk_size": chunk_size, "forward_mode": forward_mode}
+    return compute_of_labels(statistics, student, labels, options, len(student.shape) - 1, axis_name, "", **how)[0]

@@ -1,0 +1,270 @@
+"""The sums of a token over its classes, each derivative of which is one of the sums as `waist` writes them.
+
+A device's own are made in blocks of tokens (CPU) or in one pass (all other platforms); what follows is one for all:
+the sums of all devices, the labels', and NaN.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial, reduce
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.custom_batching import custom_vmap
+from jax.custom_derivatives import SymbolicZero, zero_from_primal
+
+from softmax_jax._devices import Classes, PyTree, barrier, check_gradient, pmax, psum, vary, varying
+from softmax_jax._inputs.arrays import is_floating, upcast
+from softmax_jax._inputs.labels import Dense, Ids, Sparse
+from softmax_jax._inputs.options import Adjustment, adjust, adjusted_at_global, even_targets, shifted
+from softmax_jax._sums.blocks import block_sums, fence_gradient, in_blocks_or_one_pass
+from softmax_jax._sums.combine import combine_devices
+from softmax_jax._sums.fold import sums_in_one_pass
+from softmax_jax._sums.targets import target_sums, targets_of_classes, valid_or_nan, with_entry_gradients
+from softmax_jax._sums.waist import CONSTANT, NO_COTANGENTS, OF_LABELS, ClassSums, Tokens, pulled, written
+
+
+@partial(jax.jit, inline=True)  # a rule and its function make the same: one trace serves both
+def local_sums(tokens: Tokens) -> ClassSums:
+    """The sums of every token over this device's classes. A row of -inf alone has row_max = -inf."""
+    classes, labels, axis = tokens.classes, tokens.labels, tokens.classes.axis
+    first = classes.first_id(tokens.logits)
+    if isinstance(labels, Ids):
+        labels = Ids(*jax.tree.map(classes.expand, (labels.ids - first, labels.z)))
+    read = replace(tokens, labels=None if isinstance(labels, Sparse) else labels, unused=None)
+    from_the_end = axis - tokens.logits.ndim
+    in_blocks = partial(block_sums, axis=from_the_end)
+    found = in_blocks_or_one_pass(in_blocks, partial(sums_in_one_pass, axis=axis), from_the_end, read)
+    found = jax.tree.map(lambda a: jnp.squeeze(a, axis), found)
+    return found if found.pivot is None else found._replace(pivot=found.pivot + first)
+
+
+def _sums(tokens: Tokens) -> ClassSums:
+    """Over all classes. A pivot that no class is makes its row NaN, if it is used."""
+    classes, labels, label = tokens.classes, tokens.labels, tokens.label
+    if tokens.extra.statistics:
+        labels = Ids(labels.ids, adjusted_at_global(labels.ids, tokens.logits, tokens.adjustment, classes))
+        tokens = replace(tokens, labels=labels)
+    found = local_sums(tokens)
+    if label is not None:
+        here = label - classes.first_id(tokens.logits)
+        own = classes.read_local(partial(_adjusted, found.label_logit, tokens), here, tokens.logits)
+        found = found._replace(own=valid_or_nan(own, label, tokens), label_logit=None)
+    found = combine_devices(found, classes.over)
+    m, rest, _ = finish_rows(found)
+    pivot = found.pivot if label is None else label
+    own = found.own
+    if label is None:  # 0, NaN in a row that has no top, if it is used
+        highest = found.row_max if tokens.unused is None else jnp.where(tokens.unused, 0, found.row_max)
+        own = m + (highest - highest)
+    found = found._replace(row_max=m, rest=rest, pivot=pivot, own=own - m, even_mass=None)
+    if not isinstance(labels, Dense):
+        of_labels = psum(target_sums(tokens, m, pivot - classes.first_id(tokens.logits)), classes.over)
+        found = found._replace(**dict(zip(OF_LABELS, of_labels, strict=True)))
+    if isinstance(labels, Ids) and tokens.extra.statistics:
+        ties = pmax((pivot != labels.ids).astype(m.dtype), classes.over)
+        found = found._replace(moment_and_rest=found.moment + rest, ties=ties)
+    return found
+
+
+def _adjusted(logit: Array, tokens: Tokens, ids: Array) -> Array:
+    """z of a token's label, of its logit as it came."""
+    where = tokens.adjustment.where
+    where = None if where is None else tokens.classes.take_one(ids, where)
+    return upcast(adjust(logit, tokens.adjustment._replace(where=where)))
+
+
+def finish_rows(found: ClassSums) -> tuple[Array, Array, Array]:
+    """(m, 0 in a row of -inf alone; rest, NaN in one that holds NaN or +inf, as m - m is; whether any logit exists)."""
+    exists = found.row_max != -jnp.inf
+    m = jnp.where(exists, found.row_max, 0)
+    return m, found.rest + (m - m), exists
+
+
+# The rule: around a given m and pivot, both derivatives are those of the sums as they are written. In the mean loss of
+# N tokens nll = log(rest + exp(own)) - own has the cotangents drest = 1/(N total) and down = -rest/(N total); written
+# are rest = Σ_{v≠y} exp(z_v - m) and own = z_y - m, so that
+#
+#     dz_v = drest · exp(z_v - m) = p_v / N        dz_y = down = -(1 - p_y) / N        dz = (p - t) / N
+#
+# elementwise, pulled back through `adjust`, where it is cast once. Kept: the operands as they came, m and the pivot,
+# one number each per token. Made again: z and its exponential.
+
+Residuals = tuple[Tokens, Array, Array]  # the operands, m, the pivot
+
+
+def _residuals(tokens: Tokens, sums: ClassSums) -> Residuals:
+    """Of the tokens of weight 0 those are unused whose sums are not finite."""
+    unused = nonfinite_unused(tokens.unused, sums)
+    return replace(tokens, unused=unused), *lax.stop_gradient((sums.row_max, sums.pivot))
+
+
+@jax.custom_jvp
+def _sums_in_both_modes(tokens: Tokens) -> ClassSums:
+    return batch_all_or_none(_sums(tokens))
+
+
+def _sums_jvp(primals: tuple[Tokens], tangents: tuple[PyTree]) -> tuple[ClassSums, ClassSums]:
+    check_gradient(primals[0].classes.over)
+    sums = _sums_in_both_modes(*primals)
+    kept = _residuals(primals[0], sums)
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def of_all(tokens):
+        read, m, pivot, _ = _fence_operands((replace(tokens, unused=kept[0].unused), *kept[1:]), NO_COTANGENTS)
+        found = _written_sums(read, m, pivot, NO_COTANGENTS)
+        return psum(found._replace(**dict.fromkeys(CONSTANT)), tokens.classes.over)
+
+    dsums = tangent_of(of_all, *primals, *tangents)
+    constant = {name: getattr(sums, name) for name in CONSTANT}
+    return sums, dsums._replace(**jax.tree.map(partial(zero_from_primal, symbolic_zeros=True), constant))
+
+
+_sums_in_both_modes.defjvp(_sums_jvp, symbolic_zeros=True)
+
+
+@jax.custom_vjp
+def _class_sums(tokens: Tokens) -> ClassSums:
+    return _sums_in_both_modes(tokens)
+
+
+def _class_sums_fwd(tokens: Tokens) -> tuple[ClassSums, Residuals]:
+    sums = keeping_its_rule(_sums_in_both_modes)(tokens)
+    return sums, _residuals(tokens, sums)
+
+
+def _class_sums_bwd(kept: Residuals, dsums: ClassSums) -> tuple[Tokens]:
+    check_gradient(kept[0].classes.over)
+    dsums = vary(dsums._replace(**dict.fromkeys(CONSTANT)), varying(kept[0].logits))
+    tokens, m, pivot, dsums = _fence_operands(kept, dsums)
+    if isinstance(tokens.labels, Sparse):
+        dtokens = pulled(lambda tokens: _sums_of_classes(tokens, m, pivot, dsums), tokens, dsums)
+        dtokens = with_entry_gradients(dtokens, tokens, m, pivot, dsums)
+    else:
+        dtokens = pulled(lambda tokens: _written_sums(tokens, m, pivot, dsums), tokens, dsums)
+    return (replace(dtokens, logits=fence_gradient(dtokens.logits)),)
+
+
+_class_sums.defvjp(_class_sums_fwd, _class_sums_bwd)
+
+
+def _fence_operands(kept: Residuals, cotangents: ClassSums) -> tuple[Tokens, Array, Array, ClassSums]:
+    """(the operands, m, the pivot among the classes here, the cotangents) as a derivative reads them, behind a barrier:
+    of the forward pass nothing of their size is kept. A row whose sums are not finite, and whose token has weight 0,
+    holds 0: whatever it held, its gradient is exactly 0."""
+    tokens, m, pivot = kept
+    logits, labels, m, drest = barrier(tokens.logits, tokens.labels, m, cotangents.rest)
+    if tokens.unused is not None:
+        rows = tokens.classes.expand(tokens.unused)
+        empty = lambda a: jnp.where(rows, 0, a) if is_floating(a) else a  # noqa: E731
+        logits, labels = jax.tree.map(empty, (logits, labels))
+        m = jnp.where(tokens.unused, 0, m)
+    here = pivot - tokens.classes.first_id(logits)
+    return replace(tokens, logits=logits, labels=labels, unused=None), m, here, cotangents._replace(rest=drest)
+
+
+def _sums_of_classes(tokens: Tokens, row_max: Array, pivot: Array, cotangents: ClassSums) -> ClassSums:
+    """Of all classes here, but for the labels' where they need no pass over them."""
+    where, c, dtype = tokens.adjustment.where, None, row_max.dtype
+    if tokens.extra.even:
+        c = even_targets(tokens.class_weights, where, jnp.ones_like(tokens.logits, dtype))
+    at_pivot = tokens.classes.one_hot(pivot, tokens.logits)
+    return written(tokens, targets_of_classes(tokens, dtype), c, at_pivot, row_max, cotangents)
+
+
+def _written_sums(tokens: Tokens, row_max: Array, pivot: Array, cotangents: ClassSums) -> ClassSums:
+    sums = _sums_of_classes(tokens, row_max, pivot, cotangents)
+    if sums.own_mass is not None:
+        return sums
+    return sums._replace(**dict(zip(OF_LABELS, target_sums(tokens, row_max, pivot), strict=True)))
+
+
+def class_sums(tokens: Tokens) -> ClassSums:
+    """The sums of every token over its classes, on all devices. Those of unused rows must have cotangent 0."""
+    over, classes = varying(tokens), tokens.classes
+    logits, class_weights, adjustment = vary((tokens.logits, tokens.class_weights, tokens.adjustment), over)
+    unused = vary(tokens.unused, tuple(name for name in over if name not in classes.over))
+    labels = tokens.labels.vary(over, classes)
+    tokens = Tokens(logits, labels, adjustment, class_weights, unused, classes=classes, extra=tokens.extra)
+    return (_sums_in_both_modes if tokens.extra.forward_mode else _class_sums)(tokens)
+
+
+# The same around the largest z alone, whose slope is that of m.
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def top_sums(logits: Array, adjustment: Adjustment, classes: Classes) -> ClassSums:
+    """row_max, rest, and the pivot: the largest, or how many classes there are where none is."""
+    found = combine_devices(local_sums(Tokens(logits, None, adjustment, classes=classes)), classes.over)
+    m, rest, exists = finish_rows(found)
+    return ClassSums(m, rest, jnp.where(exists, found.pivot, classes.num_classes(logits)))
+
+
+def _top_sums_jvp(classes: Classes, primals: tuple[Array, Adjustment], tangents: PyTree) -> PyTree:
+    sums = top_sums(*primals, classes)
+    m, at_top = lax.stop_gradient(sums.row_max), classes.one_hot(sums.pivot - classes.first_id(primals[0]), primals[0])
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def written_sums(operands):
+        z = shifted(operands[0], operands[1], m, classes.axis)
+        own = psum(jnp.sum(jnp.where(at_top, z, 0), classes.axis), classes.over)
+        others = jnp.where(at_top, 0, jnp.exp(z - classes.expand(own)))
+        return own, psum(jnp.sum(others, classes.axis), classes.over)
+
+    dm, drest = tangent_of(written_sums, primals, tangents)
+    return sums, ClassSums(dm, drest, zero_from_primal(sums.pivot, symbolic_zeros=True))
+
+
+top_sums.defjvp(_top_sums_jvp, symbolic_zeros=True)
+
+
+# What rules need of JAX.
+
+
+def tangent_of(f: Callable, operands: PyTree, tangents: PyTree) -> PyTree:
+    """The tangent of f(operands) in a rule with `symbolic_zeros`, by the operands that have one."""
+    leaves, tree = jax.tree.flatten(operands)
+    moving = {i: t for i, t in enumerate(tree.flatten_up_to(tangents)) if not isinstance(t, SymbolicZero)}
+
+    def of_moving(some):
+        return f(tree.unflatten([some.get(i, leaf) for i, leaf in enumerate(leaves)]))
+
+    return jax.jvp(of_moving, ({i: leaves[i] for i in moving},), (moving,))[1]
+
+
+def keeping_its_rule(f: Callable) -> Callable:
+    """f, which has a `custom_jvp`, where the forward pass of a `custom_vjp` calls it. JAX 0.10 forgets a rule that is
+    called there, under `scan`, when it is differentiated again; under a checkpoint it keeps it."""
+    return jax.checkpoint(f, prevent_cse=False) if jax.__version_info__ < (0, 11) else f
+
+
+@custom_vmap
+def batch_all_or_none(numbers: PyTree) -> PyTree:
+    """The same numbers, of which `vmap` maps all or none: of a function with a rule JAX takes the cotangent of a result
+    that is not mapped for one that all examples share, once for each of them (0.10), or refuses it."""
+    return numbers
+
+
+@batch_all_or_none.def_vmap
+def _(size: int, mapped: list, numbers: PyTree) -> tuple[PyTree, PyTree]:
+    def of_all(a, is_mapped):
+        return a if is_mapped else jnp.broadcast_to(a[None], (size, *a.shape))
+
+    return jax.tree.map(of_all, numbers, *mapped), jax.tree.map(lambda _: True, numbers)
+
+
+def nonfinite_unused(unused: Array | None, numbers: PyTree) -> Array | None:
+    """Which tokens that are not used have numbers that are not finite: nothing may come of them. (Of the others a
+    derivative by the weight, which is 0, is asked.) None for none."""
+    if unused is None:
+        return None
+    floats = [n for n in jax.tree.leaves(numbers) if is_floating(n)]
+    return reduce(jnp.logical_or, [unused & ~jnp.isfinite(n) for n in floats])
+
+
+def zero_rows(unused: Array | None, numbers: PyTree) -> Any:
+    """A token's numbers, 0 for those that are not used. Sums are taken out before anything is computed of them, so that
+    no NaN of their own comes back."""
+    return numbers if unused is None else jax.tree.map(lambda n: jnp.where(unused, jnp.zeros_like(n), n), numbers)
