@@ -200,8 +200,8 @@ def test_masses_and_sums_of_dense_and_of_few_labels(rng, weighted):
     for first, size in ((0, 2), (2, 4)):  # two shards
         here = slice(first, first + size)
         sparse = Sparse(jnp.asarray(ids - first), jnp.asarray(probs))
-        weights = None if c is None else c[:, here]
-        shard = tokens_of(logits[:, here], Adjustment(exists[:, here]), sparse, class_weights=weights)
+        of_classes = None if c is None else c[:, here]
+        shard = tokens_of(logits[:, here], Adjustment(exists[:, here]), sparse, class_weights=of_classes)
         total += np.stack(sparse_sums(shard, jnp.asarray(m), jnp.asarray(pivot) - first))
     np.testing.assert_allclose(total, around(pivot), rtol=1e-6, atol=1e-7)
 
