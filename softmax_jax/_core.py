@@ -36,10 +36,10 @@ from softmax_jax._devices import (
     varying,
 )
 from softmax_jax._head.deal import over_chunks, to_chunks
+from softmax_jax._head.product import Source
 from softmax_jax._inputs.arrays import Shape, accumulator, integer
 from softmax_jax._inputs.labels import Dense, Ids, Labels, check_ids_in_range, check_labels, ignored_id, narrowed
 from softmax_jax._inputs.options import Options, Reduction, check_options, check_reduction
-from softmax_jax._inputs.sources import Source
 from softmax_jax._sums.waist import Batch, unused_tokens
 
 
@@ -109,7 +109,7 @@ def compute_of_labels(
     given = options._replace(ignore_index=ignored_id(ignore_index, target))
     checked = check_options(given, student.shape, axis, student.dtype)
     if axis_name is None:
-        check_ids_in_range(labels, student.shape, axis, options)
+        check_ids_in_range(labels, student.shape, axis, (options.where, options.weights), options.ignore_index)
     return compute(per_token, student, target, checked, axis, student.dtype, axis_name, **how)
 
 
@@ -235,10 +235,11 @@ def _mean_divisor(
     devices."""
     if normalizer is not None:
         return normalizer
-    weights, share = options.weights, None
-    if options.class_weights is not None and isinstance(target, Labels):
-        share = target.share_of_mean(options.class_weights, config.classes)
-    if share is not None:
+    weights, class_weights, classes = options.weights, options.class_weights, config.classes
+    if class_weights is not None and isinstance(target, Ids):
+        here = target.ids - classes.first_id(class_weights)
+        share = classes.read_local(partial(jnp.take, class_weights.ravel()), here, class_weights)
+        share = psum(share, classes.over)
         weights = share if weights is None else weights * share
     return count(tokens, config.token_axes) if weights is None else psum(jnp.sum(weights), config.token_axes)
 

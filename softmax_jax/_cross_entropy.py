@@ -7,13 +7,12 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Float, Num
 
 from softmax_jax._core import compute_of_labels
+from softmax_jax._head.product import Source, given_logits, head
 from softmax_jax._inputs.arrays import AnyArray, Floats, Mask, Nested, Numbers, Scalar, class_axis
 from softmax_jax._inputs.hints import hinted
 from softmax_jax._inputs.labels import SparseLabels
 from softmax_jax._inputs.options import Options, Reduction
-from softmax_jax._inputs.sources import Source, given_logits, head
-from softmax_jax._statistics import LabelStatistics, losses_and_statistics
-from softmax_jax._sums.loss import weighted_losses
+from softmax_jax._sums.loss import LabelStatistics, losses_and_statistics, weighted_losses
 
 AnyLabels = Numbers | SparseLabels
 Loss = Float[Array, "..."]

@@ -20,7 +20,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.custom_derivatives import SymbolicZero, zero_from_primal
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
@@ -192,36 +191,6 @@ def on_each_device(f: Callable, mesh: Mesh | AbstractMesh, operands: tuple, spec
     some: dict[str, Any] = {"axis_names": set(axes[AxisType.Explicit])} if axes[AxisType.Auto] else {}
     on_device = jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=out, **some)
     return on_device(*jax.tree.map(lambda a, spec: jax.sharding.reshard(a, NamedSharding(mesh, spec)), operands, specs))
-
-
-# An optimization barrier: what stands behind it is not made together with what stands before.
-
-
-@jax.custom_jvp
-def fenced(arrays: PyTree) -> PyTree:
-    """An optimization barrier around all of them; around each tangent one of its own, since JAX does not transpose one
-    around a tangent beside what is none."""
-    return lax.optimization_barrier(arrays)
-
-
-def _fenced_jvp(primals, tangents):
-    """Each of the type of its array behind the barrier: before JAX 0.11 that varies over the devices of all of them."""
-
-    def tangent(array, t):
-        if isinstance(t, SymbolicZero) or t.dtype == jax.dtypes.float0:
-            return zero_from_primal(array, symbolic_zeros=True)
-        return vary(lax.optimization_barrier(t), varying(array))
-
-    arrays = fenced(*primals)
-    return arrays, jax.tree.map(tangent, arrays, tangents[0])
-
-
-fenced.defjvp(_fenced_jvp, symbolic_zeros=True)
-
-
-def barrier(*arrays: PyTree) -> tuple:
-    """The same arrays, behind one barrier."""
-    return fenced(arrays)
 
 
 # Where the classes of a token lie.

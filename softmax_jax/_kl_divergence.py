@@ -16,7 +16,7 @@ from softmax_jax._core import compute
 from softmax_jax._devices import Classes, check_sharded, mesh_axes
 from softmax_jax._divergence.formula import Logits, Pair
 from softmax_jax._divergence.rule import divergence
-from softmax_jax._head.product import zero_nonfinite_unused
+from softmax_jax._head.product import Source, given_logits, head, zero_nonfinite_unused
 from softmax_jax._inputs.arrays import (
     AnyArray,
     Floats,
@@ -43,7 +43,6 @@ from softmax_jax._inputs.labels import (
     narrowed,
 )
 from softmax_jax._inputs.options import Adjustment, Options, Reduction, check_options, zero_hidden
-from softmax_jax._inputs.sources import Source, given_logits, head
 from softmax_jax._sums.blocks import num_existing
 from softmax_jax._sums.targets import dense_probabilities
 from softmax_jax._sums.waist import Batch, unused_tokens
@@ -207,7 +206,7 @@ def _divergence(
         )
     checked, (reverse, share) = check_options(options, student.shape, axis, dtype), _mixture(beta, dtype)
     if of_probs:
-        check_probabilities(given[name], axis, options)
+        check_probabilities(given[name], axis, (options.where, options.weights))
     operands = student, target, checked._replace(beta=share), axis, dtype, axis_name
     return compute(_per_token(of_probs, reverse), *operands, in_chunks=of_probs, **how)[0]
 

@@ -8,7 +8,8 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from softmax_jax._cross_entropy import cross_entropy
+from softmax_jax._core import compute_of_labels
+from softmax_jax._head.product import Source
 from softmax_jax._inputs.arrays import (
     AnyArray,
     Axes,
@@ -27,7 +28,9 @@ from softmax_jax._inputs.arrays import (
 )
 from softmax_jax._inputs.hints import hinted
 from softmax_jax._inputs.labels import check_labels
+from softmax_jax._inputs.options import Options
 from softmax_jax._softmax import log_softmax
+from softmax_jax._sums.loss import weighted_losses
 
 
 @hinted
@@ -160,7 +163,8 @@ def _poly_loss(logits: Array, labels: Array, epsilon: Array, where: Array | None
 
 
 def _losses(logits: Array, labels: Array, where: Array | None, axes: Axes) -> Array:
-    return cross_entropy(logits, labels, where=where, axis=_axis(axes), reduction="none", forward_mode=True)
+    student, axis = Source(logits, dtype=logits.dtype), _axis(axes) % logits.ndim
+    return compute_of_labels(weighted_losses, student, labels, Options(where), axis, None, forward_mode=True)[0]
 
 
 def _broadcast(labels: AnyArray, logits: Array) -> Array:

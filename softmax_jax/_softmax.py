@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Num
 
-from softmax_jax._devices import Classes, barrier, vary_alike
+from softmax_jax._devices import Classes, vary_alike
 from softmax_jax._inputs.arrays import (
     AnyArray,
     Axes,
@@ -28,6 +28,7 @@ from softmax_jax._sums.blocks import on_cpu_or_elsewhere
 from softmax_jax._sums.fold import sums_in_one_pass
 from softmax_jax._sums.rule import finish_rows, top_sums
 from softmax_jax._sums.waist import ClassSums, Tokens
+from softmax_jax._transforms import barrier
 
 
 @hinted

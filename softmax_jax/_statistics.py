@@ -1,84 +1,16 @@
 """What else one pass over the classes tells of a token: for reinforcement learning, evaluation, calibration."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 
 from softmax_jax._core import compute_of_labels
+from softmax_jax._head.product import given_logits, head
 from softmax_jax._inputs.arrays import Floats, Integers, Mask, Nested, Scalar, class_axis
 from softmax_jax._inputs.hints import hinted
 from softmax_jax._inputs.options import Options
-from softmax_jax._inputs.sources import given_logits, head
-from softmax_jax._sums.loss import loss_of, losses_beside_statistics
-from softmax_jax._sums.rule import class_sums, zero_rows
-from softmax_jax._sums.waist import Batch, ExtraSums, Tokens, log_total, unused_tokens
-
-
-class LabelStatistics(NamedTuple):
-    """Per token, each of the batch shape. The first three are differentiable."""
-
-    log_prob: Float[Array, "*batch"]
-    log_normalizer: Float[Array, "*batch"]
-    entropy: Float[Array, "*batch"]
-    correct: Bool[Array, "*batch"]
-    rank: Int[Array, "*batch"]
-    prediction: Int[Array, "*batch"]
-
-
-# With a = the largest class as the pivot, all are sums of terms ≥ 0, so nothing cancels:
-#
-#     -log p_y = nll if y = a, else spread + (m - z_y)
-#     entropy  = spread + μ       μ = Σ_v p_v (m - z_v) = moment / total       ∂/∂z_v = -p_v (μ - (m - z_v))
-#
-# Of moment = Σ_{v≠a} exp(z_v - m) (m - z_v) itself the slope would cancel against that of rest where several classes
-# share the top. So it is a constant, whose slope is that of moment_and_rest less that of rest.
-
-
-def _mean_gap(rest: Array, own: Array, moment: Array, moment_and_rest: Array) -> Array:
-    """μ, of own = 0."""
-    slope = moment_and_rest - rest
-    return (moment + (slope - lax.stop_gradient(slope)) - own * jnp.exp(own)) / (rest + jnp.exp(own))
-
-
-@jax.custom_jvp
-def _entropy(rest: Array, own: Array, moment: Array, moment_and_rest: Array) -> Array:
-    return log_total(rest, own) + _mean_gap(rest, own, moment, moment_and_rest)
-
-
-@_entropy.defjvp
-def _entropy_jvp(primals, tangents):
-    (rest, own, *_), (drest, down, _, dboth) = primals, tangents
-    mean, hit = _mean_gap(*primals), jnp.exp(own)
-    return _entropy(*primals), (dboth - mean * drest - (mean + own) * hit * down) / (rest + hit)
-
-
-def statistics(batch: Batch) -> tuple[LabelStatistics, None]:
-    """All 0 for a token of weight 0."""
-    logits, labels, options, classes, forward_mode = batch
-    unused, extra = unused_tokens(options.weights), ExtraSums(statistics=True, forward_mode=forward_mode)
-    tokens = Tokens(logits, labels, options.adjustment, unused=unused, classes=classes, extra=extra)
-    sums: Any = zero_rows(unused, class_sums(tokens))
-    log_prob = -loss_of(sums, None, Options())
-    valid, log_normalizer = ~jnp.isnan(log_prob), sums.row_max + log_total(sums.rest, sums.own)
-    found = LabelStatistics(
-        log_prob,
-        log_normalizer,
-        _entropy(sums.rest, sums.own, sums.moment, sums.moment_and_rest),
-        valid & (sums.above == 0) & (sums.ties == 0),
-        jnp.where(valid, sums.above.astype(jnp.int32), -1),
-        jnp.where(jnp.isnan(log_normalizer), -1, sums.pivot),
-    )
-    return zero_rows(unused, found), None
-
-
-def losses_and_statistics(batch: Batch) -> tuple[Array, LabelStatistics]:
-    """weights · ℓ of every token, and its statistics, which have no gradient."""
-    constant = lax.stop_gradient((batch.logits, batch.target, batch.options))
-    return losses_beside_statistics(batch), statistics(Batch(*constant, batch.classes, batch.forward_mode))[0]
+from softmax_jax._sums.loss import LabelStatistics, statistics
 
 
 @hinted

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from softmax_jax._devices import Classes, PyTree, barrier, check_gradient, psum, vary, varying
+from softmax_jax._devices import Classes, PyTree, check_gradient, psum, vary, varying
 from softmax_jax._divergence.formula import (
     Pair,
     RowNumbers,
@@ -23,20 +23,13 @@ from softmax_jax._divergence.formula import (
     ratio_terms,
     z_of,
 )
-from softmax_jax._inputs.arrays import nan_unless
+from softmax_jax._inputs.arrays import nan_unless, nonfinite_unused, zero_rows
 from softmax_jax._inputs.labels import Ids
 from softmax_jax._inputs.options import scaled, without_fma
 from softmax_jax._sums.blocks import fence_gradient, sum_over_classes
-from softmax_jax._sums.rule import (
-    batch_all_or_none,
-    class_sums,
-    keeping_its_rule,
-    nonfinite_unused,
-    tangent_of,
-    top_sums,
-    zero_rows,
-)
+from softmax_jax._sums.rule import class_sums, top_sums
 from softmax_jax._sums.waist import ExtraSums, Tokens, log_total, negative_log_likelihood
+from softmax_jax._transforms import barrier, batch_all_or_none, tangent_of
 
 
 class DivergenceSums(NamedTuple):
@@ -163,14 +156,17 @@ def _divergence(pair: Pair, classes: Classes) -> Array:
 
 
 def _divergence_fwd(pair: Pair, classes: Classes) -> tuple[Array, tuple[Pair, DivergenceSums]]:
-    value, found = keeping_its_rule(partial(_in_both_modes, classes=classes))(pair)
+    value, found = _in_both_modes(pair, classes)
     return value, (pair, found)
 
 
 def _divergence_bwd(classes: Classes, kept: tuple[Pair, DivergenceSums], cotangent: Array) -> tuple[Pair]:
     check_gradient(classes.over)
     pair, found = kept
-    dbeta = None if pair.beta is None else jnp.sum(jnp.where(cotangent == 0, 0, cotangent * _by_beta(found)))
+    dbeta = None
+    if pair.beta is not None:
+        by_beta = _by_beta(found)
+        dbeta = jnp.sum(cotangent * jnp.where((cotangent == 0) & ~jnp.isfinite(by_beta), 0, by_beta))
     cotangent = vary(cotangent, varying((pair.b, pair.a)))
     pair, slopes = _slopes(pair, found, cotangent, classes)
     db, da = (classes.expand(cotangent) * slope for slope in slopes)

@@ -36,7 +36,7 @@ from jax.typing import ArrayLike
 from softmax_jax._devices import PyTree, buffer_for, sum_over_sharing_devices, vary, varying, zeros_as
 from softmax_jax._head.product import Product, kept_in
 from softmax_jax._inputs.arrays import accumulator, is_floating, upcast
-from softmax_jax._sums.rule import keeping_its_rule
+from softmax_jax._transforms import keeping_its_rule
 
 Products = tuple[Product, ...]
 ChunkOperands = tuple[Products, PyTree, PyTree]  # products, shared, chunks

@@ -13,11 +13,10 @@ from jax.typing import DTypeLike
 
 from softmax_jax._devices import Classes, PyTree
 from softmax_jax._head.chunks import map_over, sum_over
-from softmax_jax._head.product import Product, kept_in
+from softmax_jax._head.product import Product, Source, kept_in
 from softmax_jax._inputs.arrays import Shape, accumulator
 from softmax_jax._inputs.labels import Dense, Labels
 from softmax_jax._inputs.options import Options
-from softmax_jax._inputs.sources import Source
 from softmax_jax._sums.waist import Batch
 
 

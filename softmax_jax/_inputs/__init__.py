@@ -1,4 +1,4 @@
-"""What came in: arrays, options, labels, and where logits come from; checked once, and brought into one form.
+"""What came in: arrays, options and labels, checked once and brought into one form.
 
 arrays     what the functions take, number formats, checks of one array
 hints      the error of an argument that a function does not have

@@ -7,6 +7,7 @@ tracing; its error names the values and ends with the way out.
 import math
 import operator
 from collections.abc import Mapping
+from functools import reduce
 from numbers import Real
 from typing import Any
 
@@ -62,6 +63,21 @@ def nan_unless(valid: Array, value: Array, unused: Array | None = None) -> Array
     valid = valid if unused is None else valid | unused
     absent = jnp.where(valid, 0, jnp.inf).astype(value.dtype)
     return jnp.where(valid, value, absent - absent)
+
+
+def nonfinite_unused(unused: Array | None, numbers: Any) -> Array | None:
+    """Which tokens that are not used have numbers that are not finite: nothing may come of them. (Of the others a
+    derivative by the weight, which is 0, is asked.) None for none."""
+    if unused is None:
+        return None
+    floats = [n for n in jax.tree.leaves(numbers) if is_floating(n)]
+    return reduce(jnp.logical_or, [unused & ~jnp.isfinite(n) for n in floats])
+
+
+def zero_rows(unused: Array | None, numbers: Any) -> Any:
+    """A token's numbers, 0 for those that are not used. Sums are taken out before anything is computed of them, so that
+    no NaN of their own comes back."""
+    return numbers if unused is None else jax.tree.map(lambda n: jnp.where(unused, jnp.zeros_like(n), n), numbers)
 
 
 def classes_last(x: Array, axes: Axes) -> Array:

@@ -9,7 +9,6 @@
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,29 +17,21 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from softmax_jax._devices import AxisNames, Classes, PyTree, broadcast_spec, psum, vary
+from softmax_jax._devices import AxisNames, Classes, PyTree, broadcast_spec
 from softmax_jax._inputs.arrays import Shape, array, integer, is_floating, nan_unless, on_host
-from softmax_jax._inputs.options import Options
 
 
 class Labels:
-    """What all kinds have, and what most of them answer."""
+    """What all kinds have."""
 
     others: Any = None  # probability that is spread evenly over all other classes
 
     def specs(self, batch: tuple[AxisNames, ...], classes: Classes) -> PyTree:
         """How they lie over devices, for logits of that layout."""
 
-    def vary(self, over: AxisNames, classes: Classes) -> Any:
-        """The same, marked as varying over those mesh axes, as far as they may."""
-        return vary(self, over)
-
     def in_one_form(self, unused: Array | None, number: int, dtype: DTypeLike, classes: Classes) -> Any:
         """As the sums take them, of that number of classes on all devices."""
         return self
-
-    def share_of_mean(self, class_weights: Array, classes: Classes) -> Array | None:
-        """What the mean's divisor counts of a token; None: 1."""
 
 
 @jax.tree_util.register_dataclass
@@ -56,13 +47,6 @@ class Ids(Labels):
 
     def in_one_form(self, unused: Array | None, number: int, dtype: DTypeLike, classes: Classes) -> Any:
         return Ids(_class_ids(self.ids, number))
-
-    def vary(self, over: AxisNames, classes: Classes) -> Any:
-        return vary(self, tuple(name for name in over if name not in classes.over))
-
-    def share_of_mean(self, class_weights: Array, classes: Classes) -> Array | None:
-        here = self.ids - classes.first_id(class_weights)
-        return psum(classes.read_local(partial(jnp.take, class_weights.ravel()), here, class_weights), classes.over)
 
 
 @jax.tree_util.register_dataclass
@@ -234,25 +218,25 @@ def ignored_id(ignore_index: Any, labels: Labels | None) -> np.ndarray | None:
 # What the host holds is looked through, since no device is waited for. What a mask on a device says is not known.
 
 
-def _counted(shape: Shape, axis: int, options: Options) -> tuple[np.ndarray, np.ndarray] | None:
+def _counted(shape: Shape, axis: int, masks: tuple[Any, Any]) -> tuple[np.ndarray, np.ndarray] | None:
     """(which classes exist, which tokens count), broadcastable to `shape`; None where a mask is on a device."""
-    where, weights = map(on_host, (options.where, options.weights))
-    if (where is None, weights is None) != (options.where is None, options.weights is None):
+    where, weights = map(on_host, masks)
+    if [where is None, weights is None] != [mask is None for mask in masks]:
         return None
     exists, used = np.asarray(True if where is None else where), np.asarray(True if weights is None else weights != 0)
     used = np.expand_dims(np.broadcast_to(used, shape[:axis] + shape[axis + 1 :]), axis)
     return exists.reshape((1,) * (len(shape) - exists.ndim) + exists.shape), used
 
 
-def check_ids_in_range(labels: Any, shape: Shape, axis: int, options: Options) -> None:
-    """An error for an id that no class has, of a token that counts."""
+def check_ids_in_range(labels: Any, shape: Shape, axis: int, masks: tuple[Any, Any], ignore_index: Any) -> None:
+    """An error for an id that no class has, of a token that counts by the `masks`, `where` and `weights`."""
     ids = on_host(labels)
     if ids is None or ids.dtype.kind not in "iu" or not isinstance(shape[axis], int):
         return
     wrong = (ids < 0) | (ids >= shape[axis])
-    if options.ignore_index is not None:
-        wrong &= ids != options.ignore_index
-    if not wrong.any() or (counted := _counted(shape, axis, options)) is None:
+    if ignore_index is not None:
+        wrong &= ids != ignore_index
+    if not wrong.any() or (counted := _counted(shape, axis, masks)) is None:
         return
     for first in np.argwhere(wrong & counted[0].any(axis) & counted[1].squeeze(axis)):
         first = tuple(map(int, first))
@@ -262,11 +246,11 @@ def check_ids_in_range(labels: Any, shape: Shape, axis: int, options: Options) -
         )
 
 
-def check_probabilities(probs: Any, axis: int, options: Options) -> None:
+def check_probabilities(probs: Any, axis: int, masks: tuple[Any, Any]) -> None:
     """An error for a negative one of what counts. Ids that a row has twice add up: those are left to the sums."""
     parts, ids = {"teacher_probs": (probs, axis)}, None
     if isinstance(probs, SparseLabels):
-        if options.where is not None:
+        if masks[0] is not None:
             return
         ids, others = on_host(probs.ids), on_host(probs.others)
         parts = {"teacher_probs.probs": (probs.probs, np.ndim(probs.probs) - 1)}
@@ -276,7 +260,7 @@ def check_probabilities(probs: Any, axis: int, options: Options) -> None:
         held = on_host(given)
         if held is None or not np.any(negative := held < -ROUNDING):
             continue
-        counted = _counted(held.shape, axis, options)
+        counted = _counted(held.shape, axis, masks)
         if counted is None:
             return
         for place in np.argwhere(negative & counted[0] & counted[1]):

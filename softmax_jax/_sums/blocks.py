@@ -19,21 +19,12 @@ from jax import Array, lax
 from jax.custom_batching import custom_vmap
 from jax.typing import DTypeLike
 
-from softmax_jax._devices import (
-    Classes,
-    PyTree,
-    barrier,
-    count,
-    explicit_mesh,
-    laid_out_by_compiler,
-    psum,
-    vary,
-    varying,
-)
+from softmax_jax._devices import Classes, PyTree, count, explicit_mesh, laid_out_by_compiler, psum, vary, varying
 from softmax_jax._inputs.arrays import upcast
 from softmax_jax._inputs.options import adjust, clip_for_exp, even_targets, weighted_targets, zero_hidden
 from softmax_jax._sums.combine import finite_max, mass_times
 from softmax_jax._sums.waist import ClassSums, Tokens
+from softmax_jax._transforms import barrier
 
 BLOCK = 2**20
 """Logits of a block: 4 MiB in float32."""

@@ -1,15 +1,17 @@
-"""From the sums of a token to its loss, in plain JAX on per-token numbers."""
+"""From the sums of a token to its loss and its statistics, in plain JAX on per-token numbers."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
+from jaxtyping import Bool, Float, Int
 
-from softmax_jax._inputs.arrays import accumulator
+from softmax_jax._inputs.arrays import accumulator, nonfinite_unused, zero_rows
 from softmax_jax._inputs.labels import Labels, Sparse
 from softmax_jax._inputs.options import Options, zero_infinite
 from softmax_jax._sums.blocks import even_mass_of, num_existing
-from softmax_jax._sums.rule import class_sums, nonfinite_unused, zero_rows
+from softmax_jax._sums.rule import class_sums
 from softmax_jax._sums.targets import share_of_others
 from softmax_jax._sums.waist import (
     Batch,
@@ -33,15 +35,10 @@ class EvenShare(NamedTuple):
 
 def weighted_losses(batch: Batch) -> tuple[Array, None]:
     """weights · ℓ of every token."""
-    return _weighted_losses(batch, with_statistics=False), None
+    return _weighted_losses(batch), None
 
 
-def losses_beside_statistics(batch: Batch) -> Array:
-    """The same, where statistics of the same logits are made too."""
-    return _weighted_losses(batch, with_statistics=True)
-
-
-def _weighted_losses(batch: Batch, with_statistics: bool) -> Array:
+def _weighted_losses(batch: Batch, with_statistics: bool = False) -> Array:
     logits, labels, options, classes, forward_mode = batch
     weights, unused = options.weights, unused_tokens(options.weights)
     labels, share = _even_share(batch)
@@ -100,3 +97,70 @@ def _of_labels(sums: ClassSums, smoothing: Array | None) -> Array:
 def _zero_wins(factor: Array, value: Array) -> Array:
     """factor · value, where a factor of 0 wins over an infinite value."""
     return factor * zero_infinite(value, factor == 0)
+
+
+# Statistics.
+
+
+class LabelStatistics(NamedTuple):
+    """Per token, each of the batch shape. The first three are differentiable."""
+
+    log_prob: Float[Array, "*batch"]
+    log_normalizer: Float[Array, "*batch"]
+    entropy: Float[Array, "*batch"]
+    correct: Bool[Array, "*batch"]
+    rank: Int[Array, "*batch"]
+    prediction: Int[Array, "*batch"]
+
+
+# With a = the largest class as the pivot, all are sums of terms ≥ 0, so nothing cancels:
+#
+#     -log p_y = nll if y = a, else spread + (m - z_y)
+#     entropy  = spread + μ       μ = Σ_v p_v (m - z_v) = moment / total       ∂/∂z_v = -p_v (μ - (m - z_v))
+#
+# Of moment = Σ_{v≠a} exp(z_v - m) (m - z_v) itself the slope would cancel against that of rest where several classes
+# share the top. So it is a constant, whose slope is that of moment_and_rest less that of rest.
+
+
+def _mean_gap(rest: Array, own: Array, moment: Array, moment_and_rest: Array) -> Array:
+    """μ, of own = 0."""
+    slope = moment_and_rest - rest
+    return (moment + (slope - lax.stop_gradient(slope)) - own * jnp.exp(own)) / (rest + jnp.exp(own))
+
+
+@jax.custom_jvp
+def _entropy(rest: Array, own: Array, moment: Array, moment_and_rest: Array) -> Array:
+    return log_total(rest, own) + _mean_gap(rest, own, moment, moment_and_rest)
+
+
+@_entropy.defjvp
+def _entropy_jvp(primals, tangents):
+    (rest, own, *_), (drest, down, _, dboth) = primals, tangents
+    mean, hit = _mean_gap(*primals), jnp.exp(own)
+    return _entropy(*primals), (dboth - mean * drest - (mean + own) * hit * down) / (rest + hit)
+
+
+def statistics(batch: Batch) -> tuple[LabelStatistics, None]:
+    """All 0 for a token of weight 0."""
+    logits, labels, options, classes, forward_mode = batch
+    unused, extra = unused_tokens(options.weights), ExtraSums(statistics=True, forward_mode=forward_mode)
+    tokens = Tokens(logits, labels, options.adjustment, unused=unused, classes=classes, extra=extra)
+    sums: Any = zero_rows(unused, class_sums(tokens))
+    log_prob = -loss_of(sums, None, Options())
+    valid, log_normalizer = ~jnp.isnan(log_prob), sums.row_max + log_total(sums.rest, sums.own)
+    found = LabelStatistics(
+        log_prob,
+        log_normalizer,
+        _entropy(sums.rest, sums.own, sums.moment, sums.moment_and_rest),
+        valid & (sums.above == 0) & (sums.ties == 0),
+        jnp.where(valid, sums.above.astype(jnp.int32), -1),
+        jnp.where(jnp.isnan(log_normalizer), -1, sums.pivot),
+    )
+    return zero_rows(unused, found), None
+
+
+def losses_and_statistics(batch: Batch) -> tuple[Array, LabelStatistics]:
+    """weights · ℓ of every token, and its statistics, which have no gradient."""
+    constant = lax.stop_gradient((batch.logits, batch.target, batch.options))
+    of_constant, _ = statistics(Batch(*constant, batch.classes, batch.forward_mode))
+    return _weighted_losses(batch, with_statistics=True), of_constant

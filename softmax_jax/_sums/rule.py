@@ -4,19 +4,16 @@ A device's own are made in blocks of tokens (CPU) or in one pass (all other plat
 the sums of all devices, the labels', and NaN.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial, reduce
-from typing import Any
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.custom_batching import custom_vmap
-from jax.custom_derivatives import SymbolicZero, zero_from_primal
+from jax.custom_derivatives import zero_from_primal
 
-from softmax_jax._devices import Classes, PyTree, barrier, check_gradient, pmax, psum, vary, varying
-from softmax_jax._inputs.arrays import is_floating, upcast
+from softmax_jax._devices import Classes, PyTree, check_gradient, pmax, psum, vary, varying
+from softmax_jax._inputs.arrays import is_floating, nonfinite_unused, upcast
 from softmax_jax._inputs.labels import Dense, Ids, Sparse
 from softmax_jax._inputs.options import Adjustment, adjust, adjusted_at_global, even_targets, shifted
 from softmax_jax._sums.blocks import block_sums, fence_gradient, in_blocks_or_one_pass
@@ -24,6 +21,7 @@ from softmax_jax._sums.combine import combine_devices
 from softmax_jax._sums.fold import sums_in_one_pass
 from softmax_jax._sums.targets import target_sums, targets_of_classes, valid_or_nan, with_entry_gradients
 from softmax_jax._sums.waist import CONSTANT, NO_COTANGENTS, OF_LABELS, ClassSums, Tokens, pulled, written
+from softmax_jax._transforms import barrier, batch_all_or_none, keeping_its_rule, tangent_of
 
 
 @partial(jax.jit, inline=True)  # a rule and its function make the same: one trace serves both
@@ -77,10 +75,11 @@ def _adjusted(logit: Array, tokens: Tokens, ids: Array) -> Array:
 
 
 def finish_rows(found: ClassSums) -> tuple[Array, Array, Array]:
-    """(m, 0 in a row of -inf alone; rest, NaN in one that holds NaN or +inf, as m - m is; whether any logit exists)."""
+    """(m, 0 in a row of -inf alone; rest, 0 there, and NaN in one that holds NaN or +inf, as m - m is; whether any
+    logit exists)."""
     exists = found.row_max != -jnp.inf
     m = jnp.where(exists, found.row_max, 0)
-    return m, found.rest + (m - m), exists
+    return m, jnp.where(exists, found.rest, 0) + (m - m), exists
 
 
 # The rule: around a given m and pivot, both derivatives are those of the sums as they are written. In the mean loss of
@@ -185,8 +184,9 @@ def class_sums(tokens: Tokens) -> ClassSums:
     """The sums of every token over its classes, on all devices. Those of unused rows must have cotangent 0."""
     over, classes = varying(tokens), tokens.classes
     logits, class_weights, adjustment = vary((tokens.logits, tokens.class_weights, tokens.adjustment), over)
-    unused = vary(tokens.unused, tuple(name for name in over if name not in classes.over))
-    labels = tokens.labels.vary(over, classes)
+    of_tokens = tuple(name for name in over if name not in classes.over)
+    unused = vary(tokens.unused, of_tokens)
+    labels = vary(tokens.labels, of_tokens if isinstance(tokens.labels, Ids) else over)
     tokens = Tokens(logits, labels, adjustment, class_weights, unused, classes=classes, extra=tokens.extra)
     return (_sums_in_both_modes if tokens.extra.forward_mode else _class_sums)(tokens)
 
@@ -218,53 +218,3 @@ def _top_sums_jvp(classes: Classes, primals: tuple[Array, Adjustment], tangents:
 
 
 top_sums.defjvp(_top_sums_jvp, symbolic_zeros=True)
-
-
-# What rules need of JAX.
-
-
-def tangent_of(f: Callable, operands: PyTree, tangents: PyTree) -> PyTree:
-    """The tangent of f(operands) in a rule with `symbolic_zeros`, by the operands that have one."""
-    leaves, tree = jax.tree.flatten(operands)
-    moving = {i: t for i, t in enumerate(tree.flatten_up_to(tangents)) if not isinstance(t, SymbolicZero)}
-
-    def of_moving(some):
-        return f(tree.unflatten([some.get(i, leaf) for i, leaf in enumerate(leaves)]))
-
-    return jax.jvp(of_moving, ({i: leaves[i] for i in moving},), (moving,))[1]
-
-
-def keeping_its_rule(f: Callable) -> Callable:
-    """f, which has a `custom_jvp`, where the forward pass of a `custom_vjp` calls it. JAX 0.10 forgets a rule that is
-    called there, under `scan`, when it is differentiated again; under a checkpoint it keeps it."""
-    return jax.checkpoint(f, prevent_cse=False) if jax.__version_info__ < (0, 11) else f
-
-
-@custom_vmap
-def batch_all_or_none(numbers: PyTree) -> PyTree:
-    """The same numbers, of which `vmap` maps all or none: of a function with a rule JAX takes the cotangent of a result
-    that is not mapped for one that all examples share, once for each of them (0.10), or refuses it."""
-    return numbers
-
-
-@batch_all_or_none.def_vmap
-def _(size: int, mapped: list, numbers: PyTree) -> tuple[PyTree, PyTree]:
-    def of_all(a, is_mapped):
-        return a if is_mapped else jnp.broadcast_to(a[None], (size, *a.shape))
-
-    return jax.tree.map(of_all, numbers, *mapped), jax.tree.map(lambda _: True, numbers)
-
-
-def nonfinite_unused(unused: Array | None, numbers: PyTree) -> Array | None:
-    """Which tokens that are not used have numbers that are not finite: nothing may come of them. (Of the others a
-    derivative by the weight, which is 0, is asked.) None for none."""
-    if unused is None:
-        return None
-    floats = [n for n in jax.tree.leaves(numbers) if is_floating(n)]
-    return reduce(jnp.logical_or, [unused & ~jnp.isfinite(n) for n in floats])
-
-
-def zero_rows(unused: Array | None, numbers: PyTree) -> Any:
-    """A token's numbers, 0 for those that are not used. Sums are taken out before anything is computed of them, so that
-    no NaN of their own comes back."""
-    return numbers if unused is None else jax.tree.map(lambda n: jnp.where(unused, jnp.zeros_like(n), n), numbers)

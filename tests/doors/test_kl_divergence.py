@@ -789,6 +789,20 @@ def test_dtypes_of_student_and_teacher_may_differ(rng):
 
 @pytest.mark.nan
 @pytest.mark.compiled
+def test_the_mixed_derivative_by_beta_and_a_weight_of_0_is_that_of_any_weight():
+    """KL(t ‖ m) - KL(p ‖ m), in whatever order and mode."""
+    student, teacher = jnp.array([[0.0, 1.0, 2.0]]), jnp.array([[1.0, 0.0, 0.0]])
+
+    def loss(w, beta):
+        return kl_divergence(student, teacher_logits=teacher, beta=beta, weights=w, reduction="sum")
+
+    want = jax.grad(loss, 1)(jnp.ones(1), 0.3)
+    for w in (jnp.zeros(1), jnp.ones(1)):
+        np.testing.assert_allclose(jax.grad(lambda beta, w=w: jax.grad(loss)(w, beta)[0])(0.3), want, rtol=1e-6)
+        np.testing.assert_allclose(jax.jacfwd(jax.grad(loss, 1))(w, 0.3)[0], want, rtol=1e-6)
+        np.testing.assert_allclose(jax.jacrev(jax.grad(loss, 1))(w, 0.3)[0], want, rtol=1e-6)
+
+
 def test_a_traced_beta_is_nan_at_its_ends_and_the_number_between(rng):
     teacher, student, _ = random_case(rng, (5, 7))
     of_beta = lambda beta: kl_divergence(student, teacher_logits=teacher, beta=beta)  # noqa: E731

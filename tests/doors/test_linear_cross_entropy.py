@@ -12,7 +12,7 @@ from helpers import ALONE, FLOATS, assert_within, epsilon, few_of, random_case
 
 from softmax_jax import cross_entropy, linear_cross_entropy
 from softmax_jax._head.deal import KEPT_TOKENS, chunk_counts
-from softmax_jax._inputs.sources import head as head_of
+from softmax_jax._head.product import head as head_of
 
 AWKWARD = (252, 507, 123)  # tokens, embed, classes
 

@@ -90,6 +90,15 @@ def test_combine_joins_in_any_order_and_grouping(rng, label):
                 np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.nan
+@pytest.mark.usefixtures("folded")
+@pytest.mark.parametrize("size", [3, 8])
+def test_a_row_of_minus_infinity_alone_is_nan_whatever_its_label(size):
+    z, labels = jnp.full((size, size), -jnp.inf), jnp.arange(size)
+    assert np.all(np.isnan(cross_entropy(z, labels, reduction="none")))
+    assert np.all(np.isnan(jax.grad(cross_entropy)(z, labels)))
+
+
 @pytest.mark.optimized
 @pytest.mark.usefixtures("folded")
 @pytest.mark.parametrize("kind", ["integer", "dense", "log_softmax"])
