@@ -42,6 +42,20 @@ from softmax_jax._inputs.labels import Dense, Ids, Labels, check_ids_in_range, c
 from softmax_jax._inputs.options import Options, Reduction, check_options, check_reduction
 from softmax_jax._sums.waist import Batch, unused_tokens
 
+PerToken = Callable[[Batch], tuple[PyTree, PyTree]]
+"""(numbers of every token, which are reduced; auxiliary numbers). One function for all calls that mean the same, since
+JAX keeps programs by it."""
+
+
+class Settings(NamedTuple):
+    """How a function is computed, as it was told."""
+
+    reduction: Reduction = "none"
+    normalizer: ArrayLike | None = None
+    axis_name: str | tuple[str, ...] | None = None
+    chunk_size: int | None = None
+    forward_mode: bool = False
+
 
 class Operands(NamedTuple):
     student: Source
@@ -53,7 +67,7 @@ class Operands(NamedTuple):
 class Config(NamedTuple):
     """Static arguments."""
 
-    per_token: Callable[[Batch], tuple[PyTree, PyTree]]
+    per_token: PerToken
     dtype: DTypeLike  # of the logits
     classes: Classes
     reduction: Reduction
@@ -63,54 +77,47 @@ class Config(NamedTuple):
     token_axes: AxisNames = ()  # the mesh axes of the tokens, where the loss is one of all devices
 
 
-def compute(
-    per_token: Callable[[Batch], tuple[PyTree, PyTree]],
-    student: Source,
-    target: Labels | Source,
-    options: Options,
-    axis: int,
-    dtype: DTypeLike,
-    axis_name: str | tuple[str, ...] | None,
-    *,
-    reduction: Reduction = "none",
-    normalizer: ArrayLike | None = None,
-    in_chunks: bool = False,
-    chunk_size: int | None = None,
-    forward_mode: bool = False,
-) -> tuple[PyTree, PyTree]:
-    """(what `per_token` makes of all tokens, reduced; the auxiliary numbers that it has of every token), of options
-    that are checked.
-
-    `per_token` is one function for all calls that mean the same, since JAX keeps programs by it."""
-    classes = Classes(axis, mesh_axes(axis_name))
-    check_sharded(*student.of_classes(), classes.over)
-    normalizer = check_reduction(reduction, normalizer, dtype)
-    if chunk_size is not None:
-        chunk_size = integer("chunk_size", chunk_size, "Pass a number of tokens, or None.")
-        if chunk_size < 1:
-            raise ValueError(f"`chunk_size` must be at least 1 token; got {chunk_size}. Pass None for the default.")
-    config = Config(per_token, dtype, classes, reduction, in_chunks, chunk_size, bool(forward_mode))
-    return _compute(Operands(student, target, options, normalizer), config)
-
-
 def compute_of_labels(
-    per_token: Callable[[Batch], tuple[PyTree, PyTree]],
+    per_token: PerToken,
     student: Source,
     labels: Any,
     options: Options,
+    settings: Settings,
     axis: int,
-    axis_name: str | tuple[str, ...] | None,
     only_ids: str | None = None,
-    **how: Any,
 ) -> tuple[PyTree, PyTree]:
-    """The same of labels; of integers alone where `only_ids`, which says of what, is given."""
+    """`per_token` of labels; of integers alone where `only_ids`, which says of what, is given."""
     ids, ignore_index = narrowed(labels, options.ignore_index)
     target = check_labels(ids, student.shape, axis, only_ids)
     given = options._replace(ignore_index=ignored_id(ignore_index, target))
     checked = check_options(given, student.shape, axis, student.dtype)
-    if axis_name is None:
-        check_ids_in_range(labels, student.shape, axis, (options.where, options.weights), options.ignore_index)
-    return compute(per_token, student, target, checked, axis, student.dtype, axis_name, **how)
+    if settings.axis_name is None:
+        masks = options.where, options.weights
+        check_ids_in_range(labels, student.shape, axis, masks, options.ignore_index)
+    return compute(per_token, student, target, checked, settings, axis, student.dtype)
+
+
+def compute(
+    per_token: PerToken,
+    student: Source,
+    target: Labels | Source,
+    options: Options,
+    settings: Settings,
+    axis: int,
+    dtype: DTypeLike,
+    in_chunks: bool = False,
+) -> tuple[PyTree, PyTree]:
+    """`per_token` of all tokens, reduced, and what is auxiliary; of options that are checked."""
+    classes, chunk_size = Classes(axis, mesh_axes(settings.axis_name)), settings.chunk_size
+    check_sharded(*student.of_classes(), classes.over)
+    normalizer = check_reduction(settings.reduction, settings.normalizer, dtype)
+    if chunk_size is not None:
+        chunk_size = integer("chunk_size", chunk_size, "Pass a number of tokens, or None.")
+        if chunk_size < 1:
+            raise ValueError(f"`chunk_size` must be at least 1 token; got {chunk_size}. Pass None for the default.")
+    forward_mode = bool(settings.forward_mode)
+    config = Config(per_token, dtype, classes, settings.reduction, in_chunks, chunk_size, forward_mode)
+    return _compute(Operands(student, target, options, normalizer), config)
 
 
 @partial(jax.jit, static_argnames="config")

@@ -1,12 +1,12 @@
 """Cross-entropy, of logits and of hidden states with a head."""
 
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Literal, TypedDict, Unpack, overload
 
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Float, Num
 
-from softmax_jax._core import compute_of_labels
+from softmax_jax._core import Settings, compute_of_labels
 from softmax_jax._head.product import Source, given_logits, head
 from softmax_jax._inputs.arrays import AnyArray, Floats, Mask, Nested, Numbers, Scalar, class_axis
 from softmax_jax._inputs.hints import hinted
@@ -54,12 +54,7 @@ def cross_entropy(
 ) -> Loss: ...
 @overload
 def cross_entropy(
-    logits: Floats,
-    labels: AnyLabels,
-    *,
-    axis: int = -1,
-    statistics: Literal[True],
-    **options: Unpack[LossOptions],
+    logits: Floats, labels: AnyLabels, *, axis: int = -1, statistics: Literal[True], **options: Unpack[LossOptions]
 ) -> LossAndStatistics: ...
 
 
@@ -158,27 +153,17 @@ def cross_entropy(
     """
     student = given_logits("logits", logits)
     options = Options(where, weights, ignore_index, class_weights, label_smoothing, z_loss, logit_scale, softcap)
-    how: dict[str, Any] = {"reduction": reduction, "normalizer": normalizer, "forward_mode": forward_mode}
-    return _loss(student, labels, options, class_axis("logits", student.shape, axis), axis_name, statistics, how)
+    settings = Settings(reduction, normalizer, axis_name, None, forward_mode)
+    return _loss(student, labels, options, settings, class_axis("logits", student.shape, axis), statistics)
 
 
 @overload
 def linear_cross_entropy(
-    x: Floats,
-    weight: Floats,
-    labels: AnyLabels,
-    *,
-    statistics: Literal[False] = False,
-    **options: Unpack[HeadOptions],
+    x: Floats, weight: Floats, labels: AnyLabels, *, statistics: Literal[False] = False, **options: Unpack[HeadOptions]
 ) -> Loss: ...
 @overload
 def linear_cross_entropy(
-    x: Floats,
-    weight: Floats,
-    labels: AnyLabels,
-    *,
-    statistics: Literal[True],
-    **options: Unpack[HeadOptions],
+    x: Floats, weight: Floats, labels: AnyLabels, *, statistics: Literal[True], **options: Unpack[HeadOptions]
 ) -> LossAndStatistics: ...
 
 
@@ -265,21 +250,14 @@ def linear_cross_entropy(
     """
     student = head(x, weight, bias, transpose_weight, dtype)
     options = Options(where, weights, ignore_index, class_weights, label_smoothing, z_loss, logit_scale, softcap)
-    how: dict[str, Any] = {"reduction": reduction, "normalizer": normalizer}
-    how |= {"chunk_size": chunk_size, "forward_mode": forward_mode}
-    return _loss(student, labels, options, len(student.shape) - 1, axis_name, statistics, how)
+    settings = Settings(reduction, normalizer, axis_name, chunk_size, forward_mode)
+    return _loss(student, labels, options, settings, len(student.shape) - 1, statistics)
 
 
 def _loss(
-    student: Source,
-    labels: Any,
-    options: Options,
-    axis: int,
-    axis_name: str | tuple[str, ...] | None,
-    statistics: bool,
-    how: dict[str, Any],
+    student: Source, labels: AnyLabels, options: Options, settings: Settings, axis: int, statistics: bool
 ) -> Loss | LossAndStatistics:
-    if not statistics:
-        return compute_of_labels(weighted_losses, student, labels, options, axis, axis_name, **how)[0]
-    only_ids = " with statistics=True"
-    return compute_of_labels(losses_and_statistics, student, labels, options, axis, axis_name, only_ids, **how)
+    operands = student, labels, options, settings, axis
+    if statistics:
+        return compute_of_labels(losses_and_statistics, *operands, only_ids=" with statistics=True")
+    return compute_of_labels(weighted_losses, *operands)[0]

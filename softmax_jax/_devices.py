@@ -104,7 +104,7 @@ def check_sharded(name: str, array: PyTree, class_axes: AxisNames) -> None:
 def vary(tree: PyTree, over: AxisNames) -> PyTree:
     """The same arrays, marked as varying over those axes too. Where one did not, its gradient is summed over them."""
 
-    def mark(leaf):
+    def mark(leaf: Array) -> Array:
         missing = tuple(name for name in over if name not in varying(leaf))
         return lax.pcast(leaf, missing, to="varying") if missing else leaf
 

@@ -12,7 +12,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Float
 
-from softmax_jax._core import compute
+from softmax_jax._core import Settings, compute
 from softmax_jax._devices import Classes, check_sharded, mesh_axes
 from softmax_jax._divergence.formula import Logits, Pair
 from softmax_jax._divergence.rule import divergence
@@ -119,10 +119,10 @@ def kl_divergence(
     student = given_logits("logits", logits)
     axis = class_axis("logits", student.shape, axis)
     given = {"teacher_probs": teacher_probs, "teacher_logits": teacher_logits}
-    options = Options(where, weights, softcap=softcap, teacher_softcap=teacher_softcap, temperature=temperature)
-    how: dict[str, Any] = {"reduction": reduction, "normalizer": normalizer}
-    how |= {"chunk_size": chunk_size, "forward_mode": forward_mode}
-    return _divergence(student, given, None, options, axis, axis_name, beta, how)
+    scalars = {"softcap": softcap, "teacher_softcap": teacher_softcap, "temperature": temperature, "beta": beta}
+    options = Options(where, weights, **scalars)
+    settings = Settings(reduction, normalizer, axis_name, chunk_size, forward_mode)
+    return _divergence(student, given, options, settings, axis)
 
 
 @hinted
@@ -171,68 +171,70 @@ def linear_kl_divergence(
     Hsu et al., "Liger Kernel", 2024 (the fused linear form).
     """
     student = head(x, weight, bias, transpose_weight, dtype)
-    given = {"teacher_probs": teacher_probs, "teacher_logits": teacher_logits, "teacher_x": teacher_x}
-    of_head = {"teacher_weight": teacher_weight, "teacher_bias": teacher_bias}
-    of_head["teacher_transpose_weight"] = teacher_transpose_weight or None
-    teacher = None
-    if teacher_x is not None and teacher_weight is not None:
-        teacher = head(teacher_x, teacher_weight, teacher_bias, teacher_transpose_weight, dtype, "teacher_")
-    options = Options(where, weights, softcap=softcap, teacher_softcap=teacher_softcap, temperature=temperature)
-    how: dict[str, Any] = {"reduction": reduction, "normalizer": normalizer}
-    how |= {"chunk_size": chunk_size, "forward_mode": forward_mode}
-    return _divergence(student, given | of_head, teacher, options, len(student.shape) - 1, axis_name, beta, how)
+    given = {
+        "teacher_probs": teacher_probs,
+        "teacher_logits": teacher_logits,
+        "teacher_x": teacher_x,
+        "teacher_weight": teacher_weight,
+        "teacher_bias": teacher_bias,
+        "teacher_transpose_weight": teacher_transpose_weight or None,
+    }
+    scalars = {"softcap": softcap, "teacher_softcap": teacher_softcap, "temperature": temperature, "beta": beta}
+    options = Options(where, weights, **scalars)
+    settings = Settings(reduction, normalizer, axis_name, chunk_size, forward_mode)
+    return _divergence(student, given, options, settings, len(student.shape) - 1, dtype)
 
 
 def _divergence(
     student: Source,
     given: dict[str, Any],
-    teacher: Source | None,
     options: Options,
+    settings: Settings,
     axis: int,
-    axis_name: str | tuple[str, ...] | None,
-    beta: Scalar,
-    how: dict[str, Any],
+    head_dtype: DTypeLike | None = None,
 ) -> Array:
-    """Of the one teacher that is `given`, by the names of its operands; its head is in `teacher`."""
-    name, target = _one_teacher(student.shape, axis, given, teacher)
+    """Of the one teacher that is `given`, by the names of its operands."""
+    given = {name: value for name, value in given.items() if value is not None}
+    name, target = _one_teacher(student.shape, axis, given, head_dtype)
     if not isinstance(target, Sparse):
         array = target.values if isinstance(target, Dense) else target.weight
-        check_sharded(name, array, mesh_axes(axis_name))
+        check_sharded(name, array, mesh_axes(settings.axis_name))
     of_probs, floats = name == "teacher_probs", [a.dtype for a in jax.tree.leaves(target) if is_floating(a)]
     dtype = reduce(product_dtype, [target.dtype] if isinstance(target, Source) else floats, student.dtype)
     if of_probs and options.teacher_softcap is not None:
         raise ValueError(
             f"`teacher_softcap` is of logits; got {options.teacher_softcap!r} and probabilities. Leave it out."
         )
-    checked, (reverse, share) = check_options(options, student.shape, axis, dtype), _mixture(beta, dtype)
+    checked, (reverse, beta) = check_options(options, student.shape, axis, dtype), _mixture(options.beta, dtype)
     if of_probs:
         check_probabilities(given[name], axis, (options.where, options.weights))
-    operands = student, target, checked._replace(beta=share), axis, dtype, axis_name
-    return compute(_per_token(of_probs, reverse), *operands, in_chunks=of_probs, **how)[0]
+    operands = student, target, checked._replace(beta=beta), settings, axis, dtype
+    return compute(_per_token(of_probs, reverse), *operands, in_chunks=of_probs)[0]
 
 
 def _one_teacher(
-    shape: Shape, axis: int, given: dict[str, Any], teacher: Source | None
+    shape: Shape, axis: int, given: dict[str, Any], head_dtype: DTypeLike | None
 ) -> tuple[str, Dense | Sparse | Source]:
     """(the operand that holds the classes, the teacher) for a student's logits of `shape`."""
-    given = {name: value for name, value in given.items() if value is not None}
-    if (
-        teacher is None
-        and list(given) not in (["teacher_probs"], ["teacher_logits"])
-        or (teacher is not None and {"teacher_probs", "teacher_logits"} & set(given))
-    ):
+    teachers = [name for name in given if name in ("teacher_probs", "teacher_logits", "teacher_x")]
+    of_head = [name for name in given if name not in teachers]
+    is_head = teachers == ["teacher_x"]
+    if len(teachers) != 1 or is_head != ("teacher_weight" in of_head) or (of_head and not is_head):
         raise ValueError(
             f"there must be one teacher; got {list(given) or 'none'}. Pass `teacher_probs`, or `teacher_logits`, or to "
             "the linear form `teacher_x` with `teacher_weight`."
         )
-    if teacher is not None:
+    if is_head:
+        x, weight, bias = (given.get(f"teacher_{part}") for part in ("x", "weight", "bias"))
+        teacher = head(x, weight, bias, "teacher_transpose_weight" in given, head_dtype, "teacher_")
         if teacher.shape != shape:
             raise ValueError(
                 f"the teacher's logits must have the student's shape {shape}; got {teacher.shape} from teacher_x.shape="
                 f"{teacher.x.shape}, teacher_weight.shape={teacher.weight.shape}. Give both the same tokens, classes."
             )
         return "teacher_weight", teacher
-    ((name, value),) = given.items()
+    (name,) = teachers
+    value = given[name]
     if isinstance(value, SparseLabels):
         if name == "teacher_logits":
             raise TypeError("`teacher_logits` must be an array; got SparseLabels. Pass those as `teacher_probs`.")
@@ -276,7 +278,7 @@ def _weighted_divergences(of_probs: bool, reverse: bool, batch: Batch) -> tuple[
     t = target.values if isinstance(target, Dense) else _dense(target, where, logits.shape[classes.axis], classes)
     dtype = accumulator(product_dtype(logits.dtype, t.dtype))
 
-    def wide(a):
+    def wide(a: Array) -> Array:
         return a if accumulator(a.dtype) == dtype else a.astype(dtype)
 
     student = Logits(wide(logits), Adjustment(None, of_student, softcap))
@@ -299,7 +301,7 @@ def _log(t: Array) -> Array:
 
 
 @_log.defjvp
-def _log_jvp(primals, tangents):
+def _log_jvp(primals: tuple, tangents: tuple) -> tuple:
     """An entry of 0 has no gradient."""
     (t,), (dt,) = primals, tangents
     zero = (t <= 0) & (t >= -ROUNDING)

@@ -8,7 +8,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from softmax_jax._core import compute_of_labels
+from softmax_jax._core import Settings, compute_of_labels
 from softmax_jax._head.product import Source
 from softmax_jax._inputs.arrays import (
     AnyArray,
@@ -164,7 +164,7 @@ def _poly_loss(logits: Array, labels: Array, epsilon: Array, where: Array | None
 
 def _losses(logits: Array, labels: Array, where: Array | None, axes: Axes) -> Array:
     student, axis = Source(logits, dtype=logits.dtype), _axis(axes) % logits.ndim
-    return compute_of_labels(weighted_losses, student, labels, Options(where), axis, None, forward_mode=True)[0]
+    return compute_of_labels(weighted_losses, student, labels, Options(where), Settings(forward_mode=True), axis)[0]
 
 
 def _broadcast(labels: AnyArray, logits: Array) -> Array:

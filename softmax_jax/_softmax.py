@@ -124,11 +124,11 @@ three times; the sums of 16-bit ones are a pass less.)"""
 def _softmax_value(x: Array, where: Array | None, axes: Axes) -> Array:
     masked = Adjustment(where=where)
 
-    def plain(x):
+    def plain(x: Array) -> tuple[Array, Array]:
         e = jnp.exp(shifted(x, masked, row_max_of(adjust(x, masked), axes), axes))
         return e, jnp.sum(e, axes, keepdims=True)
 
-    def in_one_pass(x):
+    def in_one_pass(x: Array) -> tuple[Array, Array]:
         m, rest, exists = finish_rows(sums_in_one_pass(Tokens(x, None, masked, classes=Classes(axes[0])), axis=axes[0]))
         return jnp.exp(without_fma(upcast(adjust(x, masked)), m) - m), jnp.where(exists, 1 + rest, rest)
 
@@ -150,7 +150,7 @@ def _softmax_rule(x: Array, where: Array | None, axes: Axes) -> Array:
 
 
 @_softmax_rule.defjvp
-def _softmax_jvp(axes, primals, tangents):
+def _softmax_jvp(axes: Axes, primals: tuple, tangents: tuple) -> tuple:
     y = _softmax_rule(*primals, axes)
     return y, _softmax_tangent(y, primals[1], tangents[0], axes)
 
@@ -216,7 +216,7 @@ def _log_softmax_rule(x: Array, where: Array | None, row: ClassSums, classes: Cl
 
 
 @_log_softmax_rule.defjvp
-def _log_softmax_jvp(classes, primals, tangents):
+def _log_softmax_jvp(classes: Classes, primals: tuple, tangents: tuple) -> tuple:
     return _log_softmax_rule(*primals, classes), _log_softmax_tangent(*primals, tangents[0], classes)
 
 

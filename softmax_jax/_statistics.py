@@ -1,11 +1,9 @@
 """What else one pass over the classes tells of a token: for reinforcement learning, evaluation, calibration."""
 
-from typing import Any
-
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Float
 
-from softmax_jax._core import compute_of_labels
+from softmax_jax._core import Settings, compute_of_labels
 from softmax_jax._head.product import given_logits, head
 from softmax_jax._inputs.arrays import Floats, Integers, Mask, Nested, Scalar, class_axis
 from softmax_jax._inputs.hints import hinted
@@ -65,7 +63,8 @@ def label_statistics(
     student = given_logits("logits", logits)
     options = Options(where, ignore_index=ignore_index, logit_scale=logit_scale, softcap=softcap)
     axis = class_axis("logits", student.shape, axis)
-    return compute_of_labels(statistics, student, labels, options, axis, axis_name, "", forward_mode=forward_mode)[0]
+    settings = Settings(axis_name=axis_name, forward_mode=forward_mode)
+    return compute_of_labels(statistics, student, labels, options, settings, axis, only_ids="")[0]
 
 
 @hinted
@@ -97,5 +96,5 @@ def linear_label_statistics(
     """
     student = head(x, weight, bias, transpose_weight, dtype)
     options = Options(where, ignore_index=ignore_index, logit_scale=logit_scale, softcap=softcap)
-    how: dict[str, Any] = {"chunk_size": chunk_size, "forward_mode": forward_mode}
-    return compute_of_labels(statistics, student, labels, options, len(student.shape) - 1, axis_name, "", **how)[0]
+    settings = Settings(axis_name=axis_name, chunk_size=chunk_size, forward_mode=forward_mode)
+    return compute_of_labels(statistics, student, labels, options, settings, len(student.shape) - 1, only_ids="")[0]

@@ -1,10 +1,11 @@
 """What JAX has to be told: what is not kept from the forward pass, which tangents there are, what is mapped."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
 
@@ -26,10 +27,10 @@ def _fenced(arrays: PyTree) -> PyTree:
     return lax.optimization_barrier(arrays)
 
 
-def _fenced_jvp(primals, tangents):
+def _fenced_jvp(primals: tuple, tangents: tuple) -> tuple:
     """Each of the type of its array behind the barrier: before JAX 0.11 that varies over the devices of all of them."""
 
-    def tangent(array, t):
+    def tangent(array: Array, t: Any) -> Any:
         if isinstance(t, SymbolicZero) or t.dtype == jax.dtypes.float0:
             return zero_from_primal(array, symbolic_zeros=True)
         return vary(lax.optimization_barrier(t), varying(array))
@@ -46,7 +47,7 @@ def tangent_of(f: Callable, operands: PyTree, tangents: PyTree) -> PyTree:
     leaves, tree = jax.tree.flatten(operands)
     moving = {i: t for i, t in enumerate(tree.flatten_up_to(tangents)) if not isinstance(t, SymbolicZero)}
 
-    def of_moving(some):
+    def of_moving(some: dict[int, Array]) -> PyTree:
         return f(tree.unflatten([some.get(i, leaf) for i, leaf in enumerate(leaves)]))
 
     return jax.jvp(of_moving, ({i: leaves[i] for i in moving},), (moving,))[1]
@@ -67,7 +68,7 @@ def batch_all_or_none(numbers: PyTree) -> PyTree:
 
 @batch_all_or_none.def_vmap
 def _(size: int, mapped: list, numbers: PyTree) -> tuple[PyTree, PyTree]:
-    def of_all(a, is_mapped):
+    def of_all(a: Array, is_mapped: bool) -> Array:
         return a if is_mapped else jnp.broadcast_to(a[None], (size, *a.shape))
 
     return jax.tree.map(of_all, numbers, *mapped), jax.tree.map(lambda _: True, numbers)

@@ -116,7 +116,7 @@ def halves_of(ids: Array, pair: Pair, row: RowNumbers) -> list[OneDirection]:
     t = jnp.exp(scaled(b - row.b_max, pair.scale)) * row.b_share
     p = jnp.exp(scaled(a - row.a_max, pair.scale)) * row.a_share
 
-    def r_at(away, delta):
+    def r_at(away: Array, delta: Array | int) -> Array:
         return jnp.where(row.is_near, delta, scaled(away, pair.scale)) - row.s
 
     delta = jnp.where(ids == row.pivot, 0, scaled(away - row.at_pivot, pair.scale))

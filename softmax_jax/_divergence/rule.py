@@ -4,6 +4,7 @@ Two passes make its sums: the loss's own, of the teacher around its top class an
 label, and the plain sums of `_divergence_formula`; a mixture has two more.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -91,7 +92,7 @@ def _sums_of_halves(ids: Array, pair: Pair, row: RowNumbers) -> list[Array]:
 def _sums_of(pair: Pair, classes: Classes) -> DivergenceSums:
     row, local, first = _first_sums(pair, classes), pair._replace(unused=None), classes.first_id(pair.b.raw)
 
-    def summed(f, row):
+    def summed(f: Callable[..., list[Array]], row: RowNumbers) -> list[Array]:
         (row,) = barrier(row)  # else XLA on a GPU writes out what two passes make
         rows = jax.tree.map(classes.expand, row._replace(pivot=row.pivot - first, top=row.top - first))
         return psum(sum_over_classes(f, classes, local, rows), classes.over)
@@ -137,7 +138,7 @@ def _jvp(classes: Classes, primals: tuple[Pair], tangents: tuple[PyTree]) -> PyT
     value, found = _in_both_modes(pair, classes)
     dfound = tangent_of(partial(_used, classes=classes), pair, dpair)
 
-    def along(pair, found, *dz):
+    def along(pair: Pair, found: DivergenceSums, *dz: Array) -> Array:
         slopes = _slopes(pair, found, jnp.ones_like(value), classes)[1]
         terms = (jnp.where(s == 0, 0, s * d) for s, d in zip(slopes, dz, strict=True))
         return psum(sum(jnp.sum(of_one, classes.axis) for of_one in terms), classes.over)

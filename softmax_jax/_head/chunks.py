@@ -99,7 +99,7 @@ def _take(chunks: PyTree, index: ArrayLike) -> PyTree:
 
 
 def _put(chunks: PyTree, part: PyTree, index: ArrayLike) -> PyTree:
-    def put(a, p):
+    def put(a: Array, p: Array) -> Array:
         return lax.dynamic_update_index_in_dim(a, p.astype(a.dtype), index, 1)
 
     return jax.tree.map(put, chunks, part)
@@ -137,7 +137,7 @@ def _with_floats(tree: PyTree, floats: list[Array], others: Callable = lambda a:
 def _vjp(f: Callable, shared: PyTree, chunk: PyTree, logits: list[Array]) -> tuple[PyTree, Callable]:
     """f of one chunk, and its pullback to the floats of `shared` and `chunk` and to the logits."""
 
-    def of(s, c, logits):
+    def of(s: list[Array], c: list[Array], logits: list[Array]) -> PyTree:
         return f(_with_floats(shared, s), _with_floats(chunk, c), *logits)
 
     return jax.vjp(of, _floats(_up(shared)), _floats(_up(chunk)), logits)
@@ -151,7 +151,7 @@ def _pull(f: Callable, super_chunks: int, operands: ChunkOperands, cotangents: P
     """
 
     @partial(jax.checkpoint, prevent_cse=False)
-    def step(shared, chunk, logits, cotangent):
+    def step(shared: PyTree, chunk: PyTree, logits: list[Array], cotangent: PyTree) -> tuple:
         value, pull = _vjp(f, shared, chunk, logits)
         dshared, dchunk, dlogits = pull(_of_sum(value) if cotangent is None else cotangent)
         return value, dshared, dchunk, [d.astype(kept_in(p.dtype)) for d, p in zip(dlogits, products, strict=True)]
@@ -161,10 +161,10 @@ def _pull(f: Callable, super_chunks: int, operands: ChunkOperands, cotangents: P
     count = _count(products, chunks)
     inner = count // super_chunks
 
-    def of_chunks(first, carry):
+    def of_chunks(first: ArrayLike, carry: tuple) -> tuple:
         """(sums, dlogits), with those of the chunks from the `first` on."""
 
-        def body(i, carry):
+        def body(i: ArrayLike, carry: tuple) -> tuple:
             (total, dshared, dchunks), kept = carry
             index = first + i
             logits = [product.logits(index) for product in products]
@@ -175,9 +175,9 @@ def _pull(f: Callable, super_chunks: int, operands: ChunkOperands, cotangents: P
 
         return _loop(body, carry, inner)
 
-    def of_super_chunk(i, carry):
-        *carry, gradients = carry
-        sums, dlogits = of_chunks(i * inner, tuple(carry))
+    def of_super_chunk(i: ArrayLike, carry: tuple) -> tuple:
+        *sums, gradients = carry
+        sums, dlogits = of_chunks(i * inner, tuple(sums))
         added = [product.add(*of, i * inner) for product, *of in zip(products, gradients, dlogits, strict=True)]
         return sums, dlogits, added
 
@@ -204,10 +204,10 @@ def _gradients(
     an operand, and cast once."""
     products, shared, chunks = operands
 
-    def cast(gradient, operand):
+    def cast(gradient: Array, operand: Array) -> Array:
         return sum_over_sharing_devices(gradient * jnp.asarray(factor, gradient.dtype), operand).astype(operand.dtype)
 
-    def of_tree(tree, gradients):
+    def of_tree(tree: PyTree, gradients: list[Array]) -> PyTree:
         return _with_floats(tree, list(map(cast, gradients, _floats(tree))), lambda a: None)
 
     if super_chunks == 1:
@@ -236,7 +236,7 @@ def _added(sums: tuple[Array, PyTree], of_chunk: tuple[Array, PyTree], index: Ar
 def _of_sum(value: tuple[Array, PyTree]) -> PyTree:
     """The cotangent by which f is pulled back: 1 for its scalar, none for what is beside."""
 
-    def none(a):
+    def none(a: Array) -> Array | np.ndarray:
         return jnp.zeros_like(a) if is_floating(a) else np.zeros(a.shape, jax.dtypes.float0)
 
     return jnp.ones_like(value[0]), jax.tree.map(none, value[1])
@@ -253,7 +253,7 @@ def _sum(f: Callable, super_chunks: int, *operands: PyTree) -> tuple[Array, PyTr
 def _plain_sum(of_index: Callable, f: Callable, operands: ChunkOperands) -> tuple[Array, PyTree]:
     count = _count(operands[0], operands[2])
 
-    def of_chunk(index, sums):
+    def of_chunk(index: ArrayLike, sums: tuple[Array, PyTree]) -> tuple[Array, PyTree]:
         return _added(sums, of_index(index, *operands), index)
 
     return _loop(of_chunk, _nothing(_zeros(f, *operands), count), count)
@@ -285,7 +285,7 @@ def _plain_map(of_index: Callable, f: Callable, operands: ChunkOperands) -> PyTr
 def _map_fwd(f: Callable, super_chunks: int, *operands: PyTree) -> tuple[PyTree, ChunkOperands]:
     """By way of `jax.vjp`: a rule inside f that is called by itself has no second derivative."""
 
-    def of_index(index, products, shared, chunks):
+    def of_index(index: ArrayLike, products: Products, shared: PyTree, chunks: PyTree) -> PyTree:
         return _vjp(f, shared, _take(chunks, index), [product.logits(index) for product in products])[0]
 
     return keeping_its_rule(partial(_plain_map, of_index, f))(operands), operands

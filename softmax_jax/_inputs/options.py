@@ -61,7 +61,7 @@ def softcapped(z: Array, cap: Array) -> Array:
 
 
 @softcapped.defjvp
-def _softcapped_jvp(primals, tangents):
+def _softcapped_jvp(primals: tuple, tangents: tuple) -> tuple:
     (z, cap), (dz, dcap) = primals, tangents
     u = z / cap
     q = jnp.exp(-2 * jnp.abs(u))
@@ -113,7 +113,7 @@ def safe_product(factor: Array, z: Array, idle: Array | bool = False) -> Array:
     return factor * jnp.where(factor == 0, 0, z)
 
 
-def _safe_product_jvp(primals, tangents):
+def _safe_product_jvp(primals: tuple, tangents: tuple) -> tuple:
     (factor, z, idle), (dfactor, dz, _) = primals, tangents
     product, terms = safe_product(factor, z, idle), []
     if not isinstance(dfactor, SymbolicZero):  # 0 · -inf is NaN
@@ -143,7 +143,7 @@ def scaled(z: Array, scale: Array | None) -> Array:
 
 
 @scaled.defjvp
-def _scaled_jvp(primals, tangents):
+def _scaled_jvp(primals: tuple, tangents: tuple) -> tuple:
     (z, scale), (dz, dscale) = primals, tangents
     if scale is None:
         return z, dz

@@ -9,7 +9,7 @@ scalars. That axis counts from the end, so that a mapped axis is one more batch 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -98,14 +98,14 @@ def sum_over_classes(f: Callable, classes: Classes, *operands: PyTree) -> PyTree
 def _sums_as_written(f: Callable, axis: int, operands: tuple) -> PyTree:
     written, in_pairs = (partial(sums, f, axis) for sums in (_written, _in_pairs))
 
-    def elsewhere(operands):
+    def elsewhere(operands: tuple) -> PyTree:
         return lax.platform_dependent(_own_numbers(axis, operands), tpu=written, default=in_pairs)
 
     return in_blocks_or_one_pass(written, elsewhere, axis, operands)
 
 
 @_sums_as_written.defjvp
-def _sums_as_written_jvp(f, axis, primals, tangents):
+def _sums_as_written_jvp(f: Callable, axis: int, primals: tuple, tangents: tuple) -> tuple:
     written = jax.checkpoint(partial(_written, f, axis), prevent_cse=False)
     return _sums_as_written(f, axis, *primals), jax.jvp(written, primals, tangents)[1]
 
@@ -163,11 +163,11 @@ def over_blocks(f: Callable, axis: int, operands: PyTree) -> PyTree:
     """f(operands), one block at a time. Under `vmap` f would see one example alone, and never a block."""
 
     @custom_vmap
-    def of_all(operands):
+    def of_all(operands: PyTree) -> PyTree:
         return _over_blocks(f, axis, operands)
 
     @of_all.def_vmap
-    def _(size, mapped, operands):
+    def _(size: int, mapped: list, operands: PyTree) -> tuple[PyTree, PyTree]:
         rank = max(jax.tree.leaves(jax.tree.map(lambda a, is_mapped: a.ndim - is_mapped, operands, *mapped)))
         out = over_blocks(f, axis, jax.tree.map(partial(_with_batch_axis, rank), operands, *mapped))
         return out, jax.tree.map(lambda _: True, out)
@@ -189,7 +189,7 @@ def _over_blocks(f: Callable, axis: int, operands: PyTree) -> PyTree:
     places = [a for a, (size, whole) in enumerate(zip(block, shape, strict=True)) if size != whole]
     counts = [-(-shape[a] // block[a]) for a in places]
 
-    def of_block(firsts, operands):
+    def of_block(firsts: Sequence[Array | int], operands: PyTree) -> PyTree:
         for a, first in zip(places, firsts, strict=True):
             operands = jax.tree.map(partial(_cut, a, first, block[a], len(shape)), operands)
         numbers = [1 if a == len(shape) + axis else size for a, size in enumerate(block)]
@@ -201,7 +201,7 @@ def _over_blocks(f: Callable, axis: int, operands: PyTree) -> PyTree:
     numbers = [1 if a == len(shape) + axis else size for a, size in enumerate(shape)]
     empty = jax.tree.map(lambda kind: vary(jnp.zeros(numbers, kind.dtype), varying(operands)), shapes)
 
-    def body(index, out):
+    def body(index: Array, out: PyTree) -> PyTree:
         steps = [index // math.prod(counts[i + 1 :]) % blocks for i, blocks in enumerate(counts)]
         firsts = [jnp.minimum(i * block[a], shape[a] - block[a]) for i, a in zip(steps, places, strict=True)]
         at = [firsts[places.index(a)] if a in places else 0 for a in range(len(shape))]
@@ -210,7 +210,7 @@ def _over_blocks(f: Callable, axis: int, operands: PyTree) -> PyTree:
     return lax.fori_loop(0, math.prod(counts), body, empty)
 
 
-def _cut(a: int, first: Array, size: int, rank: int, array: Array) -> Array:
+def _cut(a: int, first: Array | int, size: int, rank: int, array: Array) -> Array:
     if array.ndim < rank or array.shape[a] == 1:
         return array
     return lax.dynamic_slice_in_dim(array, first, size, a)

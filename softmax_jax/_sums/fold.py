@@ -132,7 +132,7 @@ def reduced(join: Callable, sums: Any, nothing: Any, axis: int, parts: int = 1) 
     leaves, tree = jax.tree.flatten(sums)
     leaves, init = vary_alike(leaves, jax.tree.leaves(nothing))
 
-    def of_leaves(a, b):
+    def of_leaves(a: tuple, b: tuple) -> tuple:
         return tuple(jax.tree.leaves(join(tree.unflatten(a), tree.unflatten(b))))
 
     if parts > 1:

@@ -134,7 +134,7 @@ def _entropy(rest: Array, own: Array, moment: Array, moment_and_rest: Array) -> 
 
 
 @_entropy.defjvp
-def _entropy_jvp(primals, tangents):
+def _entropy_jvp(primals: tuple, tangents: tuple) -> tuple:
     (rest, own, *_), (drest, down, _, dboth) = primals, tangents
     mean, hit = _mean_gap(*primals), jnp.exp(own)
     return _entropy(*primals), (dboth - mean * drest - (mean + own) * hit * down) / (rest + hit)

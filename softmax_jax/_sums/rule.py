@@ -111,7 +111,7 @@ def _sums_jvp(primals: tuple[Tokens], tangents: tuple[PyTree]) -> tuple[ClassSum
     kept = _residuals(primals[0], sums)
 
     @partial(jax.checkpoint, prevent_cse=False)
-    def of_all(tokens):
+    def of_all(tokens: Tokens) -> ClassSums:
         read, m, pivot, _ = _fence_operands((replace(tokens, unused=kept[0].unused), *kept[1:]), NO_COTANGENTS)
         found = _written_sums(read, m, pivot, NO_COTANGENTS)
         return psum(found._replace(**dict.fromkeys(CONSTANT)), tokens.classes.over)
@@ -207,7 +207,7 @@ def _top_sums_jvp(classes: Classes, primals: tuple[Array, Adjustment], tangents:
     m, at_top = lax.stop_gradient(sums.row_max), classes.one_hot(sums.pivot - classes.first_id(primals[0]), primals[0])
 
     @partial(jax.checkpoint, prevent_cse=False)
-    def written_sums(operands):
+    def written_sums(operands: tuple[Array, Adjustment]) -> tuple[Array, Array]:
         z = shifted(operands[0], operands[1], m, classes.axis)
         own = psum(jnp.sum(jnp.where(at_top, z, 0), classes.axis), classes.over)
         others = jnp.where(at_top, 0, jnp.exp(z - classes.expand(own)))

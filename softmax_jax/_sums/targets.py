@@ -99,7 +99,7 @@ def with_entry_gradients(
     them alone, and written over what all classes have."""
     entries, classes = entries_of(tokens), tokens.classes
 
-    def sums(logits, tokens):
+    def sums(logits: Array, tokens: Tokens) -> ClassSums:
         c = None if tokens.class_weights is None else classes.take(entries.ids, tokens.class_weights)
         t = weighted_targets(tokens.labels.probs, c, entries.where, row_max.dtype)
         c = even_targets(c, entries.where, t) if tokens.extra.even else None

@@ -134,7 +134,7 @@ def _miss(rest: Array, own: Array) -> Array:
 
 
 @_miss.defjvp
-def _miss_jvp(primals, tangents):
+def _miss_jvp(primals: tuple, tangents: tuple) -> tuple:
     (rest, own), (drest, down) = primals, tangents
     total = rest + jnp.exp(own)
     hit = jnp.exp(own) / total
@@ -148,7 +148,7 @@ def _hit(rest: Array, own: Array) -> Array:
 
 
 @_hit.defjvp
-def _hit_jvp(primals, tangents):
+def _hit_jvp(primals: tuple, tangents: tuple) -> tuple:
     (rest, own), (drest, down) = primals, tangents
     hit = _hit(rest, own)
     return hit, hit * _miss(rest, own) * down - hit / (rest + jnp.exp(own)) * drest
@@ -162,7 +162,7 @@ def negative_log_likelihood(rest: Array, own: Array) -> Array:
 
 
 @negative_log_likelihood.defjvp
-def _negative_log_likelihood_jvp(primals, tangents):
+def _negative_log_likelihood_jvp(primals: tuple, tangents: tuple) -> tuple:
     (rest, own), (drest, down) = primals, tangents
     return negative_log_likelihood(rest, own), drest / (rest + jnp.exp(own)) - _miss(rest, own) * down
 
@@ -174,7 +174,7 @@ def log_total(rest: Array, own: Array) -> Array:
 
 
 @log_total.defjvp
-def _log_total_jvp(primals, tangents):
+def _log_total_jvp(primals: tuple, tangents: tuple) -> tuple:
     (rest, own), (drest, down) = primals, tangents
     total = rest + jnp.exp(own)
     return log_total(rest, own), drest / total + _hit(rest, own) * down
@@ -187,7 +187,7 @@ def loss_around_top(rest: Array, own: Array, own_mass: Array, other_mass: Array)
 
 
 @loss_around_top.defjvp
-def loss_around_top_jvp(primals, tangents):
+def _loss_around_top_jvp(primals: tuple, tangents: tuple) -> tuple:
     (rest, own, own_mass, other_mass), (drest, down, down_mass, dother_mass) = primals, tangents
     total, spread = rest + jnp.exp(own), log_total(rest, own)
     by_own = other_mass * _hit(rest, own) - own_mass * _miss(rest, own)
@@ -205,7 +205,7 @@ def _with_gap(z: Array) -> Array:
 
 
 @_with_gap.defjvp
-def _with_gap_jvp(primals, tangents):
+def _with_gap_jvp(primals: tuple, tangents: tuple) -> tuple:
     (z,), (dz,) = primals, tangents
     return _with_gap(z), jnp.exp(z) * -clip_for_exp(z) * dz
 
@@ -219,13 +219,13 @@ def written(
     z = shifted(tokens.logits, tokens.adjustment, row_max, axis)
     exp_z = jnp.exp(z)
 
-    def own(terms):
+    def own(terms: Array) -> Array:
         return jnp.sum(jnp.where(at_pivot, terms, 0), axis)
 
-    def others(terms):
+    def others(terms: Array) -> Array:
         return jnp.sum(jnp.where(at_pivot, 0, terms), axis)
 
-    def idle(cotangent):
+    def idle(cotangent: Array | None) -> Array | bool:
         return cotangent is not None and tokens.classes.expand(cotangent == 0)
 
     sums = ClassSums(row_max, others(exp_z), own=own(z))
@@ -243,7 +243,7 @@ def pulled(sums: Callable[[PyTree], ClassSums], operands: PyTree, cotangents: Cl
     """The gradients of the operands, by the sums that have a cotangent."""
     given = {name: cotangent for name, cotangent in cotangents._asdict().items() if cotangent is not None}
 
-    def of_given(operands):
+    def of_given(operands: PyTree) -> dict[str, Array]:
         found = sums(operands)._asdict()
         return {name: found[name] for name in given if found[name] is not None}
 
