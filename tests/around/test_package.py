@@ -1,5 +1,6 @@
 """What a package has around its code: one version, one list of names, files that an archive needs."""
 
+import ast
 import re
 import tomllib
 from importlib.metadata import version
@@ -41,3 +42,48 @@ def test_what_readme_and_changelog_link_to_is_in_the_source_archive():
             if "://" not in target:
                 assert (ROOT / target).exists(), f"{page} links to {target}"
                 assert Path(target).parts[0] in kept, f"{page} links to {target}, which no archive has"
+
+
+# The house: imports run one way, downwards, and a room's door holds no second name for what is inside.
+
+PACKAGE = ROOT / "softmax_jax"
+FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+ORDER = ["_devices", "_transforms", "_inputs", "_sums", "_divergence", "_head", "_core"]  # then the functions
+
+
+def imported(path):
+    """The modules of this package that a file imports."""
+    nodes = ast.walk(ast.parse(path.read_text()))
+    return {node.module for node in nodes if isinstance(node, ast.ImportFrom) and (node.module or "") in FILES}
+
+
+def floor(module):
+    """One above the highest that it imports; of a cycle there is no end."""
+    return 1 + max(map(floor, imported(FILES[module])), default=0)
+
+
+def room(module):
+    name = module.split(".")[1]
+    return ORDER.index(name) if name in ORDER else len(ORDER)
+
+
+def test_imports_run_downwards_on_few_floors():
+    floors = {module: floor(module) for module in FILES if not module.endswith("__init__")}
+    assert max(floors.values()) <= 8, {module: at for module, at in floors.items() if at > 8}  # `__init__` is the ninth
+
+
+def test_rooms_import_those_before_them():
+    for module, path in FILES.items():
+        if not module.endswith("__init__"):
+            for other in imported(path):
+                assert room(other) <= room(module), f"{module} imports {other}"
+
+
+def test_rooms_hold_a_docstring_alone():
+    rooms = [path for module, path in FILES.items() if module.endswith(".__init__") and path.parent != PACKAGE]
+    assert len(rooms) == 4
+    for path in rooms:
+        (docstring,) = ast.parse(path.read_text()).body
+        assert isinstance(docstring, ast.Expr) and isinstance(docstring.value, ast.Constant)
+        named = set(re.findall(r"^ {4}(\w+)  ", docstring.value.value, re.MULTILINE))
+        assert {other.stem for other in path.parent.glob("*.py")} - {"__init__"} <= named
