@@ -1,23 +1,23 @@
-"""Times in turns, their ratios, and compiled memory: every figure comes from here."""
+"""Times of several subjects, taken in turns in one process, and their ratios: every time comes from here."""
 
 import math
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 
-OURS, LIMIT = "softmax_jax", "limit"
-K = TypeVar("K")
+OURS = "softmax_jax"
 
 
 class Subject(NamedTuple):
-    """A program on its operands, how to wait for its results, and how long its threads are busy after them."""
+    """What is timed: a function without arguments, and how to wait for its results."""
 
     run: Callable[[], Any]
     wait: Callable[[Any], Any] = jax.block_until_ready
-    spinning: float = 0.0  # seconds
+    pause: float = 0.0  # seconds, after a measurement, for which its threads still occupy a core
+    memory: int | None = None  # bytes, as the compiler reports them
 
 
 class Pace(NamedTuple):
@@ -26,22 +26,18 @@ class Pace(NamedTuple):
     turns: int = 9
     seconds: float = 8.0
     fewest: int = 5
-    shortest: float = 0.02  # seconds of one measurement: shorter programs run several times in it
+    shortest: float = 0.02  # seconds of one measurement: a shorter program runs several times in it
 
 
-class Limit(NamedTuple):
-    """What a cell cannot beat: `count` times the time of a subject, or as many seconds."""
-
-    one: Subject | float
-    count: int = 1
+QUICK = Pace(turns=2, seconds=0, fewest=2, shortest=0)
 
 
 def gpu() -> bool:
     return jax.devices()[0].platform == "gpu"
 
 
-def seconds_of(subject: Subject, repeats: int) -> float:
-    """Of one run. A GPU is kept busy and waited for once; a CPU runs one program at a time."""
+def seconds_per_run(subject: Subject, repeats: int) -> float:
+    """A GPU is kept busy and waited for once; a CPU runs one program at a time."""
     start = time.perf_counter()
     if gpu():
         results = None
@@ -54,59 +50,37 @@ def seconds_of(subject: Subject, repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def in_turns(subjects: dict[K, Subject], pace: Pace) -> dict[K, list[float]]:
-    """Seconds of every subject, one measurement a turn (A B A B ...), after two runs of each for warmth."""
+def time_in_turns(subjects: dict[str, Subject], pace: Pace) -> dict[str, list[float]]:
+    """Seconds of every subject, one measurement a turn (A B A B ...), after two runs of each as a warm-up."""
     for subject in subjects.values():
         subject.wait(subject.run())
-    repeats = {name: max(1, math.ceil(pace.shortest / seconds_of(subject, 1))) for name, subject in subjects.items()}
-    seconds: dict[K, list[float]] = {name: [] for name in subjects}
+    once = {name: seconds_per_run(subject, 1) for name, subject in subjects.items()}
+    repeats = {name: max(1, math.ceil(pace.shortest / seconds)) for name, seconds in once.items()}
+    times: dict[str, list[float]] = {name: [] for name in subjects}
     start = time.perf_counter()
     for turn in range(1, pace.turns + 1):
         for name, subject in subjects.items():
-            seconds[name].append(seconds_of(subject, repeats[name]))
-            time.sleep(subject.spinning)
+            times[name].append(seconds_per_run(subject, repeats[name]))
+            time.sleep(subject.pause)
         if turn >= pace.fewest and time.perf_counter() - start > pace.seconds:
             break
-    return seconds
+    return times
 
 
-def spread(numbers: list[float]) -> list[float]:
-    """Lower quartile, median, upper quartile."""
-    return statistics.quantiles(numbers, n=4, method="inclusive")
+def quartiles_of_ratio(numerator: list[float], denominator: list[float]) -> list[float]:
+    """Lower quartile, median and upper quartile of the ratios, each of two times from the same turn."""
+    ratios = [a / b for a, b in zip(numerator, denominator, strict=True)]
+    return statistics.quantiles(ratios, n=4, method="inclusive")
 
 
-def ratios(ours: list[float], theirs: list[float]) -> list[float]:
-    """The spread over the turns of our time over theirs in the same turn."""
-    return spread([a / b for a, b in zip(ours, theirs, strict=True)])
-
-
-def compare(subjects: dict[str, Subject], pace: Pace, limit: Limit | None = None) -> dict[str, Any]:
-    """Our time over each peer's, and the limit's over ours. Absolute times only of a GPU, which nobody shares."""
-    one = None if limit is None else limit.one
-    timed = {**subjects, LIMIT: one} if isinstance(one, Subject) else subjects
-    seconds = in_turns(timed, pace)
-    ours = seconds[OURS]
+def compare(subjects: dict[str, Subject], pace: Pace) -> dict[str, Any]:
+    """Our time over that of each of the others. Absolute times only of a GPU, which nobody shares."""
+    times = time_in_turns(subjects, pace)
+    ours = times[OURS]
     record: dict[str, Any] = {
         "turns": len(ours),
-        "ratios": {name: ratios(ours, seconds[name]) for name in subjects if name != OURS},
+        "ratios": {name: quartiles_of_ratio(ours, theirs) for name, theirs in times.items() if name != OURS},
     }
-    if limit is not None:
-        least = [one] * len(ours) if isinstance(one, float) else seconds[LIMIT]
-        record["limit"] = ratios([limit.count * a for a in least], ours)
     if gpu():
-        record["milliseconds"] = {name: 1e3 * statistics.median(seconds[name]) for name in subjects}
+        record["milliseconds"] = {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
     return record
-
-
-def temporary_bytes(program: jax.stages.Compiled) -> int:
-    """What the compiler reports beyond operands and results."""
-    memory = program.memory_analysis()
-    assert memory is not None, "this backend reports no memory"
-    return memory.temp_size_in_bytes
-
-
-def all_bytes(program: jax.stages.Compiled) -> int:
-    """Operands, results and temporaries."""
-    memory = program.memory_analysis()
-    assert memory is not None, "this backend reports no memory"
-    return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes

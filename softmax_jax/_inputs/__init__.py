@@ -6,5 +6,4 @@ In reading order:
     hints      the error of an argument that a function does not have
     options    what is done to a logit before its softmax, and the options of a function
     labels     ids, probabilities, or probabilities of a few classes
-    sources    logits that are given, or a head that makes them
 """

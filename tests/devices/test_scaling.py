@@ -1,12 +1,12 @@
 """The formulas of docs/scaling.md against compiled programs of 1, 2, 4 and 8 simulated devices."""
 
 import re
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
+import scaling_formulas
 from helpers import few_of
 from jax import lax
 from jax.sharding import NamedSharding
@@ -17,16 +17,13 @@ from softmax_jax import linear_cross_entropy
 from softmax_jax._sums import blocks
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks import scaling  # noqa: E402
 
 pytestmark = pytest.mark.compiled
 
 SCALARS = 64  # bytes: the loss
 
 
-def compiled(step: scaling.Step, dtype):
+def compiled(step: scaling_formulas.Step, dtype):
     specs = {"x": P("data"), "weight": P(None, "model"), "labels": P("data")}
     shapes = {"x": (step.tokens, step.embed), "weight": (step.embed, step.classes), "labels": (step.tokens,)}
     mesh = mesh_of("automatic", (step.data, step.model))
@@ -47,7 +44,7 @@ def compiled(step: scaling.Step, dtype):
 @pytest.mark.parametrize("dtype", few_of([jnp.float32, jnp.bfloat16]), ids=lambda d: d.__name__)
 @pytest.mark.parametrize("mesh", few_of([(2, 4), (2, 1), (1, 2), (2, 2), (8, 1)]), ids=str)
 def test_bytes_that_are_moved(mesh, dtype):
-    step = scaling.Step(1024, 64, 4096, *mesh, chunk=1024 // mesh[0] // 4, itemsize=jnp.dtype(dtype).itemsize)
+    step = scaling_formulas.Step(1024, 64, 4096, *mesh, chunk=1024 // mesh[0] // 4, itemsize=jnp.dtype(dtype).itemsize)
     moved = collectives(compiled(step, dtype))
     assert {found.op for found in moved} == {"all-reduce"}
     total = sum(found.bytes * (4 if found.in_loop else 1) for found in moved)
@@ -59,7 +56,7 @@ def test_bytes_that_are_moved(mesh, dtype):
 @pytest.mark.parametrize("mesh", few_of([(2, 4), (1, 1), (1, 2), (2, 2)]), ids=str)
 def test_temporary_bytes(mesh):
     """Of float32; the CPU's products of bfloat16 make float32 copies of their operands besides."""
-    step = scaling.Step(1024, 64, 4096, *mesh, chunk=128, itemsize=4)
+    step = scaling_formulas.Step(1024, 64, 4096, *mesh, chunk=128, itemsize=4)
     temporary = compiled(step, jnp.float32).memory_analysis().temp_size_in_bytes
     block = 4 * min(blocks.BLOCK, step.chunk * step.classes // mesh[1])  # without the label's logit
     assert step.chunk_bytes() <= temporary <= 1.02 * (step.chunk_bytes() + step.sums_bytes() + block)
@@ -68,4 +65,4 @@ def test_temporary_bytes(mesh):
 def test_table_is_the_one_that_the_formulas_give():
     lines = (ROOT / "docs/scaling.md").read_text().splitlines()
     rows = [line for line in lines if re.match(r"\| (8|64|1024) \|", line)]
-    assert [[cell.strip() for cell in row.strip("|").split("|")] for row in rows] == scaling.table()
+    assert [[cell.strip() for cell in row.strip("|").split("|")] for row in rows] == scaling_formulas.table()

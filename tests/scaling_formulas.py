@@ -1,11 +1,12 @@
 """Bytes per device and bytes moved per step of a sharded `linear_cross_entropy`, as formulas: docs/scaling.md.
 
-`tests/devices/test_scaling.py` holds them against compiled programs. Nothing here needs a device.
+`test_scaling.py` holds them against compiled programs, and the table of the page against them.
 """
 
 from typing import NamedTuple
 
-from softmax_jax._head import KEPT_TOKENS
+KEPT_TOKENS = 4096
+"""At most so many tokens of 16-bit operands have the gradient of their logits kept at a time, unless all are cheap."""
 
 
 class Step(NamedTuple):
@@ -35,8 +36,8 @@ class Step(NamedTuple):
         """Those of a super-chunk: all, while what is kept of them is no more than the head's float32 gradient and what
         would be kept beside it."""
         tokens, most = self.local_tokens, max(self.chunk, KEPT_TOKENS) if self.itemsize == 2 else self.chunk
-        of_sum = 4 * self.embed if self.itemsize == 2 else 0
-        return tokens if self.itemsize * tokens <= of_sum + self.itemsize * most else -(-tokens // -(-tokens // most))
+        head_sum = 4 * self.embed if self.itemsize == 2 else 0
+        return tokens if self.itemsize * tokens <= head_sum + self.itemsize * most else -(-tokens // -(-tokens // most))
 
     def kept_bytes(self) -> int:
         """The gradient of a super-chunk's logits."""
@@ -72,45 +73,23 @@ def ring(payload: int, devices: int) -> float:
     return 2 * payload * (devices - 1) / devices
 
 
-MESHES = {8: (1, 8), 64: (8, 8), 1024: (128, 8)}
-
-
 def table() -> list[list[str]]:
     """8192 tokens for every row of 8 devices that share a vocabulary, embed 4096, bfloat16, chunks of 32 MiB."""
     rows = []
-    for devices, (data, model) in MESHES.items():
+    for data in (1, 8, 128):
         for classes in (131072, 262144, 1048576):
-            chunk = 2**25 // (4 * classes // model)
-            step = Step(8192 * data, 4096, classes, data, model, chunk)
-            over_model = ring(step.per_token_moved(), model), ring(step.dx_moved(), model)
+            step = Step(8192 * data, 4096, classes, data, model=8, chunk=2**25 // (4 * classes // 8))
+            held = step.gathered_logits_bytes(), step.gathered_logits_moved(), step.chunk_bytes()
+            held += step.kept_bytes(), step.sums_bytes()
+            sent = ring(step.dx_moved(), 8), ring(step.dweight_moved(), data)
             rows.append(
                 [
-                    str(devices),
-                    f"{data} x {model}",
+                    str(8 * data),
+                    f"{data} x 8",
                     f"{classes:,}",
-                    f"{step.gathered_logits_bytes() / 2**20:,.0f} MiB",
-                    f"{step.gathered_logits_moved() / 2**20:,.0f} MiB",
-                    f"{step.chunk_bytes() / 2**20:,.0f} MiB",
-                    f"{step.kept_bytes() / 2**20:,.0f} MiB",
-                    f"{step.sums_bytes() / 2**20:,.0f} MiB",
-                    f"{over_model[0] / 2**20:.2f} MiB",
-                    f"{over_model[1] / 2**20:,.0f} MiB",
-                    f"{ring(step.dweight_moved(), data) / 2**20:,.0f} MiB",
+                    *(f"{number / 2**20:,.0f} MiB" for number in held),
+                    f"{ring(step.per_token_moved(), 8) / 2**20:.2f} MiB",
+                    *(f"{number / 2**20:,.0f} MiB" for number in sent),
                 ]
             )
     return rows
-
-
-HEADER = [
-    "devices",
-    "data x model",
-    "classes",
-    "logits gathered",
-    "received for them",
-    "a chunk's logits",
-    "their gradient, kept",
-    "float32 sums",
-    "sent: sums of a token",
-    "sent: dx",
-    "sent: dweight",
-]
