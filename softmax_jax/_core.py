@@ -1,14 +1,15 @@
 """One core for every function: from checked operands to the numbers of the tokens, or their sum or mean.
 
-checks         options and devices, while tracing
-operands       each device's part, where they are laid out explicitly
-one form       options and labels
-per token      at once, or in chunks whose logits a head makes: losses, divergences, statistics
-reduction      none, sum, mean, over the tokens of all devices: the only one over tokens
+Five steps:
+
+    checks         options and devices, while tracing
+    operands       each device's part, where they are laid out explicitly
+    one form       options and labels
+    per token      at once, or in chunks whose logits a head makes: losses, divergences, statistics
+    reduction      none, sum, mean, over the tokens of all devices: the only one over tokens
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -40,11 +41,7 @@ from softmax_jax._head.product import Source
 from softmax_jax._inputs.arrays import Shape, accumulator, integer
 from softmax_jax._inputs.labels import Dense, Ids, Labels, check_ids_in_range, check_labels, ignored_id, narrowed
 from softmax_jax._inputs.options import Options, Reduction, check_options, check_reduction
-from softmax_jax._sums.waist import Batch, unused_tokens
-
-PerToken = Callable[[Batch], tuple[PyTree, PyTree]]
-"""(numbers of every token, which are reduced; auxiliary numbers). One function for all calls that mean the same, since
-JAX keeps programs by it."""
+from softmax_jax._sums.waist import Batch, PerTokenFunction, unused_tokens
 
 
 class Settings(NamedTuple):
@@ -67,7 +64,7 @@ class Operands(NamedTuple):
 class Config(NamedTuple):
     """Static arguments."""
 
-    per_token: PerToken
+    per_token: PerTokenFunction
     dtype: DTypeLike  # of the logits
     classes: Classes
     reduction: Reduction
@@ -78,7 +75,7 @@ class Config(NamedTuple):
 
 
 def compute_of_labels(
-    per_token: PerToken,
+    per_token: PerTokenFunction,
     student: Source,
     labels: Any,
     options: Options,
@@ -98,7 +95,7 @@ def compute_of_labels(
 
 
 def compute(
-    per_token: PerToken,
+    per_token: PerTokenFunction,
     student: Source,
     target: Labels | Source,
     options: Options,

@@ -122,7 +122,7 @@ def kl_divergence(
     scalars = {"softcap": softcap, "teacher_softcap": teacher_softcap, "temperature": temperature, "beta": beta}
     options = Options(where, weights, **scalars)
     settings = Settings(reduction, normalizer, axis_name, chunk_size, forward_mode)
-    return _divergence(student, given, options, settings, axis)
+    return _against_teacher(student, given, options, settings, axis)
 
 
 @hinted
@@ -182,10 +182,10 @@ def linear_kl_divergence(
     scalars = {"softcap": softcap, "teacher_softcap": teacher_softcap, "temperature": temperature, "beta": beta}
     options = Options(where, weights, **scalars)
     settings = Settings(reduction, normalizer, axis_name, chunk_size, forward_mode)
-    return _divergence(student, given, options, settings, len(student.shape) - 1, dtype)
+    return _against_teacher(student, given, options, settings, len(student.shape) - 1, dtype)
 
 
-def _divergence(
+def _against_teacher(
     student: Source,
     given: dict[str, Any],
     options: Options,

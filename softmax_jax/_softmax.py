@@ -197,13 +197,13 @@ _jitted_softmax = jax.jit(_softmax_rule, static_argnums=2)
 # Kept: x, and three numbers of each row. Several axes are made one.
 
 
-def _row(x: Array, where: Array | None, classes: Classes) -> ClassSums:
+def _row_sums(x: Array, where: Array | None, classes: Classes) -> ClassSums:
     row = top_sums(x, Adjustment(where=where), classes)
     hidden = None if where is None else ~jnp.any(where, classes.axis)
     return row._replace(rest=nan_unless(row.pivot < x.shape[classes.axis], row.rest, hidden))
 
 
-def _sum(terms: Array, classes: Classes) -> Array:
+def _total(terms: Array, classes: Classes) -> Array:
     return jnp.sum(terms, classes.axis)
 
 
@@ -231,7 +231,7 @@ def _log_softmax_tangent(x: Array, where: Array | None, row: ClassSums, dx: Arra
 def _log_softmax_projected(classes: Classes, z: Array, row: ClassSums, dx: Array) -> Array:
     p, dy = jnp.exp(z) / classes.expand(1 + row.rest), dx
     for _ in range(2):
-        dy = dy - classes.expand(_sum(p * dy, classes))
+        dy = dy - classes.expand(_total(p * dy, classes))
     return dy
 
 
@@ -240,7 +240,7 @@ def _log_softmax_around_top(classes: Classes, z: Array, row: ClassSums, dx: Arra
     p = jnp.exp(z) * classes.expand(top)
     # As factors: of a select XLA on a GPU keeps the zeros, at the size of x (65536 x 512 float32: 16 units, not 13).
     others = 1 - classes.one_hot(row.pivot, z).astype(p.dtype)
-    of_top, of_others = _sum((1 - others) * dx, classes), _sum(others * p * dx, classes)
+    of_top, of_others = _total((1 - others) * dx, classes), _total(others * p * dx, classes)
     dy = (1 - others) * classes.expand(miss * of_top) + others * (dx - classes.expand(top * of_top))
     return dy - classes.expand(of_others)
 
@@ -251,5 +251,5 @@ def _jitted_log_softmax(x: Array, where: Array | None, axes: Axes) -> Array:
         return x
     where = where if where is None or len(axes) == 1 else classes_last(jnp.broadcast_to(where, x.shape), axes)
     classes, last = Classes(axes[0] if len(axes) == 1 else x.ndim - len(axes)), classes_last(x, axes)
-    y = _log_softmax_rule(last, where, _row(last, where, classes), classes)
+    y = _log_softmax_rule(last, where, _row_sums(last, where, classes), classes)
     return y if len(axes) == 1 else from_classes_last(y, x.shape, axes)

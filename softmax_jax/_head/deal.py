@@ -17,7 +17,7 @@ from softmax_jax._head.product import Product, Source, kept_in
 from softmax_jax._inputs.arrays import Shape, accumulator
 from softmax_jax._inputs.labels import Dense, Labels
 from softmax_jax._inputs.options import Options
-from softmax_jax._sums.waist import Batch
+from softmax_jax._sums.waist import Batch, PerTokenFunction
 
 
 class Shared(NamedTuple):
@@ -64,13 +64,13 @@ def to_chunks(
     per_token = deal(PerToken(student.x if student.weight is None else None, labels, weights, row_of))
     weights = lax.stop_gradient(per_token.weights)  # a product asks which are 0
     products = (Product(deal(s.x), s.weight, weights, s.dtype, s.transposed) for s in heads)
-    options = options._replace(where=where, weights=None, class_weights=_row(options.class_weights))
+    options = options._replace(where=where, weights=None, class_weights=_as_row(options.class_weights))
     shared = Shared(student.bias, target.bias if isinstance(target, Source) else None, mask_rows, options)
     return Chunks((tuple(products), shared, per_token), super_chunks, batch)
 
 
 def over_chunks(
-    per_token: Callable[[Batch], tuple[PyTree, PyTree]],
+    per_token: PerTokenFunction,
     chunks: Chunks,
     classes: Classes,
     summed: bool,
@@ -92,7 +92,7 @@ def _total(of_chunk: Callable, *operands: Any) -> tuple[Array, PyTree]:
 
 
 def _of_chunk(
-    per_token: Callable, classes: Classes, forward_mode: bool, shared: Shared, chunk: PerToken, *of_heads: Array
+    per_token: PerTokenFunction, classes: Classes, forward_mode: bool, shared: Shared, chunk: PerToken, *of_heads: Array
 ) -> tuple[PyTree, PyTree]:
     """Of the logits that heads made, the student's are the first and the teacher's the last."""
     logits = _plus(of_heads[0], shared.bias) if chunk.logits is None else chunk.logits
@@ -169,7 +169,7 @@ def chunk_count(batch: tuple[int, ...], chunk_size: int, multiple: int = 1) -> i
     return fewest
 
 
-def _row(array: Array | None) -> Array | None:
+def _as_row(array: Array | None) -> Array | None:
     return None if array is None else array.reshape(1, -1)
 
 
@@ -179,7 +179,7 @@ def _mask_rows(where: Array | None, batch: tuple[int, ...]) -> tuple[Array | Non
     A mask with some batch axes of size 1 is looked up by group, so that it never grows to the logits' size.
     """
     if where is None or math.prod(where.shape[:-1]) == 1:
-        return _row(where), None, None
+        return _as_row(where), None, None
     if where.shape[:-1] == batch:
         return None, None, where
     groups = jnp.arange(math.prod(where.shape[:-1]), dtype=jnp.int32).reshape(where.shape[:-1])

@@ -50,6 +50,11 @@ class Batch(NamedTuple):
     forward_mode: bool
 
 
+PerTokenFunction = Callable[[Batch], tuple[PyTree, PyTree]]
+"""(numbers of every token, which are reduced; auxiliary numbers). One function for all calls that mean the same, since
+JAX keeps programs by it."""
+
+
 class ExtraSums(NamedTuple):
     """Which sums are made besides those that the labels need."""
 
