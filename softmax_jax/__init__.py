@@ -1,8 +1,8 @@
 """Softmax and cross-entropy for JAX: exact, small, fast.
 
 The table of contents, in reading order: the functions. Behind them `_core` brings what came in (`_inputs`) to the
-tokens, at once or in chunks whose logits a head makes (`_head`). The idea is in `_sums`: `waist` (which sums), `rule`
-(the `custom_vjp`: why the gradient is (p - t)/N), `blocks` (the sums on a CPU, as they are written), `loss`.
+tokens, at once or in chunks whose logits a head makes (`_head`). The idea is in `_sums`: `waist` (which sums), `blocks`
+(the sums on a CPU, as they are written), `rule` (the `custom_vjp`: why the gradient is (p - t)/N), `loss`.
 """
 
 # ruff: noqa: I001

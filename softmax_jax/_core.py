@@ -84,8 +84,8 @@ def compute_of_labels(
     only_ids: str | None = None,
 ) -> tuple[PyTree, PyTree]:
     """`per_token` of labels; of integers alone where `only_ids`, which says of what, is given."""
-    ids, ignore_index = narrowed(labels, options.ignore_index)
-    target = check_labels(ids, student.shape, axis, only_ids)
+    narrow, ignore_index = narrowed(labels, options.ignore_index)
+    target = check_labels(narrow, student.shape, axis, only_ids)
     given = options._replace(ignore_index=ignored_id(ignore_index, target))
     checked = check_options(given, student.shape, axis, student.dtype)
     if settings.axis_name is None:

@@ -151,10 +151,10 @@ def cross_entropy(
     Prieto et al., "Grokking at the Edge of Numerical Stability", ICLR 2025, on why it matters; Szegedy et al., CVPR
     2016 (label smoothing); Chowdhery et al., "PaLM", 2022 (z-loss); Gemma Team, "Gemma 2", 2024 (softcap).
     """
-    student = given_logits("logits", logits)
+    source = given_logits("logits", logits)
     options = Options(where, weights, ignore_index, class_weights, label_smoothing, z_loss, logit_scale, softcap)
-    settings = Settings(reduction, normalizer, axis_name, None, forward_mode)
-    return _loss(student, labels, options, settings, class_axis("logits", student.shape, axis), statistics)
+    settings = Settings(reduction, normalizer, axis_name, forward_mode=forward_mode)
+    return _loss(source, labels, options, settings, class_axis("logits", source.shape, axis), statistics)
 
 
 @overload
@@ -248,16 +248,16 @@ def linear_cross_entropy(
 
     Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", ICLR 2025; Hsu et al., "Liger Kernel", 2024.
     """
-    student = head(x, weight, bias, transpose_weight, dtype)
+    source = head(x, weight, bias, transpose_weight, dtype)
     options = Options(where, weights, ignore_index, class_weights, label_smoothing, z_loss, logit_scale, softcap)
     settings = Settings(reduction, normalizer, axis_name, chunk_size, forward_mode)
-    return _loss(student, labels, options, settings, len(student.shape) - 1, statistics)
+    return _loss(source, labels, options, settings, len(source.shape) - 1, statistics)
 
 
 def _loss(
-    student: Source, labels: AnyLabels, options: Options, settings: Settings, axis: int, statistics: bool
+    source: Source, labels: AnyLabels, options: Options, settings: Settings, axis: int, statistics: bool
 ) -> Loss | LossAndStatistics:
-    operands = student, labels, options, settings, axis
+    operands = source, labels, options, settings, axis
     if statistics:
         return compute_of_labels(losses_and_statistics, *operands, only_ids=" with statistics=True")
     return compute_of_labels(weighted_losses, *operands)[0]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Num
 
-from softmax_jax._devices import Classes, vary_alike
+from softmax_jax._devices import AxisNames, Classes, pmax, vary_alike
 from softmax_jax._inputs.arrays import (
     AnyArray,
     Axes,
@@ -23,7 +23,7 @@ from softmax_jax._inputs.arrays import (
     upcast,
 )
 from softmax_jax._inputs.hints import hinted
-from softmax_jax._inputs.options import Adjustment, adjust, row_max_of, shifted, without_fma, zero_hidden
+from softmax_jax._inputs.options import Adjustment, adjust, shifted, without_fma, zero_hidden
 from softmax_jax._sums.blocks import on_cpu_or_elsewhere
 from softmax_jax._sums.fold import sums_in_one_pass
 from softmax_jax._sums.rule import finish_rows, top_sums
@@ -91,6 +91,12 @@ def _operands(x: AnyArray, axis: int | Axes | None, where: AnyArray | None) -> t
     if where is not None:
         where = mask("where", where, x.shape)
     return *vary_alike(_as_floating(x), where), axes
+
+
+def row_max_of(z: Array, axis: int | tuple[int, ...], over: AxisNames = ()) -> Array:
+    """m = max_v z_v as a constant; 0 for a row whose every logit is -inf, since -inf - -inf is NaN."""
+    highest = pmax(upcast(jnp.max(z, axis=axis, initial=-jnp.inf)), over)
+    return jnp.where(highest == -jnp.inf, 0, highest)
 
 
 def _as_floating(x: Array) -> Array:

@@ -60,11 +60,11 @@ def label_statistics(
 
     Schulman et al., "Proximal Policy Optimization Algorithms", 2017 (the uses of log_prob and entropy).
     """
-    student = given_logits("logits", logits)
+    source = given_logits("logits", logits)
     options = Options(where, ignore_index=ignore_index, logit_scale=logit_scale, softcap=softcap)
-    axis = class_axis("logits", student.shape, axis)
+    axis = class_axis("logits", source.shape, axis)
     settings = Settings(axis_name=axis_name, forward_mode=forward_mode)
-    return compute_of_labels(statistics, student, labels, options, settings, axis, only_ids="")[0]
+    return compute_of_labels(statistics, source, labels, options, settings, axis, only_ids="")[0]
 
 
 @hinted
@@ -94,7 +94,7 @@ def linear_label_statistics(
     >>> linear_label_statistics(x, weight, jnp.array([0, 4, 2])).rank.tolist()
     [4, 0, 2]
     """
-    student = head(x, weight, bias, transpose_weight, dtype)
+    source = head(x, weight, bias, transpose_weight, dtype)
     options = Options(where, ignore_index=ignore_index, logit_scale=logit_scale, softcap=softcap)
     settings = Settings(axis_name=axis_name, chunk_size=chunk_size, forward_mode=forward_mode)
-    return compute_of_labels(statistics, student, labels, options, settings, len(student.shape) - 1, only_ids="")[0]
+    return compute_of_labels(statistics, source, labels, options, settings, len(source.shape) - 1, only_ids="")[0]

@@ -33,11 +33,12 @@ import math
 from functools import partial, reduce
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from softmax_jax._inputs.arrays import upcast
-from softmax_jax._inputs.options import Adjustment, adjust, scaled, without_fma
+from softmax_jax._inputs.options import Adjustment, adjust, without_fma
 
 
 class Logits(NamedTuple):
@@ -82,6 +83,21 @@ class OneDirection(NamedTuple):
     m: Array
     log: Array  # log(m/t)
     centred: Array  # the same less that of the top class of t
+
+
+@jax.custom_jvp
+def scaled(z: Array, scale: Array | None) -> Array:
+    """scale · z of a scale > 0. Its own gradient is 0 where z is infinite, or stands for that."""
+    return z if scale is None else scale * z
+
+
+@scaled.defjvp
+def _scaled_jvp(primals: tuple, tangents: tuple) -> tuple:
+    (z, scale), (dz, dscale) = primals, tangents
+    if scale is None:
+        return z, dz
+    finite_z = jnp.where(jnp.abs(z) < float(jnp.finfo(z.dtype).max) / 8, z, 0)
+    return scaled(z, scale), scale * dz + dscale * finite_z
 
 
 def z_of(logits: Logits, where: Array | None, scale: Array | None = None) -> Array:

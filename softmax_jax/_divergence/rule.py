@@ -22,14 +22,15 @@ from softmax_jax._divergence.formula import (
     logits_of,
     offsets_of,
     ratio_terms,
+    scaled,
     z_of,
 )
 from softmax_jax._inputs.arrays import nan_unless, nonfinite_unused, zero_rows
 from softmax_jax._inputs.labels import Ids
-from softmax_jax._inputs.options import scaled, without_fma
+from softmax_jax._inputs.options import without_fma
 from softmax_jax._sums.blocks import fence_gradient, sum_over_classes
 from softmax_jax._sums.rule import class_sums, top_sums
-from softmax_jax._sums.waist import ExtraSums, Tokens, log_total, negative_log_likelihood
+from softmax_jax._sums.waist import Tokens, log_total, negative_log_likelihood
 from softmax_jax._transforms import barrier, batch_all_or_none, tangent_of
 
 
@@ -45,8 +46,7 @@ def _first_sums(pair: Pair, classes: Classes) -> RowNumbers:
     """The loss's own sums, of b around its top class and of a with that class as its label."""
     b, a = (side.adjustment._replace(where=pair.where) for side in (pair.b, pair.a))
     of_b = top_sums(pair.b.raw, b, classes)
-    extra = ExtraSums(forward_mode=True)
-    of_a = class_sums(Tokens(pair.a.raw, Ids(of_b.pivot), a, unused=pair.unused, classes=classes, extra=extra))
+    of_a = class_sums(Tokens(pair.a.raw, Ids(of_b.pivot), a, unused=pair.unused, classes=classes, forward_mode=True))
     if pair.unused is not None:  # a token without any class
         of_a = of_a._replace(own=jnp.where(pair.unused & (of_b.pivot == classes.num_classes(pair.b.raw)), 0, of_a.own))
     b_rest, a_rest, b_max, a_max, own = of_b.rest, of_a.rest, of_b.row_max, of_a.row_max, of_a.own

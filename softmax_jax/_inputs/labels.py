@@ -188,8 +188,8 @@ def check_sparse_labels(labels: SparseLabels, batch: Shape) -> Sparse:
 
 
 def narrowed(labels: Any, ignore_index: Any = None) -> tuple[Any, Any]:
-    """(labels, `ignore_index`) of 64 bits as int32, which JAX wraps without x64. What int32 cannot hold is no class: it
-    becomes the largest int32, or the smallest where it is to be ignored."""
+    """(labels, `ignore_index`); those of 64 bits on the host as int32, since without x64 JAX would wrap them. An id
+    that int32 cannot hold is no class: it becomes the largest int32, or the smallest where it is to be ignored."""
     if isinstance(labels, SparseLabels):
         return labels._replace(ids=narrowed(labels.ids)[0]), ignore_index
     held, limits = on_host(labels), np.iinfo(np.int32)

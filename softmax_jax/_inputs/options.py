@@ -1,7 +1,7 @@
-"""The options: what is done to a logit before its softmax, what a class weighs, and the checks of all of them."""
+"""The options of a function and their checks; what is done to a logit before its softmax; what a class weighs."""
 
 import math
-from functools import partial, reduce
+from functools import reduce
 from numbers import Real
 from typing import Any, Literal, NamedTuple
 
@@ -12,8 +12,86 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike, DTypeLike
 
-from softmax_jax._devices import AxisNames, Classes, pmax, psum
+from softmax_jax._devices import Classes, psum
 from softmax_jax._inputs.arrays import RESHAPE, Shape, array, check_broadcastable, class_mask, scalar, upcast
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+class Options(NamedTuple):
+    """First as they were given, then as arrays; None where one is neutral and its path absent."""
+
+    where: Any = None  # broadcastable to the logits, of their rank
+    weights: Any = None  # the batch shape
+    ignore_index: Any = None
+    class_weights: Any = None  # broadcastable to the logits, of their rank
+    label_smoothing: Any = None  # scalars, as are those that follow
+    z_loss: Any = None
+    logit_scale: Any = None
+    softcap: Any = None
+    teacher_softcap: Any = None
+    temperature: Any = None
+    beta: Any = None
+
+    @property
+    def adjustment(self) -> "Adjustment":
+        return Adjustment(self.where, self.logit_scale, self.softcap)
+
+
+SCALARS: dict[str, tuple] = {
+    "label_smoothing": (0, 0.0, 1.0, False),
+    "z_loss": (0, -math.inf, math.inf, False),
+    "logit_scale": (1, -math.inf, math.inf, False),
+    "softcap": (None, 0.0, math.inf, True),
+    "teacher_softcap": (None, 0.0, math.inf, True),
+    "temperature": (1, 0.0, math.inf, True),
+}
+"""The neutral number of each, and its range: from, to, and whether it must be above the first."""
+
+
+def check_options(options: Options, shape: Shape, axis: int, dtype: DTypeLike) -> Options:
+    """This checks every option but `ignore_index` and `beta`, for logits of `shape` and `dtype`. One that changes
+    nothing becomes None."""
+    weights, class_weights, classes = options.weights, options.class_weights, (shape[axis],)
+    if weights is not None:
+        weights = array("weights", weights)
+        if jnp.issubdtype(weights.dtype, jnp.complexfloating):
+            raise TypeError(f"`weights` must be bool, integer or floating; got {weights.dtype}. Pass its `.real`.")
+        of_classes = "One number a class is `class_weights`, of the cross-entropies."
+        way_out = of_classes if weights.shape == classes else RESHAPE
+        check_broadcastable("weights", weights.shape, shape[:axis] + shape[axis + 1 :], "the batch shape", way_out)
+    if class_weights is not None:
+        class_weights = array("class_weights", class_weights)
+        if class_weights.shape != classes or jnp.issubdtype(class_weights.dtype, jnp.complexfloating):
+            raise ValueError(
+                f"`class_weights` must hold one real number a class, shape {classes}; got class_weights.shape="
+                f"{class_weights.shape}, dtype {class_weights.dtype}, for logits of shape {shape} with the classes on "
+                f"axis {axis}. Use `weights` for one number a token."
+            )
+    scalars = {}
+    for name, (neutral, *limits) in SCALARS.items():
+        value = getattr(options, name)
+        is_neutral = value is None or (isinstance(value, Real) and not isinstance(value, bool) and value == neutral)
+        scalars[name] = None if is_neutral else scalar(name, value, dtype, *limits)
+    where = class_mask(options.where, shape, axis)
+    return options._replace(where=where, weights=weights, class_weights=class_weights, **scalars)
+
+
+def check_reduction(reduction: Reduction, normalizer: ArrayLike | None, dtype: DTypeLike) -> Array | np.ndarray | None:
+    """This checks `reduction`, and returns the checked `normalizer`."""
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"`reduction` must be 'mean', 'sum' or 'none'; got {reduction!r}.")
+    if normalizer is None:
+        return None
+    if reduction != "mean":
+        raise ValueError(
+            f"`normalizer` replaces the divisor of the mean; got reduction={reduction!r}, normalizer={normalizer}. "
+            "Pass reduction='mean', or divide the result yourself."
+        )
+    return scalar("normalizer", normalizer, dtype, -math.inf, math.inf)
+
+
+# What is done to a logit before its softmax.
 
 
 class Adjustment(NamedTuple):
@@ -88,22 +166,19 @@ def without_fma(z: Array, of_row: Array) -> Array:
     return z + (of_row - of_row)
 
 
-def adjusted_at(ids: Array, logits: Array, adjustment: Adjustment, classes: Classes) -> Array:
-    """Each token's z at a class: the logit is read raw and adjusted by itself."""
+def adjusted_at(ids: Array, logit: Array, adjustment: Adjustment, classes: Classes) -> Array:
+    """z of each token's logit at a class."""
     where = None if adjustment.where is None else classes.take_one(ids, adjustment.where)
-    return upcast(adjust(classes.take_one(ids, logits), adjustment._replace(where=where)))
+    return upcast(adjust(logit, adjustment._replace(where=where)))
 
 
 def adjusted_at_global(ids: Array, logits: Array, adjustment: Adjustment, classes: Classes) -> Array:
-    """The same of ids among all devices' classes; 0 for what is none of them."""
-    read = partial(adjusted_at, logits=logits, adjustment=adjustment, classes=classes)
+    """z of each token at an id among all devices' classes; 0 for what is none of them."""
+
+    def read(ids: Array) -> Array:
+        return adjusted_at(ids, classes.take_one(ids, logits), adjustment, classes)
+
     return psum(classes.read_local(read, ids - classes.first_id(logits), logits), classes.over)
-
-
-def row_max_of(z: Array, axis: int | tuple[int, ...], over: AxisNames = ()) -> Array:
-    """m = max_v z_v as a constant; 0 for a row whose every logit is -inf, since -inf - -inf is NaN."""
-    highest = pmax(upcast(jnp.max(z, axis=axis, initial=-jnp.inf)), over)
-    return jnp.where(highest == -jnp.inf, 0, highest)
 
 
 @jax.custom_jvp
@@ -136,21 +211,6 @@ def clip_for_exp(z: Array) -> Array:
     return jnp.maximum(z, -1e4)
 
 
-@jax.custom_jvp
-def scaled(z: Array, scale: Array | None) -> Array:
-    """scale · z of a scale > 0. Its own gradient is 0 where z is infinite, or stands for that."""
-    return z if scale is None else scale * z
-
-
-@scaled.defjvp
-def _scaled_jvp(primals: tuple, tangents: tuple) -> tuple:
-    (z, scale), (dz, dscale) = primals, tangents
-    if scale is None:
-        return z, dz
-    finite_z = jnp.where(jnp.abs(z) < float(jnp.finfo(z.dtype).max) / 8, z, 0)
-    return scaled(z, scale), scale * dz + dscale * finite_z
-
-
 def zero_hidden(array: Any, where: Array | None) -> Any:
     """0 for a class that `where` hides, which may hold NaN."""
     return array if array is None or where is None else jnp.where(where, array, 0)
@@ -166,80 +226,3 @@ def even_targets(class_weights: Array | None, where: Array | None, z: Array) -> 
     """c_v of every class that exists."""
     each = jnp.ones_like(z) if class_weights is None else jnp.broadcast_to(class_weights, z.shape)
     return zero_hidden(each, where)
-
-
-# The options of a function.
-
-Reduction = Literal["mean", "sum", "none"]
-
-
-class Options(NamedTuple):
-    """First as they were given, then as arrays; None where one is neutral and its path absent."""
-
-    where: Any = None  # broadcastable to the logits, of their rank
-    weights: Any = None  # the batch shape
-    ignore_index: Any = None
-    class_weights: Any = None  # broadcastable to the logits, of their rank
-    label_smoothing: Any = None  # scalars, as are those that follow
-    z_loss: Any = None
-    logit_scale: Any = None
-    softcap: Any = None
-    teacher_softcap: Any = None
-    temperature: Any = None
-    beta: Any = None
-
-    @property
-    def adjustment(self) -> Adjustment:
-        return Adjustment(self.where, self.logit_scale, self.softcap)
-
-
-SCALARS: dict[str, tuple] = {
-    "label_smoothing": (0, 0.0, 1.0, False),
-    "z_loss": (0, -math.inf, math.inf, False),
-    "logit_scale": (1, -math.inf, math.inf, False),
-    "softcap": (None, 0.0, math.inf, True),
-    "teacher_softcap": (None, 0.0, math.inf, True),
-    "temperature": (1, 0.0, math.inf, True),
-}
-"""The neutral number of each, and its range: from, to, and whether it must be above the first."""
-
-
-def check_options(options: Options, shape: Shape, axis: int, dtype: DTypeLike) -> Options:
-    """Those of logits of `shape` and `dtype`; the neutral ones None. (Not `ignore_index`, not `beta`.)"""
-    weights, class_weights, classes = options.weights, options.class_weights, (shape[axis],)
-    if weights is not None:
-        weights = array("weights", weights)
-        if jnp.issubdtype(weights.dtype, jnp.complexfloating):
-            raise TypeError(f"`weights` must be bool, integer or floating; got {weights.dtype}. Pass its `.real`.")
-        of_classes = "One number a class is `class_weights`, of the cross-entropies."
-        way_out = of_classes if weights.shape == classes else RESHAPE
-        check_broadcastable("weights", weights.shape, shape[:axis] + shape[axis + 1 :], "the batch shape", way_out)
-    if class_weights is not None:
-        class_weights = array("class_weights", class_weights)
-        if class_weights.shape != classes or jnp.issubdtype(class_weights.dtype, jnp.complexfloating):
-            raise ValueError(
-                f"`class_weights` must hold one real number a class, shape {classes}; got class_weights.shape="
-                f"{class_weights.shape}, dtype {class_weights.dtype}, for logits of shape {shape} with the classes on "
-                f"axis {axis}. Use `weights` for one number a token."
-            )
-    scalars = {}
-    for name, (neutral, *limits) in SCALARS.items():
-        value = getattr(options, name)
-        is_neutral = value is None or (isinstance(value, Real) and not isinstance(value, bool) and value == neutral)
-        scalars[name] = None if is_neutral else scalar(name, value, dtype, *limits)
-    where = class_mask(options.where, shape, axis)
-    return options._replace(where=where, weights=weights, class_weights=class_weights, **scalars)
-
-
-def check_reduction(reduction: Reduction, normalizer: ArrayLike | None, dtype: DTypeLike) -> Array | np.ndarray | None:
-    """The `normalizer`."""
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"`reduction` must be 'mean', 'sum' or 'none'; got {reduction!r}.")
-    if normalizer is None:
-        return None
-    if reduction != "mean":
-        raise ValueError(
-            f"`normalizer` replaces the divisor of the mean; got reduction={reduction!r}, normalizer={normalizer}. "
-            "Pass reduction='mean', or divide the result yourself."
-        )
-    return scalar("normalizer", normalizer, dtype, -math.inf, math.inf)

@@ -1,10 +1,10 @@
 """The idea: every loss is a function of a few sums over the classes of one token, in which nothing cancels.
 
-    waist      which sums, and how they are written; the types that rooms exchange
+    waist      which sums, and how they are written; the types that these files exchange
     targets    from labels to what each class is compared with
     combine    joins the sums of two sets of classes
-    fold       one pass over the logits (GPU, TPU)
-    blocks     blocks of tokens that stay in the cache (CPU)
+    blocks     the sums in blocks of tokens that stay in the cache (CPU)
+    fold       the same in one pass over the logits (GPU, TPU)
     rule       the `custom_vjp` and, inside of it, the forward mode
     loss       from the sums to a loss
 

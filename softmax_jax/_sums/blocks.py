@@ -30,7 +30,7 @@ BLOCK = 2**20
 """Logits of a block: 4 MiB in float32."""
 
 PLATFORMS = ("cpu",)
-"""Those on which sums are made in blocks, and what else is written for XLA on the CPU."""
+"""Those on which sums are made in blocks, and what else is plain for XLA on the CPU."""
 
 
 def on_cpu_or_elsewhere(on_cpu: Callable, elsewhere: Callable, *operands: PyTree) -> PyTree:
@@ -60,54 +60,51 @@ def block_sums(tokens: Tokens, *, axis: int) -> ClassSums:
         m = largest(z)
         last = z.shape[axis] - 1  # of a row of NaN, in which none is the largest
         pivot = jnp.min(jnp.where(z == m, ids, last), axis, keepdims=True, initial=last)
-        others = classes.scatter(pivot, jnp.full_like(m, -jnp.inf), z)
-        found = ClassSums(m, m, pivot)
+        others, more = classes.scatter(pivot, jnp.full_like(m, -jnp.inf), z), {"pivot": pivot}
     else:
         pivot = jnp.broadcast_to(tokens.label, [1 if a == classes.axis else size for a, size in enumerate(shape)])
-        own, raw = classes.gather(pivot, z, -jnp.inf), classes.gather(pivot, jnp.broadcast_to(logits, shape), 0)
-        others = classes.scatter(pivot, jnp.full_like(own, -jnp.inf), z)
-        m = jnp.maximum(largest(others), own)
-        found = ClassSums(m, m, label_logit=upcast(raw))
-    down, others = z - finite_max(m), others - finite_max(m)
+        label_z, raw = classes.gather(pivot, z, -jnp.inf), classes.gather(pivot, jnp.broadcast_to(logits, shape), 0)
+        others, more = classes.scatter(pivot, jnp.full_like(label_z, -jnp.inf), z), {"label_logit": upcast(raw)}
+        m = jnp.maximum(largest(others), label_z)
+    centred, others = z - finite_max(m), others - finite_max(m)
     if tokens.label is None:
         (others,) = barrier(others)  # made once, for several sums
-    found = found._replace(rest=total(jnp.exp(others)))
+    rest = total(jnp.exp(others))
     if tokens.extra.statistics:
         above = (z > tokens.labels.z) & (ids != tokens.labels.ids)
-        moment = total(jnp.exp(others) * -clip_for_exp(others))
-        found = found._replace(above=total(above, dtype=z.dtype), moment=moment)
+        more |= {"above": total(above, dtype=z.dtype), "moment": total(jnp.exp(others) * -clip_for_exp(others))}
     if tokens.extra.even:
         c = even_targets(class_weights, adjustment.where, z)
-        found = found._replace(even_mass=total(c), even_sum=total(mass_times(c, down)))
+        more |= {"even_mass": total(c), "even_sum": total(mass_times(c, centred))}
     if tokens.values is not None:
         t = weighted_targets(jnp.broadcast_to(tokens.values, shape), class_weights, adjustment.where, z.dtype)
         own_mass, t = classes.gather(pivot, t), classes.scatter(pivot, jnp.zeros_like(m), t)
-        found = found._replace(own_mass=own_mass, other_mass=total(t), label_sum=total(mass_times(t, others)))
-    return found
+        more |= {"own_mass": own_mass, "other_mass": total(t), "label_sum": total(mass_times(t, others))}
+    return ClassSums(m, rest, **more)
 
 
 def sum_over_classes(f: Callable, classes: Classes, *operands: PyTree) -> PyTree:
     """Σ_v f(v, *operands) of every token over this device's classes. v is the number of each, counted from the first
     here; the sums are plain, and so are their derivatives."""
     rank = max(jax.tree.leaves(jax.tree.map(jnp.ndim, operands)))
-    sums = _sums_as_written(f, classes.axis - rank, operands)
+    sums = _plain_sums(f, classes.axis - rank, operands)
     return jax.tree.map(lambda a: jnp.squeeze(a, classes.axis), sums)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _sums_as_written(f: Callable, axis: int, operands: tuple) -> PyTree:
-    written, in_pairs = (partial(sums, f, axis) for sums in (_written, _in_pairs))
+def _plain_sums(f: Callable, axis: int, operands: tuple) -> PyTree:
+    plain, in_pairs = (partial(sums, f, axis) for sums in (_plain, _in_pairs))
 
     def elsewhere(operands: tuple) -> PyTree:
-        return lax.platform_dependent(_own_numbers(axis, operands), tpu=written, default=in_pairs)
+        return lax.platform_dependent(_own_numbers(axis, operands), tpu=plain, default=in_pairs)
 
-    return in_blocks_or_one_pass(written, elsewhere, axis, operands)
+    return in_blocks_or_one_pass(plain, elsewhere, axis, operands)
 
 
-@_sums_as_written.defjvp
-def _sums_as_written_jvp(f: Callable, axis: int, primals: tuple, tangents: tuple) -> tuple:
-    written = jax.checkpoint(partial(_written, f, axis), prevent_cse=False)
-    return _sums_as_written(f, axis, *primals), jax.jvp(written, primals, tangents)[1]
+@_plain_sums.defjvp
+def _plain_sums_jvp(f: Callable, axis: int, primals: tuple, tangents: tuple) -> tuple:
+    plain = jax.checkpoint(partial(_plain, f, axis), prevent_cse=False)
+    return _plain_sums(f, axis, *primals), jax.jvp(plain, primals, tangents)[1]
 
 
 def _terms(f: Callable, axis: int, operands: tuple) -> PyTree:
@@ -115,7 +112,7 @@ def _terms(f: Callable, axis: int, operands: tuple) -> PyTree:
     return f(lax.broadcasted_iota(jnp.int32, shape, len(shape) + axis), *operands)
 
 
-def _written(f: Callable, axis: int, operands: tuple) -> PyTree:
+def _plain(f: Callable, axis: int, operands: tuple) -> PyTree:
     return jax.tree.map(partial(jnp.sum, axis=axis, keepdims=True), _terms(f, axis, operands))
 
 

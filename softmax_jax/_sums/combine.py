@@ -2,13 +2,13 @@
 shards.
 
 A set has its largest logit m and the sums around its pivot, relative to m. With `high` the set of the larger m and
-down = low.m - high.m ≤ 0, the set of both has
+shift = low.m - high.m ≤ 0, the set of both has
 
-    rest       = high.rest + (low.rest + one) · exp(down)         one: the loser's own term, which joins the rest
-    moment     = high.moment + exp(down) · (low.moment - (low.rest + one) · down)
+    rest       = high.rest + (low.rest + one) · exp(shift)         one: the loser's own term, which joins the rest
+    moment     = high.moment + exp(shift) · (low.moment - (low.rest + one) · shift)
     other_mass = high.other_mass + low.other_mass + low.own_mass        own_mass = high.own_mass
-    label_sum  = high.label_sum + low.label_sum + (low.own_mass + low.other_mass) · down
-    even_sum   = high.even_sum + low.even_sum + low.even_mass · down    even_mass = high.even_mass + low.even_mass
+    label_sum  = high.label_sum + low.label_sum + (low.own_mass + low.other_mass) · shift
+    even_sum   = high.even_sum + low.even_sum + low.even_mass · shift    even_mass = high.even_mass + low.even_mass
 
 Integer labels are the pivot themselves: a set's `rest` is without the label wherever that stands, so that one = 0; the
 set holds the label's logit, and no pivot. Otherwise the pivot is the top, the class of the largest logit, of equals the
@@ -47,24 +47,24 @@ def finite_max(m: Array) -> Array:
     return jnp.maximum(m, float(jnp.finfo(m.dtype).min))
 
 
-def _rebased(low: ClassSums, down: Array) -> ClassSums:
-    """What a set adds to one whose m is higher by -down and which has another pivot."""
-    scale, one = jnp.exp(down), 0 if low.pivot is None else 1
+def _rebased(low: ClassSums, shift: Array) -> ClassSums:
+    """What a set adds to one whose m is higher by -shift and which has another pivot."""
+    scale, one = jnp.exp(shift), 0 if low.pivot is None else 1
     moment = other_mass = label_sum = even_sum = None
     if low.moment is not None:
-        moment = scale * (low.moment - (low.rest + one) * clip_for_exp(down))
+        moment = scale * (low.moment - (low.rest + one) * clip_for_exp(shift))
     if low.own_mass is not None:
         other_mass = low.other_mass + low.own_mass
-        label_sum = low.label_sum + mass_times(other_mass, down)
+        label_sum = low.label_sum + mass_times(other_mass, shift)
     if low.even_mass is not None:
-        even_sum = low.even_sum + mass_times(low.even_mass, down)
+        even_sum = low.even_sum + mass_times(low.even_mass, shift)
     more = {"moment": moment, "other_mass": other_mass, "label_sum": label_sum, "even_sum": even_sum}
     return low._replace(rest=(low.rest + one) * scale, **more)
 
 
-def mass_times(mass: Array, down: Array) -> Array:
+def mass_times(mass: Array, shift: Array) -> Array:
     """A mass of 0 has none of a term that is infinite."""
-    return jnp.where(mass == 0, 0, mass * down)
+    return jnp.where(mass == 0, 0, mass * shift)
 
 
 def _summed(part: ClassSums) -> ClassSums:
@@ -87,26 +87,24 @@ def sums_of_neighbours(some: Sequence[ClassTerm], first: Array, tokens: Tokens) 
     No comparison of logits is used twice: XLA would keep it, and read the logits again. So `rest` of the top is the sum
     of all but the largest, which is exactly 1."""
     m, top = _largest([v.z for v in some])
-    down = [v.z - finite_max(m) for v in some] if len(some) > 1 else [jnp.zeros_like(m)]
-    scale = [jnp.exp(z) for z in down]
-    sums = ClassSums(m, m)
+    centred = [v.z - finite_max(m) for v in some] if len(some) > 1 else [jnp.zeros_like(m)]
+    scale, more = [jnp.exp(z) for z in centred], {}
+    if some[0].c is not None:
+        masses = [v.c for v in some]
+        more |= {"even_mass": _add(masses), "even_sum": _add(map(mass_times, masses, centred))}
+    if tokens.label is not None:
+        here = [tokens.label - first == i for i in range(len(some))]
+        return ClassSums(m, _sum_except(here, scale), label_logit=_select_at(here, [v.raw for v in some]), **more)
     if tokens.extra.statistics:  # (by the class too: the label's z is read elsewhere, and may be rounded otherwise)
         ids, label_z = tokens.labels.ids, tokens.labels.z
         larger = [(v.z > label_z) & (first != ids - i) for i, v in enumerate(some)]
-        sums = sums._replace(above=_add(more.astype(m.dtype) for more in larger))
-    if some[0].c is not None:
-        masses = [v.c for v in some]
-        sums = sums._replace(even_mass=_add(masses), even_sum=_add(map(mass_times, masses, down)))
-    if tokens.label is not None:
-        here = [tokens.label - first == i for i in range(len(some))]
-        return sums._replace(rest=_sum_except(here, scale), label_logit=_select_at(here, [v.raw for v in some]))
-    if tokens.extra.statistics:
-        sums = sums._replace(moment=_add(e * -clip_for_exp(z) for e, z in zip(scale, down, strict=True)))
+        moment = _add(e * -clip_for_exp(z) for e, z in zip(scale, centred, strict=True))
+        more |= {"above": _add(each.astype(m.dtype) for each in larger), "moment": moment}
     if some[0].t is not None:
         masses, here = [v.t for v in some], [top == i for i in range(len(some))]
-        sums = sums._replace(own_mass=_select_at(here, masses), other_mass=_sum_except(here, masses))
-        sums = sums._replace(label_sum=_add(map(mass_times, masses, down)))
-    return sums._replace(rest=_sum_except_largest(scale), pivot=first + top)
+        more |= {"own_mass": _select_at(here, masses), "other_mass": _sum_except(here, masses)}
+        more["label_sum"] = _add(map(mass_times, masses, centred))
+    return ClassSums(m, _sum_except_largest(scale), first + top, **more)
 
 
 def _largest(some: Sequence[Array]) -> tuple[Array, Array]:
@@ -153,8 +151,8 @@ def combine_devices(here: ClassSums, axes: AxisNames) -> ClassSums:
     if not axes:
         return here
     m = pmax(here.row_max, axes)
-    down = here.row_max - finite_max(m)
-    added = lowered = _summed(_rebased(here, down))
+    shift = here.row_max - finite_max(m)
+    added = lowered = _summed(_rebased(here, shift))
     if here.pivot is None:
         return psum(added, axes)._replace(row_max=m)
     top = pmin(jnp.where(here.row_max == m, here.pivot, NO_CLASS), axes)

@@ -31,9 +31,7 @@ def sums_in_one_pass(tokens: Tokens, *, axis: int) -> ClassSums:
     # Where neighbours cost much more than their read, XLA makes their maxima, or what else is used twice, in another
     # kernel, and reads them again: always of a tanh, of dense labels and of a moment, of more sums from 8 bytes on.
     extra, adjustment = tokens.extra, tokens.adjustment
-    one_by_one = (
-        extra.with_statistics or extra.statistics or tokens.values is not None or adjustment.softcap is not None
-    )
+    one_by_one = extra.shares_pass or extra.statistics or tokens.values is not None or adjustment.softcap is not None
     load = 1 if one_by_one else LOAD if adjustment.logit_scale is None and not extra.even else LOAD // 2
     found = by_neighbours(partial(_fold, axis=axis), axis, load, tokens.logits, tokens)
     return jax.tree.map(lambda a: jnp.expand_dims(a, axis), found)
@@ -63,19 +61,22 @@ def _fold(tokens: Tokens, *, axis: int, step: int, parts: int) -> ClassSums:
     def every(place: int) -> ClassTerm:
         take = partial(every_nth, first=place, step=step, axis=axis)
         of_classes = tokens.logits, tokens.adjustment, tokens.values, tokens.class_weights
-        raw, adjusted, values, weights = jax.tree.map(take, of_classes)
+        raw, adjusted, values, class_weights = jax.tree.map(take, of_classes)
         z = upcast(adjust(raw, adjusted))
         t = None
         if values is not None:
-            t = weighted_targets(jnp.broadcast_to(values, z.shape), weights, adjusted.where, z.dtype)
-        c = even_targets(weights, adjusted.where, z) if tokens.extra.even else None
+            t = weighted_targets(jnp.broadcast_to(values, z.shape), class_weights, adjusted.where, z.dtype)
+        c = even_targets(class_weights, adjusted.where, z) if tokens.extra.even else None
         if size % step:
             exists = first < size - place
             z, c = jnp.where(exists, z, -jnp.inf), None if c is None else jnp.where(exists, c, 0)
         return ClassTerm(z, upcast(raw), t, c)
 
     each = sums_of_neighbours([*map(every, range(step))], first, tokens)
-    return reduced(combine, each, sums_of_no_class(each), axis, parts)
+    found = reduced(combine, each, sums_of_no_class(each), axis, parts)
+    if tokens.label is None:
+        return found
+    return found._replace(rest=jnp.where(found.row_max == -jnp.inf, 0, found.rest))  # a class alone: exp(-inf - -inf)
 
 
 def every_nth(a: Array, first: int, step: int, axis: int) -> Array:

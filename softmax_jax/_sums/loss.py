@@ -33,24 +33,20 @@ class EvenShare(NamedTuple):
     others: Array | None = None  # what each has besides the labels' own and the smoothing, from SparseLabels.others
 
 
-def weighted_losses(batch: Batch) -> tuple[Array, None]:
+def weighted_losses(batch: Batch, shares_pass: bool = False) -> tuple[Array, None]:
     """weights · ℓ of every token."""
-    return _weighted_losses(batch), None
-
-
-def _weighted_losses(batch: Batch, with_statistics: bool = False) -> Array:
     logits, labels, options, classes, forward_mode = batch
     weights, unused = options.weights, unused_tokens(options.weights)
     labels, share = _even_share(batch)
-    extra = ExtraSums(even=share is not None, with_statistics=with_statistics, forward_mode=forward_mode)
+    extra = ExtraSums(even=share is not None, shares_pass=shares_pass)
     operands = logits, labels, options.adjustment, options.class_weights, unused
-    sums = class_sums(Tokens(*operands, classes=classes, extra=extra))
+    sums = class_sums(Tokens(*operands, classes=classes, extra=extra, forward_mode=forward_mode))
     if weights is None or unused is None:
-        return loss_of(sums, share, options)
+        return loss_of(sums, share, options), None
     not_finite = nonfinite_unused(unused, sums)
     loss = loss_of(zero_rows(not_finite, sums), share, options)
     idle = unused & ~jnp.isfinite(loss)
-    return jnp.where(idle if not_finite is None else idle | not_finite, 0, weights * loss)
+    return jnp.where(idle if not_finite is None else idle | not_finite, 0, weights * loss), None
 
 
 def _even_share(batch: Batch) -> tuple[Labels, EvenShare | None]:
@@ -135,17 +131,17 @@ def _entropy(rest: Array, own: Array, moment: Array, moment_and_rest: Array) -> 
 
 @_entropy.defjvp
 def _entropy_jvp(primals: tuple, tangents: tuple) -> tuple:
-    (rest, own, *_), (drest, down, _, dboth) = primals, tangents
+    (rest, own, *_), (drest, d_own, _, dboth) = primals, tangents
     mean, hit = _mean_gap(*primals), jnp.exp(own)
-    return _entropy(*primals), (dboth - mean * drest - (mean + own) * hit * down) / (rest + hit)
+    return _entropy(*primals), (dboth - mean * drest - (mean + own) * hit * d_own) / (rest + hit)
 
 
 def statistics(batch: Batch) -> tuple[LabelStatistics, None]:
     """All 0 for a token of weight 0."""
     logits, labels, options, classes, forward_mode = batch
-    unused, extra = unused_tokens(options.weights), ExtraSums(statistics=True, forward_mode=forward_mode)
-    tokens = Tokens(logits, labels, options.adjustment, unused=unused, classes=classes, extra=extra)
-    sums: Any = zero_rows(unused, class_sums(tokens))
+    unused, operands = unused_tokens(options.weights), (logits, labels, options.adjustment)
+    how = {"classes": classes, "extra": ExtraSums(statistics=True), "forward_mode": forward_mode}
+    sums: Any = zero_rows(unused, class_sums(Tokens(*operands, unused=unused, **how)))
     log_prob = -loss_of(sums, None, Options())
     valid, log_normalizer = ~jnp.isnan(log_prob), sums.row_max + log_total(sums.rest, sums.own)
     found = LabelStatistics(
@@ -161,6 +157,6 @@ def statistics(batch: Batch) -> tuple[LabelStatistics, None]:
 
 def losses_and_statistics(batch: Batch) -> tuple[Array, LabelStatistics]:
     """weights · ℓ of every token, and its statistics, which have no gradient."""
-    constant = lax.stop_gradient((batch.logits, batch.target, batch.options))
+    constant = lax.stop_gradient((batch.logits, batch.labels, batch.options))
     of_constant, _ = statistics(Batch(*constant, batch.classes, batch.forward_mode))
-    return _weighted_losses(batch, with_statistics=True), of_constant
+    return weighted_losses(batch, shares_pass=True)[0], of_constant

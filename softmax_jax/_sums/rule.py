@@ -13,19 +13,19 @@ from jax import Array, lax
 from jax.custom_derivatives import zero_from_primal
 
 from softmax_jax._devices import Classes, PyTree, check_gradient, pmax, psum, vary, varying
-from softmax_jax._inputs.arrays import is_floating, nonfinite_unused, upcast
+from softmax_jax._inputs.arrays import is_floating, nonfinite_unused
 from softmax_jax._inputs.labels import Dense, Ids, Sparse
-from softmax_jax._inputs.options import Adjustment, adjust, adjusted_at_global, even_targets, shifted
+from softmax_jax._inputs.options import Adjustment, adjusted_at, adjusted_at_global, even_targets, shifted
 from softmax_jax._sums.blocks import block_sums, fence_gradient, in_blocks_or_one_pass
 from softmax_jax._sums.combine import combine_devices
 from softmax_jax._sums.fold import sums_in_one_pass
 from softmax_jax._sums.targets import target_sums, targets_of_classes, valid_or_nan, with_entry_gradients
-from softmax_jax._sums.waist import CONSTANT, NO_COTANGENTS, OF_LABELS, ClassSums, Tokens, pulled, written
+from softmax_jax._sums.waist import CONSTANT, NO_COTANGENTS, ClassSums, Tokens, pulled, sums_around
 from softmax_jax._transforms import barrier, batch_all_or_none, keeping_its_rule, tangent_of
 
 
-@partial(jax.jit, inline=True)  # a rule and its function make the same: one trace serves both
-def local_sums(tokens: Tokens) -> ClassSums:
+@partial(jax.jit, inline=True)  # the function and its rule both call this: one trace serves both
+def device_sums(tokens: Tokens) -> ClassSums:
     """The sums of every token over this device's classes. A row of -inf alone has row_max = -inf."""
     classes, labels, axis = tokens.classes, tokens.labels, tokens.classes.axis
     first = classes.first_id(tokens.logits)
@@ -33,76 +33,70 @@ def local_sums(tokens: Tokens) -> ClassSums:
         labels = Ids(*jax.tree.map(classes.expand, (labels.ids - first, labels.z)))
     read = replace(tokens, labels=None if isinstance(labels, Sparse) else labels, unused=None)
     from_the_end = axis - tokens.logits.ndim
-    in_blocks = partial(block_sums, axis=from_the_end)
-    found = in_blocks_or_one_pass(in_blocks, partial(sums_in_one_pass, axis=axis), from_the_end, read)
+    in_one_pass = partial(sums_in_one_pass, axis=axis)
+    found = in_blocks_or_one_pass(partial(block_sums, axis=from_the_end), in_one_pass, from_the_end, read)
     found = jax.tree.map(lambda a: jnp.squeeze(a, axis), found)
     return found if found.pivot is None else found._replace(pivot=found.pivot + first)
 
 
-def _sums(tokens: Tokens) -> ClassSums:
+def _forward_sums(tokens: Tokens) -> ClassSums:
     """Over all classes. A pivot that no class is makes its row NaN, if it is used."""
     classes, labels, label = tokens.classes, tokens.labels, tokens.label
     if tokens.extra.statistics:
         labels = Ids(labels.ids, adjusted_at_global(labels.ids, tokens.logits, tokens.adjustment, classes))
         tokens = replace(tokens, labels=labels)
-    found = local_sums(tokens)
+    found = device_sums(tokens)
     if label is not None:
         here = label - classes.first_id(tokens.logits)
-        own = classes.read_local(partial(_adjusted, found.label_logit, tokens), here, tokens.logits)
+        read = partial(adjusted_at, logit=found.label_logit, adjustment=tokens.adjustment, classes=classes)
+        own = classes.read_local(read, here, tokens.logits)
         found = found._replace(own=valid_or_nan(own, label, tokens), label_logit=None)
     found = combine_devices(found, classes.over)
     m, rest, _ = finish_rows(found)
     pivot = found.pivot if label is None else label
     own = found.own
-    if label is None:  # 0, NaN in a row that has no top, if it is used
+    if label is None:  # own is 0, but NaN in a used row that has no finite maximum
         highest = found.row_max if tokens.unused is None else jnp.where(tokens.unused, 0, found.row_max)
         own = m + (highest - highest)
     found = found._replace(row_max=m, rest=rest, pivot=pivot, own=own - m, even_mass=None)
     if not isinstance(labels, Dense):
-        of_labels = psum(target_sums(tokens, m, pivot - classes.first_id(tokens.logits)), classes.over)
-        found = found._replace(**dict(zip(OF_LABELS, of_labels, strict=True)))
+        of_labels = target_sums(tokens, m, pivot - classes.first_id(tokens.logits))
+        found = found._replace(**psum(of_labels, classes.over))
     if isinstance(labels, Ids) and tokens.extra.statistics:
         ties = pmax((pivot != labels.ids).astype(m.dtype), classes.over)
         found = found._replace(moment_and_rest=found.moment + rest, ties=ties)
     return found
 
 
-def _adjusted(logit: Array, tokens: Tokens, ids: Array) -> Array:
-    """z of a token's label, of its logit as it came."""
-    where = tokens.adjustment.where
-    where = None if where is None else tokens.classes.take_one(ids, where)
-    return upcast(adjust(logit, tokens.adjustment._replace(where=where)))
-
-
 def finish_rows(found: ClassSums) -> tuple[Array, Array, Array]:
-    """(m, 0 in a row of -inf alone; rest, 0 there, and NaN in one that holds NaN or +inf, as m - m is; whether any
-    logit exists)."""
+    """(m, 0 in a row of -inf alone; rest, NaN in one that holds NaN or +inf, as m - m is; whether any logit exists)."""
     exists = found.row_max != -jnp.inf
     m = jnp.where(exists, found.row_max, 0)
-    return m, jnp.where(exists, found.rest, 0) + (m - m), exists
+    return m, found.rest + (m - m), exists
 
 
 # The rule: around a given m and pivot, both derivatives are those of the sums as they are written. In the mean loss of
-# N tokens nll = log(rest + exp(own)) - own has the cotangents drest = 1/(N total) and down = -rest/(N total); written
+# N tokens nll = log(rest + exp(own)) - own has the cotangents drest = 1/(N total) and d_own = -rest/(N total); written
 # are rest = Σ_{v≠y} exp(z_v - m) and own = z_y - m, so that
 #
-#     dz_v = drest · exp(z_v - m) = p_v / N        dz_y = down = -(1 - p_y) / N        dz = (p - t) / N
+#     dz_v = drest · exp(z_v - m) = p_v / N        dz_y = d_own = -(1 - p_y) / N        dz = (p - t) / N
 #
-# elementwise, pulled back through `adjust`, where it is cast once. Kept: the operands as they came, m and the pivot,
-# one number each per token. Made again: z and its exponential.
+# elementwise, pulled back through `adjust`, where it is cast once. (Of targets of another sum, and of a token of weight
+# w, it is w (p Σt - t) / N.) The rule keeps the operands as they came, m and the pivot, one number each per token; the
+# loss keeps a few more. z and its exponential are made again.
 
 Residuals = tuple[Tokens, Array, Array]  # the operands, m, the pivot
 
 
 def _residuals(tokens: Tokens, sums: ClassSums) -> Residuals:
-    """Of the tokens of weight 0 those are unused whose sums are not finite."""
+    """Of the tokens of weight 0, a derivative hides those alone whose sums are not finite."""
     unused = nonfinite_unused(tokens.unused, sums)
     return replace(tokens, unused=unused), *lax.stop_gradient((sums.row_max, sums.pivot))
 
 
 @jax.custom_jvp
 def _sums_in_both_modes(tokens: Tokens) -> ClassSums:
-    return batch_all_or_none(_sums(tokens))
+    return batch_all_or_none(_forward_sums(tokens))
 
 
 def _sums_jvp(primals: tuple[Tokens], tangents: tuple[PyTree]) -> tuple[ClassSums, ClassSums]:
@@ -113,7 +107,7 @@ def _sums_jvp(primals: tuple[Tokens], tangents: tuple[PyTree]) -> tuple[ClassSum
     @partial(jax.checkpoint, prevent_cse=False)
     def of_all(tokens: Tokens) -> ClassSums:
         read, m, pivot, _ = _fence_operands((replace(tokens, unused=kept[0].unused), *kept[1:]), NO_COTANGENTS)
-        found = _written_sums(read, m, pivot, NO_COTANGENTS)
+        found = _all_sums_around(read, m, pivot, NO_COTANGENTS)
         return psum(found._replace(**dict.fromkeys(CONSTANT)), tokens.classes.over)
 
     dsums = tangent_of(of_all, *primals, *tangents)
@@ -139,10 +133,10 @@ def _class_sums_bwd(kept: Residuals, dsums: ClassSums) -> tuple[Tokens]:
     dsums = vary(dsums._replace(**dict.fromkeys(CONSTANT)), varying(kept[0].logits))
     tokens, m, pivot, dsums = _fence_operands(kept, dsums)
     if isinstance(tokens.labels, Sparse):
-        dtokens = pulled(lambda tokens: _sums_of_classes(tokens, m, pivot, dsums), tokens, dsums)
+        dtokens = pulled(lambda tokens: _sums_without_labels(tokens, m, pivot, dsums), tokens, dsums)
         dtokens = with_entry_gradients(dtokens, tokens, m, pivot, dsums)
     else:
-        dtokens = pulled(lambda tokens: _written_sums(tokens, m, pivot, dsums), tokens, dsums)
+        dtokens = pulled(lambda tokens: _all_sums_around(tokens, m, pivot, dsums), tokens, dsums)
     return (replace(dtokens, logits=fence_gradient(dtokens.logits)),)
 
 
@@ -150,9 +144,9 @@ _class_sums.defvjp(_class_sums_fwd, _class_sums_bwd)
 
 
 def _fence_operands(kept: Residuals, cotangents: ClassSums) -> tuple[Tokens, Array, Array, ClassSums]:
-    """(the operands, m, the pivot among the classes here, the cotangents) as a derivative reads them, behind a barrier:
-    of the forward pass nothing of their size is kept. A row whose sums are not finite, and whose token has weight 0,
-    holds 0: whatever it held, its gradient is exactly 0."""
+    """(the operands, m, the pivot among the classes here, the cotangents) as a derivative reads them. The barrier makes
+    XLA compute z again, instead of keeping it from the forward pass. A row whose sums are not finite, and whose token
+    has weight 0, holds 0: whatever it held, its gradient is exactly 0."""
     tokens, m, pivot = kept
     logits, labels, m, drest = barrier(tokens.logits, tokens.labels, m, cotangents.rest)
     if tokens.unused is not None:
@@ -164,31 +158,31 @@ def _fence_operands(kept: Residuals, cotangents: ClassSums) -> tuple[Tokens, Arr
     return replace(tokens, logits=logits, labels=labels, unused=None), m, here, cotangents._replace(rest=drest)
 
 
-def _sums_of_classes(tokens: Tokens, row_max: Array, pivot: Array, cotangents: ClassSums) -> ClassSums:
-    """Of all classes here, but for the labels' where they need no pass over them."""
+def _sums_without_labels(tokens: Tokens, row_max: Array, pivot: Array, cotangents: ClassSums) -> ClassSums:
+    """This sums over all classes here, and leaves out what of the labels needs no pass over them."""
     where, c, dtype = tokens.adjustment.where, None, row_max.dtype
     if tokens.extra.even:
         c = even_targets(tokens.class_weights, where, jnp.ones_like(tokens.logits, dtype))
     at_pivot = tokens.classes.one_hot(pivot, tokens.logits)
-    return written(tokens, targets_of_classes(tokens, dtype), c, at_pivot, row_max, cotangents)
+    return sums_around(tokens, targets_of_classes(tokens, dtype), c, at_pivot, row_max, cotangents)
 
 
-def _written_sums(tokens: Tokens, row_max: Array, pivot: Array, cotangents: ClassSums) -> ClassSums:
-    sums = _sums_of_classes(tokens, row_max, pivot, cotangents)
+def _all_sums_around(tokens: Tokens, row_max: Array, pivot: Array, cotangents: ClassSums) -> ClassSums:
+    sums = _sums_without_labels(tokens, row_max, pivot, cotangents)
     if sums.own_mass is not None:
         return sums
-    return sums._replace(**dict(zip(OF_LABELS, target_sums(tokens, row_max, pivot), strict=True)))
+    return sums._replace(**target_sums(tokens, row_max, pivot))
 
 
 def class_sums(tokens: Tokens) -> ClassSums:
     """The sums of every token over its classes, on all devices. Those of unused rows must have cotangent 0."""
     over, classes = varying(tokens), tokens.classes
-    logits, class_weights, adjustment = vary((tokens.logits, tokens.class_weights, tokens.adjustment), over)
     of_tokens = tuple(name for name in over if name not in classes.over)
-    unused = vary(tokens.unused, of_tokens)
+    logits, class_weights, adjustment = vary((tokens.logits, tokens.class_weights, tokens.adjustment), over)
     labels = vary(tokens.labels, of_tokens if isinstance(tokens.labels, Ids) else over)
-    tokens = Tokens(logits, labels, adjustment, class_weights, unused, classes=classes, extra=tokens.extra)
-    return (_sums_in_both_modes if tokens.extra.forward_mode else _class_sums)(tokens)
+    unused, of_classes = vary(tokens.unused, of_tokens), {"class_weights": class_weights, "adjustment": adjustment}
+    tokens = replace(tokens, logits=logits, labels=labels, unused=unused, **of_classes)
+    return (_sums_in_both_modes if tokens.forward_mode else _class_sums)(tokens)
 
 
 # The same around the largest z alone, whose slope is that of m.
@@ -197,7 +191,7 @@ def class_sums(tokens: Tokens) -> ClassSums:
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def top_sums(logits: Array, adjustment: Adjustment, classes: Classes) -> ClassSums:
     """row_max, rest, and the pivot: the largest, or how many classes there are where none is."""
-    found = combine_devices(local_sums(Tokens(logits, None, adjustment, classes=classes)), classes.over)
+    found = combine_devices(device_sums(Tokens(logits, None, adjustment, classes=classes)), classes.over)
     m, rest, exists = finish_rows(found)
     return ClassSums(m, rest, jnp.where(exists, found.pivot, classes.num_classes(logits)))
 

@@ -20,9 +20,9 @@ from softmax_jax._devices import Classes, offset, psum
 from softmax_jax._inputs.arrays import nan_unless
 from softmax_jax._inputs.labels import ROUNDING, Dense, Sparse
 from softmax_jax._inputs.options import even_targets, safe_product, shifted, weighted_targets, without_fma, zero_hidden
-from softmax_jax._sums.waist import NO_COTANGENTS, OF_LABELS, ClassSums, Tokens, pulled, written
+from softmax_jax._sums.waist import NO_COTANGENTS, OF_LABELS, ClassSums, Tokens, pulled, sums_around
 
-TargetSums = tuple[Array | None, Array | None, Array | None]  # own_mass, other_mass, label_sum
+TargetSums = dict[str, Array | None]  # own_mass, other_mass, label_sum; None is 1, 0 and 0
 
 
 def targets_of_classes(tokens: Tokens, dtype: DTypeLike) -> Array | None:
@@ -36,7 +36,7 @@ def targets_of_classes(tokens: Tokens, dtype: DTypeLike) -> Array | None:
 
 
 def target_sums(tokens: Tokens, row_max: Array, pivot: Array) -> TargetSums:
-    """Of the classes here, of whose ids `pivot` is one; not of dense labels. None: 1, 0 and 0."""
+    """Of the classes here, and not of dense labels. `pivot` counts from the first of them; it may be none of them."""
     labels, classes = tokens.labels, tokens.classes
     if isinstance(labels, Sparse):
         return _of_entries(tokens, row_max, pivot)
@@ -45,11 +45,15 @@ def target_sums(tokens: Tokens, row_max: Array, pivot: Array) -> TargetSums:
         is_here, is_top = (ids >= 0) & (ids < tokens.logits.shape[classes.axis]), ids == pivot
         own_mass = valid_or_nan((is_here & is_top).astype(row_max.dtype), labels.ids, tokens)
         label_sum = jnp.where(is_here & ~is_top, without_fma(labels.z, row_max) - row_max, 0)
-        return own_mass, (is_here & ~is_top).astype(row_max.dtype), label_sum
+        return _named(own_mass, (is_here & ~is_top).astype(row_max.dtype), label_sum)
     c = tokens.class_weights
     if c is None:
-        return None, None, None
-    return classes.read_local(lambda ids: classes.take_one(ids, c), pivot, tokens.logits), None, None
+        return _named(None, None, None)
+    return _named(classes.read_local(lambda ids: classes.take_one(ids, c), pivot, tokens.logits), None, None)
+
+
+def _named(*sums: Array | None) -> TargetSums:
+    return dict(zip(OF_LABELS, sums, strict=True))
 
 
 def valid_or_nan(own: Array, ids: Array, tokens: Tokens) -> Array:
@@ -89,7 +93,7 @@ def _of_entries(tokens: Tokens, row_max: Array, pivot: Array) -> TargetSums:
     is_pivot = entries.ids == tokens.classes.expand(pivot)
     others = jnp.where(is_pivot, 0, t)
     own_mass = nan_unless(~jnp.any(jnp.isnan(probs), axis), jnp.sum(jnp.where(is_pivot, t, 0), axis))
-    return own_mass, jnp.sum(others, axis), jnp.sum(safe_product(others, z), axis)
+    return _named(own_mass, jnp.sum(others, axis), jnp.sum(safe_product(others, z), axis))
 
 
 def with_entry_gradients(
@@ -104,7 +108,7 @@ def with_entry_gradients(
         t = weighted_targets(tokens.labels.probs, c, entries.where, row_max.dtype)
         c = even_targets(c, entries.where, t) if tokens.extra.even else None
         read = replace(tokens, logits=logits, adjustment=tokens.adjustment._replace(where=entries.where))
-        return written(read, t, c, entries.ids == classes.expand(pivot), row_max, cotangents)
+        return sums_around(read, t, c, entries.ids == classes.expand(pivot), row_max, cotangents)
 
     of_labels = NO_COTANGENTS._replace(**{name: getattr(cotangents, name) for name in OF_LABELS})
     added = pulled(partial(sums, entries.logits), tokens, of_labels)

@@ -16,11 +16,12 @@ included) and spread = log total = log_normalizer - m,
                                    = own_mass · nll            +  other_mass · spread    -  label_sum
 
 With `a` the largest logit (or one close to it) a one-hot target is as exact as the integer label: at `a` itself the
-gradient comes out as rest_mass · p_a - own_mass · (1 - p_a), not as p_a - t_a. The class that is left out, y or a, is
+gradient comes out as other_mass · p_a - own_mass · (1 - p_a), not as p_a - t_a. The class that is left out, y or a, is
 the `pivot`.
 
-Around a given m and pivot these are plain sums, `written`, and every derivative is one of theirs: with the cotangents
-drest and down, dz_v = exp(z_v - m) · drest for v ≠ pivot and dz_pivot = down, to which the linear sums add their own.
+Once m and the pivot are fixed, each of these is a plain sum over the classes: `sums_around` has them as they are
+written. JAX differentiates that: with the cotangents drest and d_own, dz_v = exp(z_v - m) · drest for v ≠ pivot and
+dz_pivot = d_own, to which the linear sums add their own.
 
 The waist is also where devices meet: of classes that are sharded over mesh axes, each device sums its own, with a pivot
 that may be none of them, and one psum adds the sums up.
@@ -44,7 +45,7 @@ class Batch(NamedTuple):
     """What a function of the tokens is given: logits, and all that goes with them, in one form."""
 
     logits: Array
-    target: Labels  # a teacher's logits are `Dense`
+    labels: Labels  # a teacher's logits are `Dense`
     options: Options
     classes: Classes
     forward_mode: bool
@@ -60,14 +61,13 @@ class ExtraSums(NamedTuple):
 
     even: bool = False  # for probability that is spread evenly
     statistics: bool = False  # the entropy's moment, and the label's rank: the largest logit is the pivot
-    with_statistics: bool = False  # of the same logits, whose pass is this one if both take each class by itself
-    forward_mode: bool = False
+    shares_pass: bool = False  # with the statistics of the same logits, if both take each class by itself
 
 
 OPERANDS = ["logits", "labels", "adjustment", "class_weights", "unused"]
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=OPERANDS, meta_fields=["classes", "extra"])
+@partial(jax.tree_util.register_dataclass, data_fields=OPERANDS, meta_fields=["classes", "extra", "forward_mode"])
 @dataclass(frozen=True)
 class Tokens:
     """What sums are made of, in one form: `class_weights` and `where` broadcast to the logits. (Any: JAX puts other
@@ -77,9 +77,10 @@ class Tokens:
     labels: Any  # Labels, or None
     adjustment: Adjustment
     class_weights: Any = None
-    unused: Any = None  # those of weight 0, whatever they hold; None: there are none
+    unused: Any = None  # those of weight 0; in a derivative, those of them whose sums are not finite; None: none
     classes: Classes = field(kw_only=True)
     extra: ExtraSums = field(default=ExtraSums(), kw_only=True)
+    forward_mode: bool = field(default=False, kw_only=True)
 
     @property
     def label(self) -> Array | None:
@@ -93,23 +94,22 @@ class Tokens:
 
 
 class ClassSums(NamedTuple):
-    """Per token, in float32. None where nothing asks for the sum. Constants, through which no gradient flows, are
-    marked with a c."""
+    """Per token, in float32. None where nothing asks for the sum. Through those of `CONSTANT` no gradient flows."""
 
-    row_max: Array  # c; m, as a constant 0 in a row of -inf alone
+    row_max: Array  # m; once all are combined, 0 in a row of -inf alone
     rest: Array
-    pivot: Any = None  # c
-    label_logit: Any = None  # c; as it came, where the label is the pivot, of which sums are combined
-    above: Any = None  # c; how many z are larger than that of the label
-    moment: Any = None  # c; Σ_{v≠pivot} exp(z_v - m) (m - z_v), for the entropy
+    pivot: Any = None  # its class; None: the label is the pivot
+    label_logit: Any = None  # as it came, where the label is the pivot, until the sums of all devices are combined
+    above: Any = None  # how many z are larger than that of the label
+    moment: Any = None  # Σ_{v≠pivot} exp(z_v - m) (m - z_v), for the entropy
     own_mass: Any = None  # t_pivot; None is 1
     other_mass: Any = None  # Σ_{v≠pivot} t_v; None is 0, as are those below
     label_sum: Any = None  # Σ_{v≠pivot} t_v (z_v - m)
-    even_mass: Any = None  # c; Σ_v c_v, of which sums are combined
+    even_mass: Any = None  # Σ_v c_v, until the sums of all devices are combined
     even_sum: Any = None  # Σ_v c_v (z_v - m), for probability that is spread evenly
-    own: Any = None
+    own: Any = None  # z - m of the pivot; before m is known, z
     moment_and_rest: Any = None  # moment + rest, which has the slope of both
-    ties: Any = None  # c; 0 where no class before the label has its z
+    ties: Any = None  # 0 where no class before the label has its z
 
 
 CONSTANT = ("row_max", "pivot", "even_mass", "moment", "above", "ties", "label_logit")
@@ -140,10 +140,10 @@ def _miss(rest: Array, own: Array) -> Array:
 
 @_miss.defjvp
 def _miss_jvp(primals: tuple, tangents: tuple) -> tuple:
-    (rest, own), (drest, down) = primals, tangents
+    (rest, own), (drest, d_own) = primals, tangents
     total = rest + jnp.exp(own)
     hit = jnp.exp(own) / total
-    return _miss(rest, own), hit / total * drest - hit * _miss(rest, own) * down
+    return _miss(rest, own), hit / total * drest - hit * _miss(rest, own) * d_own
 
 
 @jax.custom_jvp
@@ -154,9 +154,9 @@ def _hit(rest: Array, own: Array) -> Array:
 
 @_hit.defjvp
 def _hit_jvp(primals: tuple, tangents: tuple) -> tuple:
-    (rest, own), (drest, down) = primals, tangents
+    (rest, own), (drest, d_own) = primals, tangents
     hit = _hit(rest, own)
-    return hit, hit * _miss(rest, own) * down - hit / (rest + jnp.exp(own)) * drest
+    return hit, hit * _miss(rest, own) * d_own - hit / (rest + jnp.exp(own)) * drest
 
 
 @jax.custom_jvp
@@ -168,8 +168,8 @@ def negative_log_likelihood(rest: Array, own: Array) -> Array:
 
 @negative_log_likelihood.defjvp
 def _negative_log_likelihood_jvp(primals: tuple, tangents: tuple) -> tuple:
-    (rest, own), (drest, down) = primals, tangents
-    return negative_log_likelihood(rest, own), drest / (rest + jnp.exp(own)) - _miss(rest, own) * down
+    (rest, own), (drest, d_own) = primals, tangents
+    return negative_log_likelihood(rest, own), drest / (rest + jnp.exp(own)) - _miss(rest, own) * d_own
 
 
 @jax.custom_jvp
@@ -180,9 +180,9 @@ def log_total(rest: Array, own: Array) -> Array:
 
 @log_total.defjvp
 def _log_total_jvp(primals: tuple, tangents: tuple) -> tuple:
-    (rest, own), (drest, down) = primals, tangents
+    (rest, own), (drest, d_own) = primals, tangents
     total = rest + jnp.exp(own)
-    return log_total(rest, own), drest / total + _hit(rest, own) * down
+    return log_total(rest, own), drest / total + _hit(rest, own) * d_own
 
 
 @jax.custom_jvp
@@ -193,14 +193,14 @@ def loss_around_top(rest: Array, own: Array, own_mass: Array, other_mass: Array)
 
 @loss_around_top.defjvp
 def _loss_around_top_jvp(primals: tuple, tangents: tuple) -> tuple:
-    (rest, own, own_mass, other_mass), (drest, down, down_mass, dother_mass) = primals, tangents
+    (rest, own, own_mass, other_mass), (drest, d_own, d_own_mass, dother_mass) = primals, tangents
     total, spread = rest + jnp.exp(own), log_total(rest, own)
     by_own = other_mass * _hit(rest, own) - own_mass * _miss(rest, own)
-    by_masses = negative_log_likelihood(rest, own) * down_mass + spread * dother_mass
-    return loss_around_top(*primals), (own_mass + other_mass) / total * drest + by_own * down + by_masses
+    by_masses = negative_log_likelihood(rest, own) * d_own_mass + spread * dother_mass
+    return loss_around_top(*primals), (own_mass + other_mass) / total * drest + by_own * d_own + by_masses
 
 
-# The sums as they are written around a given m and pivot.
+# The sums around a given m and pivot, as they are written.
 
 
 @jax.custom_jvp
@@ -215,7 +215,7 @@ def _with_gap_jvp(primals: tuple, tangents: tuple) -> tuple:
     return _with_gap(z), jnp.exp(z) * -clip_for_exp(z) * dz
 
 
-def written(
+def sums_around(
     tokens: Tokens, t: Array | None, c: Array | None, at_pivot: Array, row_max: Array, cotangents: ClassSums
 ) -> ClassSums:
     """Those of some classes, by their targets t and shares c of what is spread evenly. Where the cotangent of a sum of
