@@ -40,32 +40,41 @@ def device_sums(tokens: Tokens) -> ClassSums:
 
 
 def _forward_sums(tokens: Tokens) -> ClassSums:
-    """Over all classes. A pivot that no class is makes its row NaN, if it is used."""
-    classes, labels, label = tokens.classes, tokens.labels, tokens.label
+    """The sums of every token over all classes, on all devices."""
+    classes, labels, logits = tokens.classes, tokens.labels, tokens.logits
     if tokens.extra.statistics:
-        labels = Ids(labels.ids, adjusted_at_global(labels.ids, tokens.logits, tokens.adjustment, classes))
+        labels = Ids(labels.ids, adjusted_at_global(labels.ids, logits, tokens.adjustment, classes))
         tokens = replace(tokens, labels=labels)
-    found = device_sums(tokens)
-    if label is not None:
-        here = label - classes.first_id(tokens.logits)
-        read = partial(adjusted_at, logit=found.label_logit, adjustment=tokens.adjustment, classes=classes)
-        own = classes.read_local(read, here, tokens.logits)
-        found = found._replace(own=valid_or_nan(own, label, tokens), label_logit=None)
-    found = combine_devices(found, classes.over)
+    sums = combine_devices(_with_label_z(device_sums(tokens), tokens), classes.over)
+    sums = _around_pivot(sums, tokens)
+    if not isinstance(labels, Dense):
+        of_labels = target_sums(tokens, sums.row_max, sums.pivot - classes.first_id(logits))
+        sums = sums._replace(**psum(of_labels, classes.over))
+    if isinstance(labels, Ids) and tokens.extra.statistics:
+        ties = pmax((sums.pivot != labels.ids).astype(sums.rest.dtype), classes.over)
+        sums = sums._replace(moment_and_rest=sums.moment + sums.rest, ties=ties)
+    return sums
+
+
+def _with_label_z(found: ClassSums, tokens: Tokens) -> ClassSums:
+    """With the label's z as `own`, where the label is the pivot. A label that no class is makes its row NaN, if it is
+    used."""
+    label, classes = tokens.label, tokens.classes
+    if label is None:
+        return found
+    read = partial(adjusted_at, logit=found.label_logit, adjustment=tokens.adjustment, classes=classes)
+    own = classes.read_local(read, label - classes.first_id(tokens.logits), tokens.logits)
+    return found._replace(own=valid_or_nan(own, label, tokens), label_logit=None)
+
+
+def _around_pivot(found: ClassSums, tokens: Tokens) -> ClassSums:
+    """With m, the pivot, and its z - m as `own`: 0 at the largest, but NaN in a used row that has no finite maximum."""
     m, rest, _ = finish_rows(found)
-    pivot = found.pivot if label is None else label
-    own = found.own
-    if label is None:  # own is 0, but NaN in a used row that has no finite maximum
+    own, pivot = found.own, found.pivot if tokens.label is None else tokens.label
+    if tokens.label is None:
         highest = found.row_max if tokens.unused is None else jnp.where(tokens.unused, 0, found.row_max)
         own = m + (highest - highest)
-    found = found._replace(row_max=m, rest=rest, pivot=pivot, own=own - m, even_mass=None)
-    if not isinstance(labels, Dense):
-        of_labels = target_sums(tokens, m, pivot - classes.first_id(tokens.logits))
-        found = found._replace(**psum(of_labels, classes.over))
-    if isinstance(labels, Ids) and tokens.extra.statistics:
-        ties = pmax((pivot != labels.ids).astype(m.dtype), classes.over)
-        found = found._replace(moment_and_rest=found.moment + rest, ties=ties)
-    return found
+    return found._replace(row_max=m, rest=rest, pivot=pivot, own=own - m, even_mass=None)
 
 
 def finish_rows(found: ClassSums) -> tuple[Array, Array, Array]:
