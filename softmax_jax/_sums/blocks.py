@@ -30,7 +30,7 @@ BLOCK = 2**20
 """Logits of a block: 4 MiB in float32."""
 
 PLATFORMS = ("cpu",)
-"""Those on which sums are made in blocks, and what else is plain for XLA on the CPU."""
+"""Those on which sums are made in blocks, and on which other things are written for XLA on the CPU."""
 
 
 def on_cpu_or_elsewhere(on_cpu: Callable, elsewhere: Callable, *operands: PyTree) -> PyTree:
