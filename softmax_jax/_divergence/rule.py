@@ -31,7 +31,7 @@ from softmax_jax._inputs.options import without_fma
 from softmax_jax._sums.blocks import fence_gradient, sum_over_classes
 from softmax_jax._sums.rule import class_sums, top_sums
 from softmax_jax._sums.waist import Tokens, log_total, negative_log_likelihood
-from softmax_jax._transforms import barrier, batch_all_or_none, tangent_of
+from softmax_jax._transforms import barrier, batch_all_or_none, keeping_its_rule, tangent_of
 
 
 class DivergenceSums(NamedTuple):
@@ -157,7 +157,7 @@ def _divergence(pair: Pair, classes: Classes) -> Array:
 
 
 def _divergence_fwd(pair: Pair, classes: Classes) -> tuple[Array, tuple[Pair, DivergenceSums]]:
-    value, found = _in_both_modes(pair, classes)
+    value, found = keeping_its_rule(partial(_in_both_modes, classes=classes))(pair)
     return value, (pair, found)
 
 

@@ -67,7 +67,7 @@ def map_over(
 
 
 def _rematerialized(f: Callable) -> Callable:
-    return jax.checkpoint(partial(_of_index, f), prevent_cse=False)
+    return jax.checkpoint(partial(_of_index, f, logits_of=Product.differentiable_logits), prevent_cse=False)
 
 
 def refuse_closure(f: Callable, *operands: PyTree) -> PyTree:
@@ -86,8 +86,15 @@ def _traced(f: Callable, *operands: PyTree) -> tuple[Any, PyTree]:
     return jax.make_jaxpr(partial(_of_index, f, 0), return_shape=True)(*operands)
 
 
-def _of_index(f: Callable, index: ArrayLike, products: Products, shared: PyTree, chunks: PyTree) -> PyTree:
-    return f(_up(shared), _up(_take(chunks, index)), *(product.logits(index) for product in products))
+def _of_index(
+    f: Callable,
+    index: ArrayLike,
+    products: Products,
+    shared: PyTree,
+    chunks: PyTree,
+    logits_of: Callable[[Product, ArrayLike], Array] = Product.logits,
+) -> PyTree:
+    return f(_up(shared), _up(_take(chunks, index)), *(logits_of(product, index) for product in products))
 
 
 def _up(tree: PyTree) -> PyTree:

@@ -18,7 +18,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from softmax_jax._devices import unwritten, vary, vary_alike, varying
-from softmax_jax._inputs.arrays import Shape, accumulator, floating, has_range, product_dtype
+from softmax_jax._inputs.arrays import Shape, accumulator, floating, has_range, nan_unless, product_dtype
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["x", "weight", "bias"], meta_fields=["dtype", "transposed"])
@@ -115,7 +115,18 @@ class Product:
 
     def logits(self, index: ArrayLike) -> Array:
         """[size, classes] of one chunk."""
-        x, weight = vary_alike(self._some(self.x, index, 1)[:, 0], self.weight)
+        return self._logits_of(self._some(self.x, index, 1))
+
+    def differentiable_logits(self, index: ArrayLike) -> Array:
+        """The same, for JAX to differentiate: a row of weight 0 that is not finite has logits NaN, and no gradient."""
+        x = self._some(self.x, index, 1)
+        if self.weights is None:
+            return self._logits_of(x)
+        counts = jnp.all(jnp.isfinite(x), -1) | (self._some(self.weights, index, 1) != 0)
+        return nan_unless(counts, self._logits_of(self._rows(index, 1)))
+
+    def _logits_of(self, rows: Array) -> Array:
+        x, weight = vary_alike(rows[:, 0], self.weight)
         return _dot(x, weight, ((1,), (1 if self.transposed else 0,)), self.dtype)
 
     def buffer(self, chunks: int) -> Array:

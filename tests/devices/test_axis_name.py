@@ -354,6 +354,18 @@ def test_errors(untyped, f, spec, message):
         jax.eval_shape(jax.shard_map(f, mesh=MESH, in_specs=spec, out_specs=P()), jnp.zeros((8, 64)))
 
 
+@pytest.mark.nan
+def test_a_row_that_is_nan_on_every_device_is_nan():
+    """Failure 46: of NaN on every one of them, XLA's maximum over CPUs is -inf."""
+    z = jnp.full((2, 64), jnp.nan).at[1].set(0)
+
+    def losses(z):
+        return cross_entropy(z, jnp.zeros(2, int), axis_name="model", reduction="none")
+
+    loss = jax.jit(jax.shard_map(losses, mesh=MESH, in_specs=P(None, "model"), out_specs=P()))(z)
+    np.testing.assert_array_equal(np.isnan(loss), [True, False])
+
+
 def test_axis_name_outside_of_shard_map():
     with pytest.raises(ValueError, match="under `jit` sharded classes need none"):
         cross_entropy(jnp.zeros((2, 3)), jnp.zeros(2, int), axis_name="model")

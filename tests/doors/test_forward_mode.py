@@ -368,6 +368,24 @@ DOORS = {
 }
 
 
+@pytest.mark.nan
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_row_of_weight_0_has_no_part_in_the_heads_gradient(rng, reduction):
+    """Failure 45: in reverse mode by the flag, whatever its hidden state holds."""
+    x, w = (jnp.float32(rng.normal(size=size)) for size in ((3, 4), (4, 5)))
+    y, weights, held = jnp.array([0, 1, 2]), jnp.array([1.0, 0.0, 2.0]), x.at[1, 2].set(jnp.inf)
+
+    def losses(x, w):
+        yield linear_cross_entropy(x, w, y, weights=weights, forward_mode=True, reduction=reduction, chunk_size=2)
+        more = {"teacher_logits": jnp.zeros((3, 5)), "weights": weights, "reduction": reduction, "chunk_size": 2}
+        yield linear_kl_divergence(x, w, **more, forward_mode=True)
+
+    total = lambda x, w: sum(map(jnp.sum, losses(x, w)))  # noqa: E731
+    for got, want in zip(jax.grad(total, (0, 1))(held, w), jax.grad(total, (0, 1))(x, w), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+    assert all(np.all(np.isfinite(tangent)) for tangent in jax.jvp(total, (held, w), (x, w)))
+
+
 @pytest.mark.parametrize("door", few_of(list(DOORS), 4))
 def test_second_derivatives_in_a_loop(rng, door):
     """Failure 33: of a loss that a scan sums, and of a scan whose carry takes gradient steps; as without the loop."""

@@ -22,7 +22,7 @@ both = pytest.mark.parametrize("dense", few_of([False, True]), ids=["integer", "
 
 def test_every_failure_known_elsewhere_has_a_test():
     """Every row of the table names tests, and they are here."""
-    assert [int(row[0]) for row in ROWS] == list(range(1, 45))
+    assert [int(row[0]) for row in ROWS] == list(range(1, 47))
     trees = [ast.parse(path.read_text()) for path in TESTS.rglob("test_*.py")]
     here = {node.name for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef)}
     for number, _, _, tests in ROWS:
