@@ -119,7 +119,7 @@ class Case:
         if self.optax and not safe and self.maybe():
             axes = tuple(map(int, self.rng.permutation(len(shape))[: self.rng.integers(1, len(shape) + 1)]))
         if not safe and (self.optax or axes[0] != len(batch)):
-            self.static["axis"] = axes if len(axes) > 1 else axes[0] - len(shape) * (self.optax and self.maybe())
+            self.static["axis"] = axes if len(axes) > 1 else axes[0] - len(shape) * (self.optax and self.maybe())  # pyright: ignore[reportGeneralTypeIssues]
         self.order = (*(i for i in range(len(shape)) if i not in axes), *axes)
         sizes = [shape[i] for i in self.order]
         self.batch, self.class_shape = sizes[: -len(axes)], sizes[-len(axes) :]
