@@ -18,7 +18,19 @@ from benchmarks import __main__ as command  # noqa: E402
 from benchmarks import cases, pictures, report, results  # noqa: E402
 from benchmarks.costs import GRANULE, overcounted  # noqa: E402
 from benchmarks.measure import OURS, Pace, Subject, quartiles_of_ratio, time_in_turns  # noqa: E402
-from benchmarks.peers import DENSE, INTEGER, KL, LINEAR, LOG_SOFTMAX, OPTAX, SOFTMAX, STATISTICS, YARDSTICKS  # noqa: E402
+from benchmarks.peers import (  # noqa: E402
+    DENSE,
+    INTEGER,
+    JAX_NN,
+    KL,
+    LINEAR,
+    LOG_SOFTMAX,
+    OPTAX,
+    SOFTMAX,
+    STATISTICS,
+    TORCH,
+    YARDSTICKS,
+)
 from benchmarks.subjects import FORWARD, GRADIENT, STEP  # noqa: E402
 
 pytestmark = pytest.mark.compiled
@@ -81,9 +93,36 @@ def test_pages_show_the_kept_results(tmp_path, monkeypatch):
     assert (tmp_path / "benchmarks.md").read_text() == (ROOT / "docs/benchmarks.md").read_text()
     for path in (tmp_path / "pictures").iterdir():
         assert (ROOT / "docs" / "pictures" / path.name).exists()
-    readme = (ROOT / "README.md").read_text()
-    for name, text in summaries.items():
-        assert f"<!-- {name} -->\n{text}\n<!-- /{name} -->" in readme
+    assert f"<!-- accuracy -->\n{summaries['accuracy']}\n<!-- /accuracy -->" in (ROOT / "README.md").read_text()
+
+
+def test_readme_shows_the_times_of_both_cards():
+    """Those that this version still has: softmax and log_softmax were rewritten since. A failure shows the table."""
+    header = ["our time over that of", "Optax or `jax.nn`, H100", "the same, H200", "PyTorch", "`torch.compile`"]
+    kinds = [*((what, passes) for what in (INTEGER, DENSE) for passes in (FORWARD, GRADIENT))]
+    kinds += [(STATISTICS, GRADIENT), (LINEAR, GRADIENT)]
+    rows = [[", ".join(kind), *times_of_cards(*kind, [OPTAX, JAX_NN], [TORCH], ["torch.compile"])] for kind in kinds]
+    float32 = times_of_cards(LINEAR, GRADIENT, ["Optax, float32 logits"], [], [])
+    rows.append(["linear, forward + gradient, Optax on float32 logits", *float32])
+    assert report.table(header, rows) in (ROOT / "README.md").read_text()
+
+
+def times_of_cards(what, passes, best, *others):
+    """Of the best of these peers on each card: the mean and the worst cell. Of each other peer: the larger of the two
+    cards' figures."""
+    found = [
+        [report.best_ratios([record for record in card if record["passes"] == passes], names) for card in cards(what)]
+        for names in (best, *others)
+    ]
+    told = [[(statistics.geometric_mean(ratios), max(ratios)) for ratios in of if ratios] for of in found]
+    chosen = [*told[0], *(tuple(map(max, zip(*of, strict=True))) for of in told[1:])]
+    return [f"{of[0]:.2f} ({of[1]:.2f})" if of else report.NONE for of in chosen]
+
+
+def cards(what):
+    for name in ("h100-80gb-hbm3", "h200"):
+        kept = results.load(results.KEPT / f"nvidia-{name}-0.11.2.jsonl").records
+        yield [record for record in kept if record["what"] == what]
 
 
 def test_a_cell_that_is_measured_again_replaces_its_own_record(tmp_path):

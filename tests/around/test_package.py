@@ -36,12 +36,22 @@ def test_readme_names_every_public_name():
 
 
 def test_what_readme_and_changelog_link_to_is_in_the_source_archive():
-    kept = PROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+    patterns = PROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+    assert all(pattern.startswith("/") for pattern in patterns)  # else they hold at any depth
+    kept = [pattern[1:] for pattern in patterns]
     for page in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / page).read_text()):
             if "://" not in target:
                 assert (ROOT / target).exists(), f"{page} links to {target}"
                 assert Path(target).parts[0] in kept, f"{page} links to {target}, which no archive has"
+
+
+def test_classifiers_are_the_versions_that_contributing_names():
+    (row,) = re.findall(r"^\| Python \| (.+?) \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    named = [entry.rsplit(" ", 1)[1] for entry in PROJECT["project"]["classifiers"] if "Python :: 3." in entry]
+    assert named == re.findall(r"3\.\d+", row)
+    (oldest,) = re.findall(r"\d+\.\d+", PROJECT["project"]["requires-python"])
+    assert oldest == named[0]
 
 
 # The house: imports run one way, downwards, and a room's door holds no second name for what is inside.

@@ -1,4 +1,5 @@
-"""What README.md says beside its code: its table of calls, its six differences from Optax, where float32 ends."""
+"""What README.md and the page for those who come from Optax say beside their code: the length of the former, the calls
+before and after, the five differences from Optax, where float32 ends."""
 
 import re
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 
 import softmax_jax
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+ROOT = Path(__file__).parents[2]
+README, MIGRATION = (ROOT / "README.md").read_text(), (ROOT / "docs/guides/migration.md").read_text()
 BEFORE, AFTER = r"^\| `([^`]+)` \|", r" `((?:linear_)?cross_entropy\([^`]+)` \|$"
 
 
@@ -21,9 +23,23 @@ def as_readers_have_it():
         yield
 
 
+def test_readme_is_short():
+    """Of its words, those beside code: the command in CONTRIBUTING.md counts them alike, marks of tables too."""
+    beside_fences = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
+    lines = [line for line in beside_fences.splitlines() if not line.startswith(("    ", "<!--"))]
+    assert len(README.splitlines()) <= 200
+    assert len(" ".join(lines).split()) <= 1500
+
+
+def test_readme_shows_no_pictures():
+    """A package index would not show them: the repository has no public address yet."""
+    assert "![" not in README
+
+
 @pytest.mark.thorough
 def test_before_and_after_are_the_same(rng):
-    rows = re.findall(BEFORE + AFTER, README, re.MULTILINE)
+    page = MIGRATION[MIGRATION.index("| before | after |") : MIGRATION.index("All of them:")]
+    rows = re.findall(BEFORE + AFTER, page, re.MULTILINE)
     assert len(rows) == 4
     x, head = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((6, 3), (3, 5)))
     z, y = x @ head, jnp.array([0, 4, 2, 2, 1, 3])
