@@ -24,7 +24,6 @@ from jaxtyping import Float
 from matplotlib.ticker import LogLocator
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from tqdm import tqdm
 
 from softmax_jax import cross_entropy
 
@@ -91,18 +90,21 @@ def train(name: str, loss: Callable, training: Digits, held_out: Digits, options
     optimizer = optax.adamw(optax.cosine_decay_schedule(5e-3, steps), weight_decay=1e-2)
     state = optimizer.init(eqx.filter(net, eqx.is_array))
     history = [[evaluate(net, *part)[1:] for part in (training, held_out)]]
-    for _ in (progress := tqdm(range(options.epochs), name, unit="epoch", disable=None)):
+    for epoch in range(1, options.epochs + 1):
         for batch in batches(*training, rng):
             net, state = step(net, state, optimizer, loss, *batch, options.smoothing)
         history.append([evaluate(net, *part)[1:] for part in (training, held_out)])
         (loss_now, _), (_, accuracy) = history[-1]
-        progress.set_postfix(training_loss=f"{loss_now:.4f}", held_out_accuracy=f"{accuracy:.2%}")
+        if epoch % 10 == 0:
+            print(
+                f"{name}: epoch {epoch} of {options.epochs}, loss {loss_now:.4f}, held out {accuracy:.2%}", flush=True
+            )
     return net, np.array(history)
 
 
 def draw(history: np.ndarray, optax_history: np.ndarray, logits, images, labels, path: Path) -> None:
     """Loss and accuracy by epoch; below them the digits it gets wrong, the surest mistakes first."""
-    figure = plt.figure(figsize=(11, 6.8), layout="constrained")
+    figure = plt.figure(figsize=(9, 6.8), layout="constrained")
     above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[2.4, 1], hspace=0.05)[:, 0]
     loss_axes, accuracy_axes = above.subplots(1, 2, gridspec_kw={"wspace": 0.08})
     epochs = np.arange(1, len(history))

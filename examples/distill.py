@@ -20,7 +20,6 @@ from jax import Array
 from jaxtyping import Float
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from tqdm import tqdm
 
 from softmax_jax import SparseLabels, cross_entropy
 
@@ -83,7 +82,7 @@ def of(targets: Any, rows: np.ndarray) -> Any:
     return jax.tree.map(lambda a: a[rows], targets)
 
 
-def trained(net, images, targets, test, seed, bar, scale=1.0):
+def trained(net, images, targets, test, seed, scale=1.0):
     """The network after all steps, and its accuracy on held-out digits every 20 of them."""
     state, rng, accuracy = OPTIMIZER.init(eqx.filter(net, eqx.is_array)), np.random.default_rng(seed), []
     for done in range(STEPS + 1):
@@ -91,7 +90,6 @@ def trained(net, images, targets, test, seed, bar, scale=1.0):
             accuracy.append(np.mean(np.asarray(logits_of(net, test[0])).argmax(-1) == test[1]))
         rows = rng.choice(len(images), BATCH)
         net, state = step(net, state, images[rows], of(targets, rows), np.float32(scale))
-        bar.update()
     return net, np.array(accuracy)
 
 
@@ -103,7 +101,7 @@ def top_of(teacher, images, k: int) -> SparseLabels:
 
 def draw(curves: dict[str, np.ndarray], best: float, top: SparseLabels, images: np.ndarray, path: Path) -> None:
     """Accuracy by step, mean and range of the students; what the teacher says of the digits it is least sure of."""
-    figure = plt.figure(figsize=(11, 7.6), layout="constrained")
+    figure = plt.figure(figsize=(9, 7.6), layout="constrained")
     above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[2.2, 1])[:, 0]
     (axes, ends), steps = above.subplots(1, 2, width_ratios=[2.2, 1], sharey=True), 20 * np.arange(STEPS // 20 + 1)
     for ax in (axes, ends):
@@ -112,14 +110,14 @@ def draw(curves: dict[str, np.ndarray], best: float, top: SparseLabels, images: 
         ax.spines[["top", "right"]].set_visible(False)
     for place, (name, accuracy) in enumerate(curves.items()):
         mean, colour = 100 * accuracy.mean(0), COLOURS[name]
-        axes.plot(steps, mean, color=colour, lw=2, label=f"learnt from {name}: {mean[-1]:.1f} %")
+        axes.plot(steps, mean, color=colour, lw=2, label=f"from {name}: {mean[-1]:.1f} %")
         axes.fill_between(steps, *(100 * f(accuracy, 0) for f in (np.min, np.max)), color=colour, alpha=0.12)
         ends.plot(place + np.linspace(-0.2, 0.2, len(accuracy)), 100 * accuracy[:, -1], "o", color=colour, alpha=0.7)
         ends.plot([place - 0.32, place + 0.32], [mean[-1]] * 2, color=colour, lw=2)
     axes.set(title=f"Mean and range of {len(accuracy)} students, of {SEEN} digits each", xlabel="step")
     axes.set(ylabel="accuracy on held-out digits (%)", ylim=(70, 100))
     axes.legend(frameon=False, loc="lower right", fontsize=9)
-    ends.set(title="Each student at the end; line: mean", xticks=range(4))
+    ends.set(title="At the end; line: mean", xticks=range(4))
     ends.set_xticklabels(["labels", "3 largest", "3 and\nthe rest", "all 10"])
     below.suptitle(f"Three probabilities of the teacher, at temperature {TEMPERATURE:g}, where it is least sure")
     for place, row in enumerate(np.argsort(top.probs[:, 0])[:8], start=1):
@@ -144,19 +142,18 @@ def main() -> None:
     seen = [np.random.default_rng(seed).choice(training, SEEN, replace=False) for seed in seeds]
     students = [(seed, Student(jax.random.key(seed)), rows) for seed, rows in zip(seeds, seen, strict=True)]
 
-    with tqdm(total=(1 + 4 * options.students) * (STEPS + 1), unit="step", disable=None) as bar:
-        teacher, curve = trained(Teacher(jax.random.key(0)), images[training], digits[training], test, 0, bar)
-        three, everything = (top_of(teacher, images, k) for k in (3, 10))
-        targets, curves = (digits, three._replace(others=None), three, everything._replace(others=None)), {}
-        for name, what in zip(COLOURS, targets, strict=True):
-            scale = 1.0 if what is digits else 1 / TEMPERATURE
-            runs = [trained(net, images[rows], of(what, rows), test, seed, bar, scale) for seed, net, rows in students]
-            curves[name] = np.array([accuracy for _, accuracy in runs])
+    print(f"{STEPS} steps of a teacher, then of {options.students} students for each line", flush=True)
+    teacher, curve = trained(Teacher(jax.random.key(0)), images[training], digits[training], test, 0)
+    print(f"teacher: {curve[-1]:.2%} of {len(test[1])} held-out digits", flush=True)
+    three, everything = (top_of(teacher, images, k) for k in (3, 10))
+    targets, curves = (digits, three._replace(others=None), three, everything._replace(others=None)), {}
+    for name, what in zip(COLOURS, targets, strict=True):
+        scale = 1.0 if what is digits else 1 / TEMPERATURE
+        runs = [trained(net, images[rows], of(what, rows), test, seed, scale) for seed, net, rows in students]
+        curves[name] = np.array([accuracy for _, accuracy in runs])
+        ends = curves[name][:, -1]
+        print(f"learnt from {name}: {ends.mean():.2%}, from {ends.min():.2%} to {ends.max():.2%}", flush=True)
     draw(curves, curve[-1], of(three, np.asarray(training)), images[training], options.out)
-    print(f"teacher: {curve[-1]:.2%} of {len(test[1])} held-out digits")
-    for name, accuracy in curves.items():
-        ends = accuracy[:, -1]
-        print(f"learnt from {name}: {ends.mean():.2%}, from {ends.min():.2%} to {ends.max():.2%}")
     print(f"picture: {options.out}")
 
 

@@ -66,7 +66,7 @@ def truth(student: np.ndarray, teacher: np.ndarray) -> np.ndarray:
 
 
 def errors(rows: int, classes: int) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """By form: the median relative error at each distance, and how many divergences are below 0."""
+    """By form: the median relative error at each distance, printed as it comes, and how many results are below 0."""
     rng, found, below = np.random.default_rng(0), {name: [] for name in FORMS}, dict.fromkeys(FORMS, 0)
     teacher, noise = (s * rng.normal(size=(rows, classes)).astype(np.float32) for s in (np.float32(3), np.float32(1)))
     jitted = {name: jax.jit(form) for name, form in FORMS.items()}
@@ -77,6 +77,7 @@ def errors(rows: int, classes: int) -> tuple[dict[str, np.ndarray], dict[str, in
             got = np.float64(form(student, teacher))
             found[name].append(np.median(np.abs(got - want) / want))
             below[name] += int(np.sum(got < 0))
+        print(f"{distance:8.1e}  " + "  ".join(f"{of_form[-1]:24.1e}" for of_form in found.values()), flush=True)
     return {name: np.array(errors) for name, errors in found.items()}, below
 
 
@@ -102,11 +103,9 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=8192)
     parser.add_argument("--out", type=Path, default=Path("out/divergence.png"))
     args = parser.parse_args()
-    found, below = errors(args.rows, args.classes)
     total = args.rows * len(DISTANCES)
-    print("relative error of KL, median over rows\ndistance  " + "  ".join(f"{name:>24}" for name in FORMS))
-    for i, distance in enumerate(DISTANCES):
-        print(f"{distance:8.1e}  " + "  ".join(f"{of_form[i]:24.1e}" for of_form in found.values()))
+    print("relative error of KL, median over rows\ndistance  " + "  ".join(f"{name:>24}" for name in FORMS), flush=True)
+    found, below = errors(args.rows, args.classes)
     for name, count in below.items():
         print(f"{name}: {count} of {total} below 0")
     draw(found, below, total, args.out)

@@ -25,7 +25,6 @@ import numpy as np
 import optax
 from jax import Array
 from jaxtyping import Float, Int
-from tqdm import tqdm
 
 from softmax_jax import cross_entropy
 
@@ -93,9 +92,9 @@ def some_steps(optimizer, loss: Callable, parameters: Parameters, state: optax.O
     return trained, state, (loss(logits, labels), jnp.mean(slope == 0))
 
 
-def trained(run: Run, optimizer, pairs: np.ndarray, labels: np.ndarray, steps: int, bar: tqdm) -> np.ndarray:
+def trained(name: str, optimizer, pairs: np.ndarray, labels: np.ndarray, steps: int) -> np.ndarray:
     """Every so many steps: the loss as reported, the true one, and the share of labels without a gradient."""
-    history = []
+    history, run = [], RUNS[name]
     with jax.enable_x64(run.dtype == np.float64):
         parameters = initial(run.dtype)
         state, data = optimizer.init(parameters), (jnp.asarray(pairs), jnp.asarray(labels))
@@ -103,33 +102,36 @@ def trained(run: Run, optimizer, pairs: np.ndarray, labels: np.ndarray, steps: i
             true = true_loss(parameters, pairs, labels)
             parameters, state, (reported, share) = some_steps(optimizer, run.loss, parameters, state, *data)
             history.append([float(reported), true, float(share)])
-            bar.update(min(EVERY, steps - done))
+            if done % 400 == 0:
+                print(f"{name}: step {done} of {steps}, reported {float(reported):.1e}, true {true:.1e}", flush=True)
     return np.array(history)
 
 
 def draw(histories: dict[str, np.ndarray], optimizer: str, path: Path) -> None:
     """Both losses by step, on a scale that shows 0 as well, and the share of labels that nothing is learnt from."""
-    figure, axes = plt.subplots(1, 3, figsize=(15, 5.6), layout="constrained")
-    figure.suptitle(f"Addition modulo {MODULUS}, trained by {optimizer}")
+    figure, panels = plt.subplot_mosaic("rt;ss", figsize=(8, 7.6), height_ratios=[1.25, 1], layout="constrained")
+    figure.suptitle(f"Addition modulo {MODULUS}, trained by\n{optimizer}", fontsize=11)
+    axes = list(panels.values())
     for name, history in histories.items():
         style: dict[str, Any] = {"color": RUNS[name].colour, "lw": 1.6}
         style |= {"lw": 5, "alpha": 0.3} if name == "float64" else {}
         for ax, values in zip(axes, history.T * [[1], [1], [100]], strict=True):
-            ends = f"{values[-1]:.0f} %" if ax is axes[2] else f"{values[-1]:.1e}"
-            ax.plot(EVERY * np.arange(len(values)), values, label=f"{name}: {ends} at the end", **style)
+            ends = f"{values[-1]:.0f} % at the end" if ax is axes[2] else f"{values[-1]:.1e}"
+            ax.plot(EVERY * np.arange(len(values)), values, label=f"{name}: {ends}", **style)
     for ax in axes[:2]:
         ax.set_yscale("symlog", linthresh=1e-17, linscale=0.4)
         ax.set(ylim=(0, 1e6), yticks=[0, *(10.0**power for power in range(-16, 1, 4))], ylabel="loss (nats per pair)")
     axes[0].set_title("Loss that the run reports")
-    axes[1].set_title("True loss of its network, computed in float64")
-    axes[2].set(title="Labels whose gradient is exactly 0", ylabel="labels (%)", ylim=(-2, 119))
+    axes[1].set(title="True loss of its network (float64)", ylabel="")
+    axes[2].set(title="Labels whose gradient is exactly 0", ylabel="labels (%)", ylim=(-2, 102))
     for ax in axes:
         ax.set_xlabel("step")
-        ax.legend(frameon=False, loc="upper right")
+        place, title = ("upper left", None) if ax is axes[2] else ("upper right", "at the end")
+        ax.legend(frameon=False, loc=place, title=title, alignment="left")
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=160)
 
 
 def main() -> None:
@@ -145,8 +147,7 @@ def main() -> None:
     labels = pairs.sum(1, dtype=np.int32) % MODULUS
     optimizer = optax.adam(1e-3, b1=0.9, b2=options.b2, eps=options.eps)
     written = f"optax.adam(1e-3, b1=0.9, b2={options.b2:g}, eps={options.eps:g})"
-    with tqdm(total=len(RUNS) * options.steps, unit="step", disable=None) as bar:
-        histories = {name: trained(run, optimizer, pairs, labels, options.steps, bar) for name, run in RUNS.items()}
+    histories = {name: trained(name, optimizer, pairs, labels, options.steps) for name in RUNS}
     draw(histories, written, options.out)
     print(f"optimizer: {written}, {options.steps} steps")
     for name, history in histories.items():

@@ -72,7 +72,7 @@ def accuracies(ensemble: eqx.nn.MLP, images: np.ndarray, labels: np.ndarray) -> 
 
 def draw(path, smoothings, first, second, norms, suspects, flipped, images, labels, true_labels) -> None:
     """The gradient norms; accuracy before and after; the digits that pull hardest, and those suspected unjustly."""
-    figure = plt.figure(figsize=(11, 8.2), layout="constrained")
+    figure = plt.figure(figsize=(9, 8.2), layout="constrained")
     above, *rows = figure.subfigures(3, 1, squeeze=False, height_ratios=[2.6, 1, 1], hspace=0.04)[:, 0]
     norm_axes, accuracy_axes = above.subplots(1, 2, gridspec_kw={"wspace": 0.08})
     bins = np.geomspace(norms.min(), norms.max(), 50).tolist()
@@ -87,9 +87,9 @@ def draw(path, smoothings, first, second, norms, suspects, flipped, images, labe
         accuracy_axes.axhline(100 * accuracy[-1], color=colour, ls="--", label=f"ensemble, {name}")
     accuracy_axes.set(xlabel="label smoothing of the member", ylabel="held-out digits read right (%)")
     accuracy_axes.set_title("Accuracy of the members and of their mean")
-    for axes, columns in [(norm_axes, 3), (accuracy_axes, 2)]:
+    for axes in (norm_axes, accuracy_axes):
         axes.margins(y=0.25)
-        axes.legend(frameon=False, loc="upper center", ncols=columns, fontsize=9)
+        axes.legend(frameon=False, loc="upper center", ncols=2, fontsize=9, handlelength=1.2, columnspacing=1)
         axes.spines[["top", "right"]].set_visible(False)
 
     unjust = suspects[~flipped[suspects]]
@@ -127,6 +127,7 @@ def main() -> None:
     smoothings = jnp.linspace(0, 0.35, options.members)
 
     def fit(weights: np.ndarray) -> tuple[eqx.nn.MLP, np.ndarray]:
+        print(f"training {options.members} networks together, {np.sum(weights)} digits each", flush=True)
         ensemble = train_ensemble(keys, smoothings, weights, images, labels, options.epochs)
         return ensemble, np.asarray(accuracies(ensemble, pixels[held_out], digits[held_out]))
 

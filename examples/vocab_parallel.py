@@ -25,8 +25,7 @@ import numpy as np
 import optax
 from jax import Array, NamedSharding, P, lax
 from jaxtyping import Float, Int
-from language_model import read_library
-from tqdm import tqdm
+from language_model import SHIPPED, read_text
 
 from softmax_jax import linear_cross_entropy
 
@@ -61,15 +60,16 @@ def train(name: str, loss_of: Callable, model: Model, batches: list[Array]) -> t
     state, losses = optimizer.init(model), []  # the moments lie as the model does
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(model, state, batches[0]).compile()
     sizes = model["head"].addressable_data(0).nbytes, compiled.memory_analysis().temp_size_in_bytes  # pyright: ignore
-    for tokens in (progress := tqdm(batches, name, unit="step", disable=jax.process_index() > 0 or None)):
+    for at, tokens in enumerate(batches, 1):
         model, state, loss = compiled(model, state, tokens)
         losses.append(float(loss))
-        progress.set_postfix(loss=f"{losses[-1]:.3f}")
+        if at % 20 == 0 and jax.process_index() == 0:
+            print(f"{name}: step {at} of {len(batches)}, training loss {losses[-1]:.3f}", flush=True)
     return np.array(losses), [size / 2**20 for size in sizes]
 
 
 def draw(runs: dict, vocabulary: int, path: Path) -> None:
-    figure, (above, below) = plt.subplots(2, 1, figsize=(11, 6.8), height_ratios=[2, 1], layout="constrained")
+    figure, (above, below) = plt.subplots(2, 1, figsize=(8.5, 6.4), height_ratios=[2, 1], layout="constrained")
     above.axhline(np.log(vocabulary), color="#666666", ls=":", label=f"a guess among {vocabulary} tokens")
     for (name, (losses, sizes)), (color, width) in zip(runs.items(), [("#bbbbbb", 6), ("#1f6fb4", 1.5)], strict=True):
         above.plot(losses, color=color, lw=width, label=f"{name}: {sizes[1]:.1f} MiB a device for a step")
@@ -100,7 +100,7 @@ def run_processes(count: int, seconds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    numbers = {"steps": 120, "batch": 16, "length": 64, "vocabulary": 8185, "files": 100}
+    numbers = {"steps": 120, "batch": 16, "length": 64, "vocabulary": 8185}
     for name, default in (numbers | {"processes": 1, "process": 0, "seconds": 600}).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--model", type=int, help="devices that share the classes; by default 4, 2 or 1, which divides")
@@ -123,7 +123,7 @@ def main() -> None:
     def put(a, spec):
         return jax.make_array_from_callback(a.shape, NamedSharding(mesh, spec), a.__getitem__)
 
-    tokenizer, (training, _) = read_library(options.files, options.vocabulary)
+    tokenizer, (training, _) = read_text(SHIPPED, options.vocabulary)
     vocabulary, rng = tokenizer.get_vocab_size(), np.random.default_rng(0)
     starts = rng.integers(len(training) - options.length, size=(options.steps, options.batch, 1))
     batches = list(training[starts + np.arange(options.length + 1)].astype(np.int32))

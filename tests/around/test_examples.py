@@ -40,7 +40,7 @@ def _language_model(printed: str) -> None:
     """Before the first step it guesses: log 4096 = 8.32. In 20 steps it learns which tokens are frequent."""
     pattern = r"training loss: (\S+) -> (\S+) nats, held-out perplexity (\S+), temporary memory of a step (\S+) MiB"
     linear, of_optax = (tuple(map(float, numbers)) for numbers in re.findall(pattern, printed))
-    assert linear[3] < 0.7 * of_optax[3] + 4  # MiB, of a block of the CPU's sums
+    assert 2 * linear[3] < of_optax[3]  # MiB, of 2048 tokens
     for before, after, perplexity, _ in (linear, of_optax):
         assert 8.2 < before < 8.5 and after < 7.2
         assert perplexity < 4096 / 2
@@ -80,11 +80,11 @@ def _divergence(printed: str) -> None:
 
 
 def _contrastive(printed: str) -> None:
-    """log 512 = 6.24 for encoders that know nothing; 200 steps find 29 % of 450."""
-    before, after = (float(number) for number in re.findall(r"^loss: (\S+) -> (\S+) nats", printed)[0])
+    """log 512 = 6.24 for encoders that know nothing; 400 steps find 88 % of 450, a guess one of them."""
+    before, after = (float(number) for number in re.findall(r"^loss: (\S+) -> (\S+) nats", printed, re.M)[0])
     assert 6 < before < 7 and after < 4
-    chance, found = _percentages(printed)
-    assert chance < 2 and found > 8
+    first, found, guess = re.findall(r"among 450: (\S+)% -> (\S+)%, a guess (\S+)%", printed)[0]
+    assert float(first) < 3 and float(found) > 50 and guess == "0.2"
     needs = re.findall(r"^batch \d+: (\S+) MiB with the matrix, (\S+) MiB without$", printed, re.MULTILINE)
     assert all(float(linear) < float(matrix) for matrix, linear in needs)
     assert 20 * float(needs[-1][1]) < float(needs[-1][0])
@@ -123,7 +123,6 @@ def _percentages(printed: str) -> list[float]:
     return [float(number) for number in re.findall(r"([\d.]+)%", printed)]
 
 
-FEW = "--files 16"  # of the standard library: more are more to read
 longer = partial(pytest.param, marks=pytest.mark.thorough)
 
 
@@ -132,15 +131,10 @@ longer = partial(pytest.param, marks=pytest.mark.thorough)
     [
         pytest.param("digits", "--epochs 6", _digits, id="digits"),
         longer("vmap_batches", "--epochs 10 --members 4", _vmap_batches, id="vmap_batches"),
-        longer(
-            "language_model",
-            f"--steps 20 --batch 8 --length 64 {FEW} --vocabulary 4096",
-            _language_model,
-            id="language_model",
-        ),
+        longer("language_model", "--steps 20 --vocabulary 4096", _language_model, id="language_model"),
         pytest.param(
             "vocab_parallel",
-            f"--steps 15 {FEW} --vocabulary 4093",
+            "--steps 15 --vocabulary 4093",
             _vocab_parallel,
             id="vocab_parallel",
             marks=[pytest.mark.thorough, pytest.mark.full],  # below it runs in two processes
@@ -152,7 +146,7 @@ longer = partial(pytest.param, marks=pytest.mark.thorough)
         longer("policy_gradient", "--updates 50", _policy_gradient, id="policy_gradient"),
         longer(
             "vocab_parallel",
-            f"--steps 15 {FEW} --vocabulary 4093 --processes 2 --model 8 --seconds 800",
+            "--steps 15 --vocabulary 4093 --processes 2 --model 8 --seconds 800",
             partial(_vocab_parallel, processes=2, parts=8),  # each process has one half of the head
             id="vocab_parallel_in_two_processes",
         ),
