@@ -110,13 +110,14 @@ def cross_entropy(
       ignore_index: rows with this integer label get weight 0; in range or not. Say -100, with which Hugging Face pads.
       class_weights: c, `[classes]`, say the inverse frequency of rare classes. A class weight of 0 wins over an
         infinite loss.
-      label_smoothing: ε in [0, 1], spread over all K classes, say 0.1 against overconfident classifiers. Those who spread ε over the K-1 others (Flax's examples,
-        T5X, big_vision) have label_smoothing = ε · K/(K-1) here.
+      label_smoothing: ε in [0, 1], spread over all K classes, say 0.1 against overconfident classifiers. Those who
+        spread ε over the K-1 others (Flax's examples, T5X, big_vision) have label_smoothing = ε · K/(K-1) here.
       z_loss: factor of log_normalizer², not class-weighted: say 1e-4, which keeps the logits of a bfloat16 run from
         drifting. The mean divides it as all else, by Σ weights · c_y (Liger
         divides it by the token count: add that as a loss of its own, with no class weights).
       logit_scale: inverse temperature, say the learned one of a contrastive loss.
-      softcap: bound of the logits, > 0, say 30 as in Gemma 2. It makes -inf the finite -softcap; use `where` to remove a class.
+      softcap: bound of the logits, > 0, say 30 as in Gemma 2. It makes -inf the finite -softcap; use `where` to remove
+        a class.
       reduction: "mean", "sum", or "none" for a loss of each token, say to sort examples by it.
       normalizer: replaces the mean's divisor, say by the token count of all accumulation steps or devices; 0 gives 0.
       axis_name: inside `jax.shard_map`, the mesh axis or axes that the classes are sharded over. `logits`, dense
