@@ -87,7 +87,8 @@ def kl_divergence(
       teacher_logits: instead, of the logits' shape: t = softmax of them.
       where: bool, broadcastable to the logits; False: the class exists for neither.
       weights: as in `cross_entropy`, with the reductions of dense labels; a token without any class counts as 0.
-      beta: in [0, 1]. A traced one chooses no formula: at 0 and at 1 it gives NaN.
+      beta: in [0, 1]: say 0 for a teacher's top-k, 1 on the student's own samples. A traced one chooses no formula: at
+        0 and at 1 it gives NaN.
       temperature: > 0, of all logits, z / temperature; probabilities stay as they are. With `teacher_logits` gradients
         fall as its square: multiply the loss by temperature² to keep their size (Hinton et al.).
       softcap, teacher_softcap: softcap · tanh(z / softcap), before the temperature; each of its own logits.
