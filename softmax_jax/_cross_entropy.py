@@ -105,16 +105,16 @@ def cross_entropy(
         a multiple of 128, or for an action that a state forbids. An integer label on such a class has loss inf; a row
         without any class counts as weight 0.
       weights: bool, integer or float, broadcast to the batch shape: say the mask of a chat template, an advantage, or
-        the learned weights of examples. A row of weight 0 contributes exactly 0 to loss
-        and gradients, whatever it holds; the derivative by that weight is its loss, or 0 where that is not finite.
+        the learned weights of examples. A row of weight 0 contributes exactly 0 to loss and gradients, whatever it
+        holds; the derivative by that weight is its loss, or 0 where that is not finite.
       ignore_index: rows with this integer label get weight 0; in range or not. Say -100, with which Hugging Face pads.
       class_weights: c, `[classes]`, say the inverse frequency of rare classes. A class weight of 0 wins over an
         infinite loss.
       label_smoothing: ε in [0, 1], spread over all K classes, say 0.1 against overconfident classifiers. Those who
         spread ε over the K-1 others (Flax's examples, T5X, big_vision) have label_smoothing = ε · K/(K-1) here.
       z_loss: factor of log_normalizer², not class-weighted: say 1e-4, which keeps the logits of a bfloat16 run from
-        drifting. The mean divides it as all else, by Σ weights · c_y (Liger
-        divides it by the token count: add that as a loss of its own, with no class weights).
+        drifting. The mean divides it as all else, by Σ weights · c_y (Liger divides it by the token count: add that as
+        a loss of its own, with no class weights).
       logit_scale: inverse temperature, say the learned one of a contrastive loss.
       softcap: bound of the logits, > 0, say 30 as in Gemma 2. It makes -inf the finite -softcap; use `where` to remove
         a class.
