@@ -226,19 +226,20 @@ def test_mean_with_class_weights_over_sharded_classes(rng, embed):
     check(rng, problem(rng, (8, 7, 64), names=("weights", "class_weights"), embed=embed), batch=(), tokens=())
 
 
-def test_readmes_example():
-    """The block as it is printed: what both of its losses and their gradients are, against the whole."""
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    code = next(block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "jax.shard_map" in block)
-    names = {}
-    exec(code, names)
-    operands = names["operands"]
+def test_the_guides_example():
+    """The blocks as they are printed: what both of its losses and their gradients are, against the whole."""
+    page = (Path(__file__).parents[2] / "docs/guides/sharding.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    last = next(i for i, block in enumerate(blocks) if "def sharded_loss" in block)
+    code, names = "".join(blocks[: last + 1]).partition("import jax\n"), {}
+    exec(code[1] + code[2], names)  # without the settings, which stand before JAX is imported
+    operands = [names[name] for name in ("x", "head", "labels")]
     assert operands[1].sharding.spec == P(None, "model") and len(operands[1].addressable_shards) == jax.device_count()
     value_and_gradient = lambda loss, operands: jax.jit(jax.value_and_grad(loss, (0, 1)))(*operands)  # noqa: E731
     by_name = lambda found: (found[0], dict(zip(("hidden", "head"), found[1], strict=True)))  # noqa: E731
-    want = by_name(value_and_gradient(names["loss_under_jit"], [*map(np.asarray, operands)]))
+    want = by_name(value_and_gradient(names["loss"], [*map(np.asarray, operands)]))
     want = jax.tree.map(np.asarray, want)
-    for name in ("loss_under_jit", "loss_in_shard_map"):
+    for name in ("loss", "sharded_loss"):
         assert_equal(by_name(value_and_gradient(names[name], operands)), want)
 
 
