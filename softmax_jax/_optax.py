@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from softmax_jax._core import Settings, compute_of_labels
-from softmax_jax._head.product import Source
+from softmax_jax._head.product import given_logits
 from softmax_jax._inputs.arrays import (
     AnyArray,
     Axes,
@@ -20,6 +20,7 @@ from softmax_jax._inputs.arrays import (
     array,
     axes_of,
     check_broadcastable,
+    class_axis,
     classes_last,
     floating,
     mask,
@@ -163,8 +164,8 @@ def _poly_loss(logits: Array, labels: Array, epsilon: Array, where: Array | None
 
 
 def _losses(logits: Array, labels: Array, where: Array | None, axes: Axes) -> Array:
-    student, axis = Source(logits, dtype=logits.dtype), _axis(axes) % logits.ndim
-    return compute_of_labels(weighted_losses, student, labels, Options(where), Settings(forward_mode=True), axis)[0]
+    source, axis = given_logits("logits", logits), class_axis("logits", logits.shape, _axis(axes))
+    return compute_of_labels(weighted_losses, source, labels, Options(where), Settings(forward_mode=True), axis)[0]
 
 
 def _broadcast(labels: AnyArray, logits: Array) -> Array:

@@ -103,6 +103,10 @@ def test_bad_input_is_refused_with_the_way_out():
         softmax_jax.softmax_cross_entropy(logits, logits, axis=(0, 0))
     with pytest.raises(ValueError, match=r"axis=2 for logits.shape=\(2, 3\)"):
         softmax_jax.softmax_cross_entropy(logits, logits, axis=2)
+    with pytest.raises(ValueError, match=r"there are no classes: logits.shape=\(2, 0\)"):
+        softmax_jax.softmax_cross_entropy(logits[:, :0], logits[:, :0])
+    with pytest.raises(ValueError, match="there are no classes"):
+        integer(logits[:0], jnp.zeros(3, jnp.int32), axis=0)
 
 
 def test_integer_one_hot_labels_are_floating_ones(rng):
