@@ -384,6 +384,9 @@ def test_a_row_of_weight_0_has_no_part_in_the_heads_gradient(rng, reduction):
     for got, want in zip(jax.grad(total, (0, 1))(held, w), jax.grad(total, (0, 1))(x, w), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-6)
     assert all(np.all(np.isfinite(tangent)) for tangent in jax.jvp(total, (held, w), (x, w)))
+    plain = lambda w, **how: jnp.sum(linear_cross_entropy(x, w, y, reduction=reduction, **how))  # noqa: E731
+    of_all = jax.grad(partial(plain, forward_mode=True, chunk_size=2))(w)
+    np.testing.assert_allclose(of_all, jax.grad(plain)(w), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("door", few_of(list(DOORS), 4))

@@ -481,6 +481,7 @@ def test_what_a_subtraction_left_of_a_probability_of_0(of_host):
     where = np.array([True, False, True, True])
     assert jnp.isfinite(kl_divergence(logits, teacher_probs=held(hidden), where=where))
     assert kl_divergence(logits, teacher_probs=held(hidden), weights=np.zeros(1)) == 0
+    assert jnp.isnan(kl_divergence(logits, teacher_probs=held(hidden), weights=jnp.ones(1)))  # a device is not asked
     spread = SparseLabels(held(ids), held(np.float32([[0.25, 0.75]])), held(np.float32([-1])))
     assert kl_divergence(logits, teacher_probs=spread, weights=np.zeros(1)) == 0
     with pytest.raises(ValueError, match="`weights` must broadcast to the batch shape"):
