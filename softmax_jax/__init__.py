@@ -24,7 +24,7 @@ from softmax_jax._optax import (
 from softmax_jax._optax import safe_softmax_cross_entropy as safe_softmax_cross_entropy
 from softmax_jax._optax import poly_loss_cross_entropy as poly_loss_cross_entropy
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = [
     "softmax",
     "log_softmax",
