@@ -9,7 +9,8 @@
 
 Every time is a ratio, taken in one process in turns (A B A B ...), after a warm-up, as the median over the turns with
 the quartiles. Each cell is written into benchmarks/results, in a file named by the device and JAX's version, as soon as
-it is measured; then docs/benchmarks.md, the tables of README.md and the pictures are made of all results.
+it is measured. Then the tables of all results are printed, and put into README.md and docs/benchmarks.md, and the
+pictures are drawn.
 """
 
 import argparse
@@ -29,13 +30,7 @@ PARTS: dict[str, tuple[Callable, Callable]] = {  # the cases of each, and what m
     "accuracy": (accuracy.cases, accuracy.record),
     **{part: (partial(cases.cases, part), cases.record) for part in cases.KINDS},
 }
-PAGE = """# Benchmarks
-
-Ratios of our time to another library's, measured in one process in turns, as medians with their quartiles: smaller is
-better, and below 1 ours is faster. Every cell is here, the lost ones too. Made by `python -m benchmarks`; the numbers
-are in `benchmarks/results`.
-
-"""
+PAGES = ["README.md", "docs/benchmarks.md"]
 
 
 def measure(part: str, quick: bool, only: str, folder: Path) -> None:
@@ -47,19 +42,12 @@ def measure(part: str, quick: bool, only: str, folder: Path) -> None:
     print(f"{part}: {len(chosen)} cells measured")
 
 
-def publish(folder: Path, docs: Path) -> dict[str, str]:
-    """Writes the page and the pictures of all results. Returns what README.md has of them: the first of each."""
-    pages, summaries = [], {}
-    kept = [(path.stem, results.load(path)) for path in sorted(folder.glob("*.jsonl"))]
-    for name, found in sorted(kept, key=lambda named: named[1].machine["platform"] == "cpu"):
-        drawn = pictures.draw(found, docs / "pictures", name)
-        pages.append(report.page(found, drawn))
-        if found.machine["platform"] == "gpu":
-            summaries.setdefault("gpu", report.summary(found, {part: f"docs/{file}" for part, file in drawn.items()}))
-        if found.of("accuracy"):
-            summaries.setdefault("accuracy", report.few_margins(found))
-    (docs / "benchmarks.md").write_text(PAGE + "\n".join(pages))
-    return summaries
+def publish(folder: Path, drawn: Path) -> dict[str, str]:
+    """Draws the pictures of all results of a folder. Returns their tables by the names of their places; GPUs first."""
+    kept = [results.load(path) for path in sorted(folder.glob("*.jsonl"))]
+    kept.sort(key=lambda found: found.machine["platform"] == "cpu")
+    pictures.draw(kept, drawn)
+    return report.tables(kept)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -67,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("part", nargs="?", choices=[*PARTS, "compiled", "tables"])
     parser.add_argument("--only", default="", help="the cells that hold this text; the others stay as they are kept")
     parser.add_argument("--quick", action="store_true", help="a smoke test of tiny sizes, written to out/quick")
-    parser.add_argument("--out", type=Path, help="a folder for results, page and pictures instead of the kept ones")
+    parser.add_argument("--out", type=Path, help="a folder for results and pictures; no page is changed")
     args = parser.parse_args(arguments)
     if args.part == "compiled":
         raise SystemExit(subprocess.call([sys.executable, "-m", "benchmarks.compiled", args.only], cwd=results.ROOT))
@@ -75,9 +63,11 @@ def main(arguments: list[str] | None = None) -> None:
     out = args.out or (results.ROOT / "out" / "quick" if args.quick else None)
     for part in [] if args.part == "tables" else [args.part] if args.part else PARTS:
         measure(part, args.quick, args.only, out or results.KEPT)
-    summaries = publish(out or results.KEPT, out or results.ROOT / "docs")
-    for name, text in summaries.items() if out is None else ():
-        report.include(results.ROOT / "README.md", name, text)
+    tables = publish(out or results.KEPT, (out or results.ROOT / "docs") / "pictures")
+    for name, text in tables.items():
+        print(f"\n{name}\n\n{text}")
+        for page in PAGES if out is None else ():
+            report.include(results.ROOT / page, name, text)
 
 
 if __name__ == "__main__":

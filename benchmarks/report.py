@@ -1,32 +1,103 @@
-"""Results as Markdown: what README.md shows of them, and docs/benchmarks.md, which has every cell."""
+"""Results as Markdown: the tables of README.md and docs/benchmarks.md, where each lies between two comments."""
 
 import re
 import statistics
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.measure import OURS
-from benchmarks.peers import JAX_NN, OPTAX, YARDSTICKS
+from benchmarks.peers import JAX_NN, OPTAX, OPTAX_FLOAT32, TOKAMAX, TORCH, YARDSTICKS
 from benchmarks.results import Record, Results
 
 TIMED = ("logits", "linear", "step")
+OF = "our time over that of"
+COMPILED = "torch.compile"
+BEST, TOKAMAXES = [OPTAX, JAX_NN], [TOKAMAX, f"{TOKAMAX} chunked"]
+MARGINS = (0, 5, 10, 15, 20, 60)
 NONE = "-"
-CAPTIONS = {
-    "logits": "Our time over each peer's (median, quartiles), and over that of writing a fresh array like the logits, "
-    "on a GPU of copying them (until 2026-11-27 at the rate of a copy of 1 GiB): a loss with its gradient takes 1 of "
-    "the former at least, 1.5 of the latter. Memory: temporary bytes of the compiled program, in units of the logits.",
-    "linear": "Forward and both gradients, which are three products like `x @ weight` (on a GPU until 2026-11-27 at "
-    "the rate of 8192 x 8192 x 8192); memory as above. The loss of tokamax 0.0.17 chunked is wrong where the classes "
-    "are no multiple of 2048: it counts the zeros that it pads them with.",
-    "step": "A whole training step: embedding, two layers, head, AdamW. Memory: all that the step needs, in units of "
-    "the step with Optax's loss.",
-    "accuracy": "Relative errors of the loss / of the label's gradient, the worst of 512 rows; 1e+00 is a result of 0.",
-}
-PICTURES = {
-    "logits": "Our time over each peer's, of logits: a dot a cell, with its quartiles.",
-    "linear": "Our time over each peer's, of hidden states and a head, and of a training step.",
-}
+
+
+def tables(kept: list[Results]) -> dict[str, str]:
+    """Every table that these results have, by the name of its place."""
+    gpus, cpus = ([found for found in kept if found.machine["platform"] == platform] for platform in ("gpu", "cpu"))
+    told = [found for found in kept if found.of("accuracy")]
+    made = {
+        "gpus": [by_function(gpus)] if gpus else [],
+        "heads": [by_size(gpus)] if any(gpu.of("linear") for gpu in gpus) else [],
+        "cpus": [f"{by_format(cpu)}\n\n({source(cpu, timed(cpu))})" for cpu in cpus if timed(cpu)],
+        "accuracy": [f"{by_margin(found)}\n\n({source(found, found.of('accuracy'))})" for found in told[:1]],
+    }
+    return {name: "\n\n".join(texts) for name, texts in made.items() if texts}
+
+
+def include(path: Path, name: str, text: str) -> None:
+    """Puts `text` between the two comments of that name, where the file has them."""
+    pattern = rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
+    before = path.read_text()
+    path.write_text(re.sub(pattern, lambda place: place[1] + text + place[2], before, flags=re.DOTALL))
+
+
+def by_function(gpus: list[Results]) -> str:
+    """One row for each function and pass. Of PyTorch the larger of the cards' figures."""
+    every = [timed(gpu) for gpu in gpus]
+    rows = []
+    for kind in kinds(record for records in every for record in records):
+        cards = [of_kind(records, kind) for records in every]
+        best = [mean_and_worst(card, BEST) for card in cards]
+        others = [[mean_and_worst(card, [name]) for card in cards] for name in (TORCH, COMPILED)]
+        worse = [tuple(map(max, zip(*filter(None, of), strict=True))) for of in others]
+        rows.append([", ".join(kind), *map(shown, [*best, *worse])])
+        if any(mean_and_worst(card, [OPTAX_FLOAT32]) for card in cards):
+            of_float32 = [shown(mean_and_worst(card, [OPTAX_FLOAT32])) for card in cards]
+            rows.append([f"{', '.join(kind)}, {OPTAX_FLOAT32.replace(',', ' on')}", *of_float32, NONE, NONE])
+    names = [f"Optax or `jax.nn`, {short(gpu)}" for gpu in gpus]
+    return table([OF, *names, TORCH, f"`{COMPILED}`"], rows)
+
+
+def by_size(gpus: list[Results]) -> str:
+    """One row for each head, a figure for each card."""
+    of_cards = [{record["cell"].removesuffix(" bfloat16"): record for record in gpu.of("linear")} for gpu in gpus]
+    rows = []
+    for cell in unique(cell for card in of_cards for cell in card):
+        found = [card.get(cell) for card in of_cards]
+        milliseconds = [f"{record['milliseconds'][OURS]:.3g}" if record else NONE for record in found]
+        medians = [
+            [f"{record['ratios'][name][1]:.2f}" if record else NONE for record in found]
+            for name in (OPTAX, OPTAX_FLOAT32, TORCH, COMPILED)
+        ]
+        rows.append([cell, *(" / ".join(texts) for texts in (milliseconds, *medians))])
+    cards = " / ".join(map(short, gpus))
+    peers = ["Optax", OPTAX_FLOAT32, TORCH, f"`{COMPILED}`"]
+    return table([f"tokens x width x classes, {cards}", "ours, ms", *(f"over {peer}" for peer in peers)], rows)
+
+
+def by_format(cpu: Results) -> str:
+    """One row for each function and pass, a figure for each format."""
+    formats = unique(record["cell"].split()[-1] for record in timed(cpu))
+    rows = []
+    for kind in kinds(timed(cpu)):
+        chosen = of_kind(timed(cpu), kind)
+        of_format = [[record for record in chosen if record["cell"].endswith(f" {dtype}")] for dtype in formats]
+        for name, best in ((", ".join(kind), BEST), (f"{', '.join(kind)}, tokamax", TOKAMAXES)):
+            if any(mean_and_worst(records, best) for records in of_format):
+                peers = [best, [TORCH]] if best is BEST else [best]
+                found = [shown(mean_and_worst(records, names)) for names in peers for records in of_format]
+                rows.append([name, *found, *[NONE] * (2 * len(formats) - len(found))])
+    return table([OF, *(f"{peer}, {dtype}" for peer in ("Optax or `jax.nn`", TORCH) for dtype in formats)], rows)
+
+
+def by_margin(results: Results) -> str:
+    """Of float32 at a few margins, without `jax.nn`, whose errors are those of Optax."""
+    chosen = [r for r in results.of("accuracy") if r["dtype"] == "float32" and r["margin"] in MARGINS]
+    names = [name for name in unique(name for record in chosen for name in record["errors"]) if name != JAX_NN]
+    rows = []
+    for record in chosen:
+        errors = [" / ".join(f"{error:.0e}" for error in record["errors"][name]) for name in names]
+        rows.append([str(record["margin"]), f"{record['loss']:.1e}", *errors])
+    return table(["margin", "loss", *names], rows)
+
+
+# What the tables are made of.
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -39,54 +110,27 @@ def pivot(entries: dict[tuple[str, str], str]) -> str:
     return table(["", *columns], [[row, *(entries.get((row, column), NONE) for column in columns)] for row in rows])
 
 
-def page(results: Results, drawn: dict[str, str]) -> str:
-    """Shows everything that a file of results holds; `drawn` has the addresses of its pictures, by part."""
-    parts = [f"## {heading(results)}", means(results), *(picture(results, part, drawn[part]) for part in drawn)]
-    for part, caption in CAPTIONS.items():
-        if chosen := results.of(part):
-            cells = times_table(chosen) if part in TIMED else accuracy_table(chosen)
-            parts += [f"### {part}", caption, cells, source(chosen)]
-    return "\n\n".join(part for part in parts if part) + "\n"
+def timed(results: Results) -> list[Record]:
+    return [record for part in TIMED for record in results.of(part)]
 
 
-def heading(results: Results) -> str:
-    machine = results.machine
-    cores = f"{machine['cores']} cores of {machine['processor']}"
-    return f"JAX {machine['jax']}, {cores if machine['platform'] == 'cpu' else machine['device']}"
+def kinds(chosen: Iterable[Record]) -> list[tuple[str, str]]:
+    return list(dict.fromkeys((record["what"], record["passes"]) for record in chosen))
 
 
-def picture(results: Results, part: str, address: str) -> str:
-    """A picture and its caption, which says where it was measured."""
-    return f"![{PICTURES[part]}]({address})\n\n*{PICTURES[part]} {heading(results)}.*"
+def of_kind(chosen: list[Record], kind: tuple[str, str]) -> list[Record]:
+    return [record for record in chosen if (record["what"], record["passes"]) == kind]
 
 
-def source(chosen: list[Record]) -> str:
-    """Says what was run, when and with what: of the newest record of a part, and how many are older."""
-    newest = max(chosen, key=lambda record: record["date"])
-    versions = ", ".join(f"{name} {number}" for name, number in newest["versions"].items())
-    dates = Counter(record["date"] for record in chosen if record["date"] != newest["date"])
-    older = "".join(f" {number} cells are from {date}." for date, number in dates.items())
-    return f"(`python -m benchmarks {newest['part']}`, {newest['date']}, load {newest['load']}, {versions}.{older})"
-
-
-def means(results: Results) -> str:
-    """One row for each function and pass: the geometric mean over the sizes, and the worst cell in brackets."""
-    timed = [record for part in TIMED for record in results.of(part)]
-    kinds = dict.fromkeys((record["what"], record["passes"]) for record in timed)
-    others = [name for name in peers_of(timed) if name not in (OPTAX, JAX_NN)]
-    rows = []
-    for kind in kinds:
-        chosen = [record for record in timed if (record["what"], record["passes"]) == kind]
-        columns = [best_ratios(chosen, names) for names in ([OPTAX, JAX_NN], *([name] for name in others))]
-        cells = [f"{statistics.geometric_mean(n):.2f} ({max(n):.2f})" if n else NONE for n in columns]
-        rows.append([", ".join(kind), *cells])
-    return table(["our time over that of", "the best of Optax, jax.nn", *others], rows) if rows else ""
-
-
-def best_ratios(chosen: list[Record], names: list[str]) -> list[float]:
-    """Our time over that of the fastest of these peers, for each record that has one of them."""
+def mean_and_worst(chosen: list[Record], names: list[str]) -> tuple[float, float] | None:
+    """Of our time over that of the fastest of these peers in each cell: the geometric mean, and the worst cell's."""
     ratios = [[record["ratios"][name][1] for name in names if name in record["ratios"]] for record in chosen]
-    return [max(found) for found in ratios if found]
+    slowest = [max(found) for found in ratios if found]
+    return (statistics.geometric_mean(slowest), max(slowest)) if slowest else None
+
+
+def shown(figures: tuple[float, ...] | None) -> str:
+    return f"{figures[0]:.2f} ({figures[1]:.2f})" if figures else NONE
 
 
 def peers_of(chosen: list[Record]) -> list[str]:
@@ -97,53 +141,22 @@ def unique(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def times_table(chosen: list[Record]) -> str:
-    """One row for each cell: our time over each peer's and the yardstick's, milliseconds on a GPU, memory."""
-    names = unique(name for record in chosen for name in record["ratios"])
-    columns = {f"/ {name}": [quartiles(record["ratios"].get(name)) for record in chosen] for name in names}
-    columns["ours, ms"] = [f"{r['milliseconds'][OURS]:.3g}" if "milliseconds" in r else NONE for r in chosen]
-    for name in unique(name for record in chosen for name in record.get("memory", {})):
-        memory = [record.get("memory", {}).get(name) for record in chosen]
-        columns[f"memory, {name}"] = [NONE if number is None else f"{number:.3f}" for number in memory]
-    columns = {name: column for name, column in columns.items() if set(column) != {NONE}}
-    kinds = [[f"{record['what']}, {record['passes']}", record["cell"]] for record in chosen]
-    rows = [[*kind, *row] for kind, row in zip(kinds, zip(*columns.values(), strict=True), strict=True)]
-    return table(["what", "cell", *columns], rows)
+def heading(results: Results) -> str:
+    machine = results.machine
+    cores = f"{machine['cores']} cores of {machine['processor']}"
+    return f"JAX {machine['jax']}, {cores if machine['platform'] == 'cpu' else machine['device']}"
 
 
-def quartiles(numbers: list[float] | None) -> str:
-    return NONE if numbers is None else f"{numbers[1]:.2f} ({numbers[0]:.2f}-{numbers[2]:.2f})"
+def short(gpu: Results) -> str:
+    """H100, of NVIDIA H100 80GB HBM3."""
+    return " ".join(gpu.machine["device"].split()[1:2]) or gpu.machine["device"]
 
 
-def accuracy_table(chosen: list[Record]) -> str:
-    names = unique(name for record in chosen for name in record["errors"])
-    rows = []
-    for record in chosen:
-        errors = [" / ".join(f"{error:.0e}" for error in record["errors"][name]) for name in names]
-        rows.append([record["dtype"], str(record["margin"]), f"{record['loss']:.1e}", *errors])
-    return table(["dtype", "margin", "loss", *names], rows)
-
-
-# What README.md shows.
-
-
-def summary(results: Results, drawn: dict[str, str]) -> str:
-    shown = [picture(results, part, drawn[part]) for part in drawn if part == "logits"]
-    return "\n\n".join([f"{heading(results)}; geometric mean over the grid (worst cell):", means(results), *shown])
-
-
-def few_margins(results: Results) -> str:
-    """The table of float32 at a few margins, without `jax.nn`, whose errors are those of Optax."""
-    chosen = [
-        {**record, "errors": {name: errors for name, errors in record["errors"].items() if name != JAX_NN}}
-        for record in results.of("accuracy")
-        if record["dtype"] == "float32" and record["margin"] in (0, 5, 10, 15, 20, 30, 60)
-    ]
-    return "\n\n".join([accuracy_table(chosen), source(results.of("accuracy"))])
-
-
-def include(path: Path, name: str, text: str) -> None:
-    """Puts `text` between the two comments of that name, where the file has them."""
-    pattern = rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
-    before = path.read_text()
-    path.write_text(re.sub(pattern, lambda place: place[1] + text + place[2], before, flags=re.DOTALL))
+def source(results: Results, chosen: list[Record]) -> str:
+    """Says where and when these were measured, and with which versions."""
+    first, last = min(record["date"] for record in chosen), max(record["date"] for record in chosen)
+    newest = max(chosen, key=lambda record: record["date"])
+    versions = ", ".join(f"{name} {number}" for name, number in newest["versions"].items() if name != "jaxlib")
+    cores = f"{results.machine['cores']} cores of {results.machine['processor']}"
+    where = cores if results.machine["platform"] == "cpu" else results.machine["device"]
+    return f"{where}, {first if first == last else f'{first} to {last}'}, {versions}"

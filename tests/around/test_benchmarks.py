@@ -1,6 +1,7 @@
 """The benchmarks on tiny sizes: records, tables, pictures, kept results. No time is judged."""
 
 import json
+import re
 import statistics
 import sys
 from contextlib import contextmanager
@@ -76,53 +77,26 @@ def test_every_part_leaves_records(quick):
 
 @pytest.mark.thorough
 def test_tables_and_pictures_are_made(folder, quick):
-    page = (folder / "benchmarks.md").read_text()
-    for part in command.PARTS:
-        assert f"### {part}" in page
+    made = report.tables([quick])
+    assert made.keys() == {"cpus", "accuracy"}
     for record in quick.records:
-        assert record["cell"] in page or record["part"] == "accuracy"
-    for name in ("logits", "linear"):
-        (path,) = folder.glob(f"pictures/{name}-*.png")
-        assert f"](pictures/{path.name})" in page
-        assert np.ptp(matplotlib.image.imread(path)) > 0
+        assert record["what"] in made["cpus"] or str(record["margin"]) in made["accuracy"]
+    drawn = list((folder / "pictures").iterdir())
+    assert {path.name for path in drawn} == {"times_cpu.png", "errors.png"}
+    assert all(np.ptp(matplotlib.image.imread(path)) > 0 for path in drawn)
 
 
-def test_pages_show_the_kept_results(tmp_path, monkeypatch):
-    monkeypatch.setattr(pictures, "draw_ratios", lambda chosen: pictures.Figure())
-    summaries = command.publish(results.KEPT, tmp_path)
-    assert (tmp_path / "benchmarks.md").read_text() == (ROOT / "docs/benchmarks.md").read_text()
-    for path in (tmp_path / "pictures").iterdir():
-        assert (ROOT / "docs" / "pictures" / path.name).exists()
-    assert f"<!-- accuracy -->\n{summaries['accuracy']}\n<!-- /accuracy -->" in (ROOT / "README.md").read_text()
-
-
-def test_readme_shows_the_times_of_both_cards():
-    """Those that this version still has: softmax and log_softmax were rewritten since. A failure shows the table."""
-    header = ["our time over that of", "Optax or `jax.nn`, H100", "the same, H200", "PyTorch", "`torch.compile`"]
-    kinds = [*((what, passes) for what in (INTEGER, DENSE) for passes in (FORWARD, GRADIENT))]
-    kinds += [(STATISTICS, GRADIENT), (LINEAR, GRADIENT)]
-    rows = [[", ".join(kind), *times_of_cards(*kind, [OPTAX, JAX_NN], [TORCH], ["torch.compile"])] for kind in kinds]
-    float32 = times_of_cards(LINEAR, GRADIENT, ["Optax, float32 logits"], [], [])
-    rows.append(["linear, forward + gradient, Optax on float32 logits", *float32])
-    assert report.table(header, rows) in (ROOT / "README.md").read_text()
-
-
-def times_of_cards(what, passes, best, *others):
-    """Of the best of these peers on each card: the mean and the worst cell. Of each other peer: the larger of the two
-    cards' figures."""
-    found = [
-        [report.best_ratios([record for record in card if record["passes"] == passes], names) for card in cards(what)]
-        for names in (best, *others)
-    ]
-    told = [[(statistics.geometric_mean(ratios), max(ratios)) for ratios in of if ratios] for of in found]
-    chosen = [*told[0], *(tuple(map(max, zip(*of, strict=True))) for of in told[1:])]
-    return [f"{of[0]:.2f} ({of[1]:.2f})" if of else report.NONE for of in chosen]
-
-
-def cards(what):
-    for name in ("h100-80gb-hbm3", "h200"):
-        kept = results.load(results.KEPT / f"nvidia-{name}-0.11.2.jsonl").records
-        yield [record for record in kept if record["what"] == what]
+@pytest.mark.parametrize("page", command.PAGES)
+def test_pages_show_the_kept_results(page, tmp_path, monkeypatch):
+    """After a new run: `python -m benchmarks tables`."""
+    for name in ("draw_ratios", "draw_errors"):
+        monkeypatch.setattr(pictures, name, lambda *_: pictures.Figure())
+    made, text = command.publish(results.KEPT, tmp_path), (ROOT / page).read_text()
+    places = re.findall(r"<!-- (\w+) -->\n(.*?)\n<!-- /\1 -->", text, flags=re.DOTALL)
+    assert places and all(shown == made[name] for name, shown in places)
+    for path in tmp_path.iterdir():
+        assert (ROOT / "docs/pictures" / path.name).exists()
+    assert all((ROOT / "docs" / shown).exists() for shown in re.findall(r"pictures/\w+\.png", text))
 
 
 def test_a_cell_that_is_measured_again_replaces_its_own_record(tmp_path):
@@ -139,16 +113,28 @@ def test_a_cell_that_is_measured_again_replaces_its_own_record(tmp_path):
     kept = results.load(path).of("logits")
     assert [(of["cell"], of["ratios"][OPTAX][1]) for of in kept] == [("1 x 2", 1), ("3 x 4", 2)]
     assert kept[0]["date"] == "2001-01-01" != kept[1]["date"]
-    assert "1 cells are from 2001-01-01" in report.source(kept)
+    assert f"2001-01-01 to {kept[1]['date']}" in report.source(results.load(path), kept)
 
 
 def test_means_are_over_the_best_peer_of_each_cell():
-    def record(optax, jax_nn, peer):
-        ratios = {OPTAX: [0, optax, 9], "jax.nn": [0, jax_nn, 9], "PyTorch": [0, peer, 9]}
-        return {"part": "logits", "what": INTEGER, "passes": FORWARD, "cell": "", "ratios": ratios}
+    def record(optax, jax_nn):
+        return {"ratios": {OPTAX: [0, optax, 9], JAX_NN: [0, jax_nn, 9], TORCH: [0, 7, 9]}}
 
-    found = report.means(results.Results({}, [record(0.5, 0.25, 2.0), record(1.0, 2.0, 0.5)]))
-    assert found.splitlines()[-1] == "| integer labels, forward | 1.00 (2.00) | 1.00 (2.00) |"
+    assert report.mean_and_worst([record(0.5, 0.25), record(1.0, 2.0)], [OPTAX, JAX_NN]) == (1.0, 2.0)
+    assert report.mean_and_worst([record(0.5, 0.25)], ["tokamax"]) is None
+
+
+def test_of_two_cards_the_worse_counts_for_pytorch():
+    def card(device, ratio, worst):
+        records = [
+            {"part": "logits", "what": INTEGER, "passes": FORWARD, "cell": "", "ratios": {TORCH: [of] * 3}}
+            for of in (ratio**2 / worst, worst)
+        ]
+        return results.Results({"device": device}, records)
+
+    text = report.by_function([card("NVIDIA H100 80GB HBM3", 0.5, 0.625), card("NVIDIA H200", 0.25, 1.0)])
+    assert text.splitlines()[0].split(" | ")[1:3] == ["Optax or `jax.nn`, H100", "Optax or `jax.nn`, H200"]
+    assert text.splitlines()[-1] == "| integer labels, forward | - | - | 0.50 (1.00) | - |"
 
 
 @pytest.mark.parametrize("what", [INTEGER, DENSE, STATISTICS, KL, LOG_SOFTMAX, LINEAR])
