@@ -153,8 +153,9 @@ def cross_entropy(
     >>> jax.grad(cross_entropy)(logits, labels).shape
     (2, 3)
 
-    Prieto et al., "Grokking at the Edge of Numerical Stability", ICLR 2025, on why it matters; Szegedy et al., CVPR
-    2016 (label smoothing); Chowdhery et al., "PaLM", 2022 (z-loss); Gemma Team, "Gemma 2", 2024 (softcap).
+    Prieto et al., "Grokking at the Edge of Numerical Stability", ICLR 2025, arXiv:2501.04697, on why it matters;
+    Szegedy et al., CVPR 2016, arXiv:1512.00567 (label smoothing); Chowdhery et al., "PaLM", 2022, arXiv:2204.02311
+    (z-loss); Gemma Team, "Gemma 2", 2024, arXiv:2408.00118 (softcap).
     """
     source = given_logits("logits", logits)
     options = Options(where, weights, ignore_index, class_weights, label_smoothing, z_loss, logit_scale, softcap)
@@ -251,7 +252,8 @@ def linear_cross_entropy(
     2.45191
     >>> dx, dweight = jax.grad(linear_cross_entropy, argnums=(0, 1))(x, weight, labels)
 
-    Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", ICLR 2025; Hsu et al., "Liger Kernel", 2024.
+    Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", ICLR 2025, arXiv:2411.09009; Hsu et al.,
+    "Liger Kernel", 2024, arXiv:2410.10989.
     """
     source = head(x, weight, bias, transpose_weight, dtype)
     options = Options(where, weights, ignore_index, class_weights, label_smoothing, z_loss, logit_scale, softcap)

@@ -114,8 +114,8 @@ def kl_divergence(
     >>> print(f"{kl_divergence(student, teacher_probs=jnp.array([[0.5, 0.5, 0.0]]), beta=0.5):.5f}")
     0.21576
 
-    Hinton et al., "Distilling the Knowledge in a Neural Network", 2015; Agarwal et al., "On-Policy Distillation of
-    Language Models" (generalized Jensen-Shannon), ICLR 2024.
+    Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, arXiv:1503.02531; Agarwal et al., "On-Policy
+    Distillation of Language Models", ICLR 2024, arXiv:2306.13649 (generalized Jensen-Shannon).
     """
     student = given_logits("logits", logits)
     axis = class_axis("logits", student.shape, axis)
@@ -169,7 +169,7 @@ def linear_kl_divergence(
     0.05776
     >>> dx, dweight = jax.grad(loss, (0, 1))(x, weight)
 
-    Hsu et al., "Liger Kernel", 2024 (the fused linear form).
+    Hsu et al., "Liger Kernel", 2024, arXiv:2410.10989 (the fused linear form).
     """
     student = head(x, weight, bias, transpose_weight, dtype)
     given = {

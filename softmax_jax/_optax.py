@@ -142,7 +142,8 @@ def poly_loss_cross_entropy(
     >>> f"{poly_loss_cross_entropy(jnp.array([30.0, 0.0]), jnp.array([1.0, 0.0])):.6e}"
     '2.807287e-13'
 
-    Leng et al., "PolyLoss: A Polynomial Expansion Perspective of Classification Loss Functions", ICLR 2022.
+    Leng et al., "PolyLoss: A Polynomial Expansion Perspective of Classification Loss Functions", ICLR 2022,
+    arXiv:2204.12511.
     """
     logits = floating("logits", logits)
     axes = axes_of("logits", logits.shape, axis)

@@ -58,7 +58,8 @@ def label_statistics(
     >>> statistics.correct.tolist(), statistics.rank.tolist()
     ([False, True], [1, 0])
 
-    Schulman et al., "Proximal Policy Optimization Algorithms", 2017 (the uses of log_prob and entropy).
+    Schulman et al., "Proximal Policy Optimization Algorithms", 2017, arXiv:1707.06347 (the uses of log_prob and
+    entropy).
     """
     source = given_logits("logits", logits)
     options = Options(where, ignore_index=ignore_index, logit_scale=logit_scale, softcap=softcap)

@@ -1,5 +1,5 @@
-"""What the site adds to Markdown: formulas, which are indented blocks, and doctests, which begin with `>>>`; all other
-code is fenced. A hook of MkDocs, so that pages and docstrings have both."""
+"""What the site adds to Markdown: formulas, which are indented blocks, doctests, which begin with `>>>`, and links of
+papers; all other code is fenced. A hook of MkDocs, so that pages and docstrings have both."""
 
 import html
 import xml.etree.ElementTree as etree
@@ -51,11 +51,23 @@ class Indices(InlineProcessor):
         return whole, m.start(0), m.end(0)
 
 
+class Papers(InlineProcessor):
+    """arXiv:1512.00567, as docstrings have it: a link."""
+
+    PATTERN = r"arXiv:(\d{4}\.\d{5})"
+
+    def handleMatch(self, m, data):
+        link = etree.Element("a", href=f"https://arxiv.org/abs/{m[1]}")
+        link.text = m[0]
+        return link, m.start(0), m.end(0)
+
+
 class FormulaExtension(Extension):
     def extendMarkdown(self, md):
         md.treeprocessors.register(Formulas(md), "formulas", 31)  # pymdownx.highlight has 30
         md.inlinePatterns.register(Indices(Indices.PATTERN, md), "indices", 75)  # emphasis has 60, code 190
         md.inlinePatterns.register(Indices(Indices.AFTER_BRACKET, md), "indices after a bracket", 74)
+        md.inlinePatterns.register(Papers(Papers.PATTERN, md), "papers", 73)
         md.preprocessors.register(Doctests(md), "doctests", 29)  # fences have 25
 
 
