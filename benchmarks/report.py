@@ -13,6 +13,7 @@ TIMED = ("logits", "linear", "step")
 OF = "our time over that of"
 COMPILED = "torch.compile"
 BEST, TOKAMAXES = [OPTAX, JAX_NN], [TOKAMAX, f"{TOKAMAX} chunked"]
+FEW = 16  # classes
 MARGINS = (0, 5, 10, 15, 20, 60)
 NONE = "-"
 
@@ -72,18 +73,25 @@ def by_size(gpus: list[Results]) -> str:
 
 
 def by_format(cpu: Results) -> str:
-    """One row for each function and pass, a figure for each format."""
+    """One row for each function and pass, a figure for each format; those of few classes behind the others."""
     formats = unique(record["cell"].split()[-1] for record in timed(cpu))
-    rows = []
+    rows: dict[bool, list[list[str]]] = {False: [], True: []}
     for kind in kinds(timed(cpu)):
-        chosen = of_kind(timed(cpu), kind)
-        of_format = [[record for record in chosen if record["cell"].endswith(f" {dtype}")] for dtype in formats]
-        for name, best in ((", ".join(kind), BEST), (f"{', '.join(kind)}, tokamax", TOKAMAXES)):
-            if any(mean_and_worst(records, best) for records in of_format):
-                peers = [best, [TORCH]] if best is BEST else [best]
-                found = [shown(mean_and_worst(records, names)) for names in peers for records in of_format]
-                rows.append([name, *found, *[NONE] * (2 * len(formats) - len(found))])
-    return table([OF, *(f"{peer}, {dtype}" for peer in ("Optax or `jax.nn`", TORCH) for dtype in formats)], rows)
+        for few in rows:
+            chosen = [record for record in of_kind(timed(cpu), kind) if few == (classes_of(record) <= FEW)]
+            of_format = [[record for record in chosen if record["cell"].endswith(f" {dtype}")] for dtype in formats]
+            for peers in ([BEST, [TORCH]], [TOKAMAXES]):
+                found = [mean_and_worst(records, names) for names in peers for records in of_format]
+                if any(found[: len(formats)]):
+                    name = [
+                        *kind,
+                        *([f"up to {FEW} classes"] if few else []),
+                        *(["tokamax"] if TOKAMAXES in peers else []),
+                    ]
+                    blank = [NONE] * (2 * len(formats) - len(found))
+                    rows[few].append([", ".join(name), *map(shown, found), *blank])
+    header = [f"{peer}, {dtype}" for peer in ("Optax or `jax.nn`", TORCH) for dtype in formats]
+    return table([OF, *header], [*rows[False], *rows[True]])
 
 
 def by_margin(results: Results) -> str:
@@ -120,6 +128,10 @@ def kinds(chosen: Iterable[Record]) -> list[tuple[str, str]]:
 
 def of_kind(chosen: list[Record], kind: tuple[str, str]) -> list[Record]:
     return [record for record in chosen if (record["what"], record["passes"]) == kind]
+
+
+def classes_of(record: Record) -> int:
+    return int(record["cell"].split()[-2])
 
 
 def mean_and_worst(chosen: list[Record], names: list[str]) -> tuple[float, float] | None:
