@@ -111,6 +111,7 @@ SIZES = {
         for tokens in (1024, 4096, 8192, 65536)
     ],
 }
+HEADS = "tokens x width x classes"
 SHOWN = {"moved": DEVICES, "sizes": ["H200", "TPU v6e"], "attention": DEVICES, "heads": ["H200", "H100"]}
 
 
@@ -141,17 +142,7 @@ def costs(case: Case) -> list[Cost]:
     return [cost(case.device, f, operands, math.prod(case.shape) * itemsize) for f in functions]
 
 
-# The tables of README.md and docs/performance_notes.md.
-
-README_DEVICES = ["H100", "A100", "TPU v5e", "TPU v6e"]
-README_ROWS = [
-    "integer labels, forward",
-    "integer labels, with gradient",
-    "dense labels, with gradient",
-    ACCURACY,
-    "KL from logits, with gradient",
-    "softmax, gradient",
-]
+# The tables of docs/performance_notes.md.
 
 
 def joined(found: list[Cost], quantity: str, form: str) -> str:
@@ -161,13 +152,11 @@ def joined(found: list[Cost], quantity: str, form: str) -> str:
 
 
 def tables(found: dict[Case, list[Cost]]) -> dict[str, str]:
-    entries: dict[str, dict[tuple[str, str], str]] = {table: {} for table in ("compiled", *SIZES)}
+    entries: dict[str, dict[tuple[str, str], str]] = {table: {} for table in SIZES}
     for case, of in found.items():
         table, moved = entries[case.table], joined(of, "moved", ".1f")
         if case.table == "moved":
             table[case.what, case.device] = moved
-            if case.what in README_ROWS and case.device in README_DEVICES:
-                entries["compiled"][case.what, case.device] = moved
         elif case.table == "sizes":
             table[case.what, f"{case.device}, {case.size}"] = moved
         elif case.table == "attention":
@@ -177,7 +166,7 @@ def tables(found: dict[Case, list[Cost]]) -> dict[str, str]:
             head = " x ".join(map(str, case.shape))
             table[head, f"{case.device}, MiB"] = joined(of, "temporary", ".0f")
             table[head, f"{case.device}, ms"] = joined(of, "milliseconds", ".3g")
-    return {name: report.pivot(of) for name, of in entries.items()}
+    return {name: report.pivot(of, HEADS if name == "heads" else "") for name, of in entries.items()}
 
 
 def main(only: str) -> None:
@@ -187,8 +176,7 @@ def main(only: str) -> None:
         return json.dump({str(case): costs(case) for case in chosen}, sys.stdout)
     for name, text in tables({case: costs(case) for case in cases(SHOWN)}).items():
         print(text, end="\n\n")
-        for page in ("README.md", "docs/performance_notes.md"):
-            report.include(results.ROOT / page, name, text)
+        report.include(results.ROOT / "docs/performance_notes.md", name, text)
 
 
 if __name__ == "__main__":

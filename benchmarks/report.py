@@ -112,10 +112,10 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
 
 
-def pivot(entries: dict[tuple[str, str], str]) -> str:
+def pivot(entries: dict[tuple[str, str], str], corner: str) -> str:
     """A table of texts by (row, column)."""
     rows, columns = (list(dict.fromkeys(names)) for names in zip(*entries, strict=True))
-    return table(["", *columns], [[row, *(entries.get((row, column), NONE) for column in columns)] for row in rows])
+    return table([corner, *columns], [[row, *(entries.get((row, column), NONE) for column in columns)] for row in rows])
 
 
 def timed(results: Results) -> list[Record]:
