@@ -45,7 +45,7 @@ class Source:
 
 
 def given_logits(name: str, logits: Any) -> Source:
-    logits = floating(name, logits)
+    logits = floating(name, logits, "Class ids come behind them." if name == "logits" else "")
     return Source(logits, dtype=logits.dtype)
 
 
@@ -62,9 +62,12 @@ def head(x: Any, weight: Any, bias: Any, transpose_weight: bool, dtype: Any = No
         )
     classes, embed = weight.shape if transpose_weight else weight.shape[::-1]
     if x.shape[-1] != embed:
+        way_out = f"Pass the hidden states that this head takes, [..., {embed}]."
+        if x.shape[-1] == classes:
+            way_out = f"Pass `{prefix}transpose_weight={not transpose_weight}` if yours is {other}."
         raise ValueError(
-            f"`{x_name}` and `{weight_name}` must share the embed axis; got {shapes}. `{weight_name}` is {layout}: "
-            f"pass `{prefix}transpose_weight={not transpose_weight}` if yours is {other}."
+            f"`{x_name}` and `{weight_name}` must share the embed axis; got {shapes}, and `{weight_name}` is {layout}. "
+            f"{way_out}"
         )
     if classes == 0:
         raise ValueError(

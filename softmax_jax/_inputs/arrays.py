@@ -122,10 +122,11 @@ def array(name: str, value: Any) -> Array:
         raise TypeError(f"`{name}` must be an array; got {got}. Pass {way_out}.") from None
 
 
-def floating(name: str, x: Any) -> Array:
+def floating(name: str, x: Any, hint: str = "") -> Array:
     x = array(name, x)
     if not is_floating(x):
-        raise TypeError(f"`{name}` must be floating; got dtype {x.dtype}. Pass `{name}.astype(jnp.float32)`.")
+        way_out = f"{hint} Pass `{name}.astype(jnp.float32)`.".strip()
+        raise TypeError(f"`{name}` must be floating; got dtype {x.dtype}. {way_out}")
     return x
 
 

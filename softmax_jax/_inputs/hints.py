@@ -65,10 +65,11 @@ def hinted(function: Callable[P, R]) -> Callable[P, R]:
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if len(args) > len(by_position):
             raise TypeError(_by_keyword(function.__name__, len(args), by_position, names))
-        if known.issuperset(kwargs):
+        given = by_position[: len(args)]
+        if known.issuperset(kwargs) and kwargs.keys().isdisjoint(given):
             return function(*args, **kwargs)
-        unknown = [name for name in kwargs if name not in known]
-        raise TypeError("\n".join(_hint(function.__name__, name, names) for name in unknown))
+        wrong = [name for name in kwargs if name not in known or name in given]
+        raise TypeError("\n".join(_hint(function.__name__, name, names, name in given) for name in wrong))
 
     return call
 
@@ -81,11 +82,15 @@ def _by_keyword(function: str, given: int, by_position: list[str], names: list[s
     return f"{function}() takes {first} by position; got {given} arguments. Pass the others by keyword{meant}."
 
 
-def _hint(function: str, name: str, names: list[str]) -> str:
-    meant = {here: note for here, note in ELSEWHERE.get(name, {}).items() if here in names}
-    meant = meant or dict.fromkeys(difflib.get_close_matches(name, names, 1, 0.7), "")
-    error = f"{function}() got an unexpected keyword argument '{name}'. "
+def _hint(function: str, name: str, names: list[str], twice: bool) -> str:
+    """Of a name that the function does not have, or that is given `twice`, by position and by keyword."""
+    others = [here for here in names if here != name]
+    meant = {here: note for here, note in ELSEWHERE.get(name, {}).items() if here in others}
+    if not twice:
+        meant = meant or dict.fromkeys(difflib.get_close_matches(name, others, 1, 0.7), "")
+    error = f"{function}() got {'multiple values for' if twice else 'an unexpected keyword'} argument '{name}'."
     if not meant:
-        return f"{error}Its arguments are {', '.join(f'`{here}`' for here in names)}."
+        way_out = "Pass one of them." if twice else f"Its arguments are {', '.join(f'`{here}`' for here in names)}."
+        return f"{error} {way_out}"
     here, note = next(iter(meant.items()))
-    return f"{error}Did you mean `{here}`{f' ({note})' if note else ''}?"
+    return f"{error} Did you mean `{here}`{f' ({note})' if note else ''}?"

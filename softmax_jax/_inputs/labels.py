@@ -159,14 +159,28 @@ def check_labels(labels: Any, shape: Shape, axis: int, only_ids: str | None = No
         )
     kind, expected = ("integer", batch) if is_ids else ("floating", shape)
     if labels.shape != expected:
-        fits = [a for a in range(len(shape)) if labels.shape == shape[:a] + shape[a + 1 :]]
         raise ValueError(
             f"{kind} `labels` must have shape {expected}; got labels.shape={labels.shape} for logits of shape {shape} "
-            f"with the classes on axis {axis}. Class ids are integers of shape {batch}; probabilities are floats of "
-            f"shape {shape}: cast `labels` to the kind that you mean, or reshape it."
-            + (f" They fit classes on axis {fits[0]}." if is_ids and fits else "")
+            f"with the classes on axis {axis}. {_way_out(labels.shape, is_ids, shape, axis)}"
         )
     return Ids(labels) if is_ids else Dense(labels)
+
+
+def _way_out(given: Shape, is_ids: bool, shape: Shape, axis: int) -> str:
+    """What labels of the wrong shape are likely to be."""
+    batch = shape[:axis] + shape[axis + 1 :]
+    fits = [a for a in range(len(shape)) if given == shape[:a] + shape[a + 1 :]]
+    if given == (shape if is_ids else batch):
+        return (
+            "One-hot integers are probabilities: pass `labels.astype(jnp.float32)`."
+            if is_ids
+            else "These are class ids in floats: pass `labels.astype(jnp.int32)`."
+        )
+    if given == (*batch, 1):
+        return "Pass `labels.squeeze(-1)`, without the axis of size 1."
+    if is_ids and fits:
+        return f"They fit classes on axis {fits[0]}: pass `axis={fits[0]}`."
+    return f"Pass class ids, integers of shape {batch}, or probabilities, floats of shape {shape}."
 
 
 def check_sparse_labels(labels: SparseLabels, batch: Shape) -> Sparse:

@@ -230,6 +230,7 @@ def test_one_chunk_is_the_plain_path(rng):
             ValueError,
             r"x.shape=\(3, 4\).*weight.shape=\(5, 4\).*transpose_weight",
         ),
+        ({"x": np.ones((3, 7), np.float32)}, ValueError, r"the hidden states that this head takes, \[\.\.\., 4\]"),
         ({"weight": np.ones(4, np.float32)}, ValueError, r"weight.shape=\(4,\)"),
         ({"weight": np.ones((4, 0), np.float32)}, ValueError, "no classes"),
         ({"weight": np.ones((4, 5), np.int32)}, TypeError, "`weight` must be floating; got dtype int32"),

@@ -39,13 +39,16 @@ PIXELS = np.zeros((2, 5, 3, 3), np.float32)  # classes on axis 1
 @pytest.mark.parametrize(
     ("error", "fragments", "arguments"),
     [
-        (ValueError, ["(4,)", "(5,)", "reshape"], (LOGITS, np.zeros(5, np.int32), {})),
-        (ValueError, ["(4,)", "(4, 1)", "reshape"], (LOGITS, np.zeros((4, 1), np.int32), {})),
+        (ValueError, ["(4,)", "(5,)", "integers of shape (4,)"], (LOGITS, np.zeros(5, np.int32), {})),
+        (ValueError, ["(4,)", "(4, 1)", "labels.squeeze(-1)"], (LOGITS, np.zeros((4, 1), np.int32), {})),
         (ValueError, ["(4, 7)", "(4, 6)"], (LOGITS, np.zeros((4, 6), np.float32), {})),
         (ValueError, ["(4, 7)", "(7, 4)"], (LOGITS, DENSE.T, {})),
         (ValueError, ["(4, 4)", "(4,)", "floats"], (SQUARE, np.zeros(4, np.float32), {})),
+        (ValueError, ["class ids in floats", "astype(jnp.int32)"], (LOGITS, np.zeros(4, np.float32), {})),
+        (ValueError, ["One-hot", "astype(jnp.float32)"], (LOGITS, np.eye(4, 7, dtype=np.int32), {})),
+        (TypeError, ["int32", "Class ids come behind"], (IDS, LOGITS, {})),
         (ValueError, ["(4, 4)", "(4,)", "integers"], (SQUARE, np.zeros((4, 4), np.int32), {})),
-        (ValueError, ["(4, 7)", "(4,)", "axis 0", "fit classes on axis 1"], (LOGITS, IDS, {"axis": 0})),
+        (ValueError, ["(4, 7)", "(4,)", "axis 0", "fit classes on axis 1: pass `axis=1`"], (LOGITS, IDS, {"axis": 0})),
         (ValueError, ["(2, 5, 3)", "(2, 3, 3)", "fit classes on axis 1"], (PIXELS, np.zeros((2, 3, 3), np.int32), {})),
         (TypeError, ["bool", "astype(jnp.int32)"], (LOGITS, np.zeros(4, bool), {})),
         (TypeError, ["complex64", "astype"], (LOGITS, np.zeros(4, np.complex64), {})),
@@ -281,6 +284,15 @@ def test_a_name_from_elsewhere_or_misspelt_is_told_what_is_meant(f, name, hint):
         with pytest.raises(TypeError) as caught:
             call(**{name: ARRAY})
         assert str(caught.value) == f"{f.__name__}() got an unexpected keyword argument '{name}'. Did you mean {hint}?"
+
+
+def test_an_argument_that_is_given_twice_is_told_what_is_meant():
+    """PyTorch's `weight` beside the head's."""
+    meant = r"multiple values for argument 'weight'\. Did you mean `class_weights` \(one number a class"
+    with pytest.raises(TypeError, match=meant):
+        linear_cross_entropy(LOGITS, DENSE.T, IDS, weight=np.ones(4, np.float32))
+    with pytest.raises(TypeError, match=r"multiple values for argument 'labels'\. Pass one of them\."):
+        cross_entropy(LOGITS, IDS, labels=IDS)
 
 
 def test_each_of_several_unknown_names_has_its_line():
