@@ -12,7 +12,7 @@ from benchmarks.results import Record, Results
 TIMED = ("logits", "linear", "step")
 OF = "our time over that of"
 COMPILED = "torch.compile"
-BEST, TOKAMAXES = [OPTAX, JAX_NN], [TOKAMAX, f"{TOKAMAX} chunked"]
+BEST = [OPTAX, JAX_NN]
 FEW = 16  # classes
 MARGINS = (0, 5, 10, 15, 20, 60)
 NONE = "-"
@@ -80,13 +80,13 @@ def by_format(cpu: Results) -> str:
         for few in rows:
             chosen = [record for record in of_kind(timed(cpu), kind) if few == (classes_of(record) <= FEW)]
             of_format = [[record for record in chosen if record["cell"].endswith(f" {dtype}")] for dtype in formats]
-            for peers in ([BEST, [TORCH]], [TOKAMAXES]):
+            for peers in ([BEST, [TORCH]], [[TOKAMAX]]):
                 found = [mean_and_worst(records, names) for names in peers for records in of_format]
                 if any(found[: len(formats)]):
                     name = [
                         *kind,
                         *([f"up to {FEW} classes"] if few else []),
-                        *(["tokamax"] if TOKAMAXES in peers else []),
+                        *([TOKAMAX] if [TOKAMAX] in peers else []),
                     ]
                     blank = [NONE] * (2 * len(formats) - len(found))
                     rows[few].append([", ".join(name), *map(shown, found), *blank])

@@ -98,8 +98,8 @@ def cross_entropy(
         or NaN, or whose every logit is -inf, gives NaN.
       labels: integers of the batch shape: class ids. Or floats of the logits' shape: probabilities, of any sum.
         Or `SparseLabels`: those of a few classes a token.
-        An id outside `[0, classes)` that is not `ignore_index` gives NaN in its row's loss and gradient; in an array
-        of NumPy, or a list, it is an error.
+        An id outside `[0, classes)` that is not `ignore_index` gives NaN in its row's loss and gradient; outside of
+        `jit`, in an array of NumPy or a list, it is an error.
       axis: the axis of the classes.
       where: bool, broadcastable to the logits; False: the class does not exist, say in a vocabulary that is padded to
         a multiple of 128, or for an action that a state forbids. An integer label on such a class has loss inf; a row
@@ -207,7 +207,7 @@ def linear_cross_entropy(
         4 · chunk_size  +  2 · kept  +  4 · embed, where tokens > kept, unless `weight` is float32       bfloat16
         4 · chunk_size  +  4 · chunk_size                                                                float32
 
-    with kept at most max(2048, chunk_size), or all tokens as long as that takes no more (float16: the second line, and
+    with kept at most max(4096, chunk_size), or all tokens as long as that takes no more (float16: the second line, and
     4 · embed), and a float32 copy of the gradient of `x` where tokens > kept.
 
     Args:
@@ -221,13 +221,13 @@ def linear_cross_entropy(
         dense labels, `where` and `class_weights` are this device's part of the classes; `x` and integer labels are the
         same along them (if each device has other tokens there, `jax.lax.all_gather` them first).
       dtype: what both are multiplied in, by default their promotion: a bfloat16 `x` with a float32 `weight`, as Flax
-        has them by `dtype=jnp.bfloat16`, multiplies in float32 unless told `dtype=jnp.bfloat16` here too. Floats and
+        has them with `dtype=jnp.bfloat16`, multiplies in float32 unless told `dtype=jnp.bfloat16` here too. Logits and
         sums are float32 (float64 of float64), and each gradient has its operand's dtype, whatever this is.
       chunk_size: the most tokens whose logits exist at a time: of one device's under `shard_map` and in explicit
-        sharding, of all in automatic sharding. By default their logits take 32 MiB in float32, or as much as the
-        head's gradient if embed is up to 512, from 1024 on half as much. Chunks are of equal size; where no such
-        size divides the number of tokens, the per-token operands are copied once, padded with tokens of weight 0.
-        Strided: chunk c holds tokens c, c + count, c + 2 count, ...
+        sharding, of all in automatic sharding. By default the largest of three numbers: the tokens whose float32
+        logits take 32 MiB; embed / 2; and embed, but 512 at most (1024 of 4096 tokens or more). Chunks are of equal
+        size; where no such size divides the number of tokens, the per-token operands are copied once, padded with
+        tokens of weight 0. Strided: chunk c holds tokens c, c + count, c + 2 count, ...
 
     The other arguments, their edge behaviour, the reductions and what is raised are those of `cross_entropy`; in
     `forward_mode` a backward pass makes each chunk's logits again, of float32 copies of the operands. A row
