@@ -222,8 +222,8 @@ def _one_teacher(
     is_head = teachers == ["teacher_x"]
     if len(teachers) != 1 or is_head != ("teacher_weight" in of_head) or (of_head and not is_head):
         raise ValueError(
-            f"there must be one teacher; got {list(given) or 'none'}. Pass `teacher_probs`, or `teacher_logits`, or to "
-            "the linear form `teacher_x` with `teacher_weight`."
+            f"there must be one whole teacher; got {list(given) or 'none'}. Pass `teacher_probs`, or `teacher_logits`, "
+            "or to the linear form `teacher_x` with `teacher_weight`."
         )
     if is_head:
         x, weight, bias = (given.get(f"teacher_{part}") for part in ("x", "weight", "bias"))

@@ -10,12 +10,15 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 # What PyTorch, Optax, Keras, Liger and tokamax call it: {here: what to know}, of which a function is told the first
-# that it has.
+# that it has; nothing, where what is near by its letters is something else.
 ELSEWHERE: dict[str, dict[str, str]] = {
     "weight": {"class_weights": "one number a class; `weights` are one a token", "weights": "one number a token"},
     "ce_weight": {"class_weights": "one number a class"},
     "sample_weight": {"weights": "one number a token"},
-    "mask": {"weights": "which tokens count; `where` says which classes exist", "where": ""},
+    "mask": {"weights": "which tokens count; `where` says which classes exist", "where": "which classes exist"},
+    "weights": {},
+    "ignore_index": {"weights": "0 for tokens that do not count"},
+    "logit_scale": {"temperature": "1 / logit_scale"},
     "dim": {"axis": ""},
     "input": {"logits": "", "x": ""},
     "inputs": {"logits": "", "x": ""},
@@ -86,8 +89,8 @@ def _hint(function: str, name: str, names: list[str], twice: bool) -> str:
     """Of a name that the function does not have, or that is given `twice`, by position and by keyword."""
     others = [here for here in names if here != name]
     meant = {here: note for here, note in ELSEWHERE.get(name, {}).items() if here in others}
-    if not twice:
-        meant = meant or dict.fromkeys(difflib.get_close_matches(name, others, 1, 0.7), "")
+    if not twice and name not in ELSEWHERE:
+        meant = dict.fromkeys(difflib.get_close_matches(name, others, 1, 0.7), "")
     error = f"{function}() got {'multiple values for' if twice else 'an unexpected keyword'} argument '{name}'."
     if not meant:
         way_out = "Pass one of them." if twice else f"Its arguments are {', '.join(f'`{here}`' for here in names)}."

@@ -148,7 +148,7 @@ def check_labels(labels: Any, shape: Shape, axis: int, only_ids: str | None = No
         )
     if isinstance(labels, SparseLabels):
         raise TypeError(f"`labels`{only_ids} must be integers; got SparseLabels. Pass class ids.")
-    labels = array("labels", labels)
+    entries, labels = isinstance(labels, tuple), array("labels", labels)
     is_ids = jnp.issubdtype(labels.dtype, jnp.integer)
     if only_ids is not None and not is_ids:
         raise TypeError(f"`labels`{only_ids} must be integers; got dtype {labels.dtype}. Pass class ids.")
@@ -159,9 +159,10 @@ def check_labels(labels: Any, shape: Shape, axis: int, only_ids: str | None = No
         )
     kind, expected = ("integer", batch) if is_ids else ("floating", shape)
     if labels.shape != expected:
+        way_out = _way_out(labels.shape, is_ids, shape, axis)
         raise ValueError(
             f"{kind} `labels` must have shape {expected}; got labels.shape={labels.shape} for logits of shape {shape} "
-            f"with the classes on axis {axis}. {_way_out(labels.shape, is_ids, shape, axis)}"
+            f"with the classes on axis {axis}. {'Pass ids and probabilities as `SparseLabels(*labels)`.' if entries else way_out}"
         )
     return Ids(labels) if is_ids else Dense(labels)
 

@@ -46,6 +46,7 @@ PIXELS = np.zeros((2, 5, 3, 3), np.float32)  # classes on axis 1
         (ValueError, ["(4, 4)", "(4,)", "floats"], (SQUARE, np.zeros(4, np.float32), {})),
         (ValueError, ["class ids in floats", "astype(jnp.int32)"], (LOGITS, np.zeros(4, np.float32), {})),
         (ValueError, ["One-hot", "astype(jnp.float32)"], (LOGITS, np.eye(4, 7, dtype=np.int32), {})),
+        (ValueError, ["(2, 4, 3)", "SparseLabels(*labels)"], (LOGITS, (DENSE[:, :3], DENSE[:, :3]), {})),
         (TypeError, ["int32", "Class ids come behind"], (IDS, LOGITS, {})),
         (ValueError, ["(4, 4)", "(4,)", "integers"], (SQUARE, np.zeros((4, 4), np.int32), {})),
         (ValueError, ["(4, 7)", "(4,)", "axis 0", "fit classes on axis 1: pass `axis=1`"], (LOGITS, IDS, {"axis": 0})),
@@ -268,7 +269,9 @@ HINTED = [
         (cross_entropy, "size_average", "`reduction` ('mean', 'sum' or 'none')"),
         (cross_entropy, "reduce", "`reduction` ('mean', 'sum' or 'none')"),
         (cross_entropy, "mask", "`weights` (which tokens count; `where` says which classes exist)"),
-        (log_softmax, "mask", "`where`"),
+        (log_softmax, "mask", "`where` (which classes exist)"),
+        (kl_divergence, "ignore_index", "`weights` (0 for tokens that do not count)"),
+        (kl_divergence, "logit_scale", "`temperature` (1 / logit_scale)"),
         (linear_cross_entropy, "linear_weight", "`weight` (with transpose_weight=True for [classes, embed])"),
         (linear_cross_entropy, "lse_square_scale", "`z_loss`"),
         (linear_cross_entropy, "logit_soft_cap", "`softcap`"),
@@ -293,6 +296,11 @@ def test_an_argument_that_is_given_twice_is_told_what_is_meant():
         linear_cross_entropy(LOGITS, DENSE.T, IDS, weight=np.ones(4, np.float32))
     with pytest.raises(TypeError, match=r"multiple values for argument 'labels'\. Pass one of them\."):
         cross_entropy(LOGITS, IDS, labels=IDS)
+
+
+def test_a_function_without_weights_is_not_told_of_the_heads():
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'weights'\. Its arguments are `x`, `weight`, "):
+        linear_label_statistics(LOGITS, DENSE.T, IDS, weights=IDS)
 
 
 def test_each_of_several_unknown_names_has_its_line():

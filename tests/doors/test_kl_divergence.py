@@ -821,7 +821,7 @@ def test_a_traced_beta_is_nan_at_its_ends_and_the_number_between(rng):
 def test_refuses():
     z, x, w = jnp.zeros((2, 3)), jnp.zeros((2, 4)), jnp.zeros((4, 3))
     for call, message in [
-        (lambda: kl_divergence(z), "there must be one teacher; got none"),
+        (lambda: kl_divergence(z), "there must be one whole teacher; got none"),
         (lambda: kl_divergence(z, teacher_probs=z, teacher_logits=z), "got ['teacher_probs', 'teacher_logits']"),
         (lambda: linear_kl_divergence(x, w, teacher_x=x), "got ['teacher_x']. Pass"),
         (
