@@ -63,6 +63,8 @@ def main(arguments: list[str] | None = None) -> None:
     out = args.out or (results.ROOT / "out" / "quick" if args.quick else None)
     for part in [] if args.part == "tables" else [args.part] if args.part else PARTS:
         measure(part, args.quick, args.only, out or results.KEPT)
+    if not any((out or results.KEPT).glob("*.jsonl")):
+        parser.error(f"no results in {out or results.KEPT}. Measure some first: python -m benchmarks")
     tables = publish(out or results.KEPT, (out or results.ROOT / "docs") / "pictures")
     for name, text in tables.items():
         print(f"\n{name}\n\n{text}")

@@ -20,7 +20,8 @@ import softmax_jax
 from benchmarks.measure import OURS, gpu
 from softmax_jax import linear_cross_entropy
 
-OPTAX, JAX_NN, TORCH, TOKAMAX = "Optax", "jax.nn", "PyTorch", "tokamax"
+OPTAX, JAX_NN, TORCH, COMPILED = "Optax", "jax.nn", "PyTorch", "torch.compile"
+TOKAMAX, CHUNKED = "tokamax", "tokamax chunked"
 OPTAX_FLOAT32 = "Optax, float32 logits"
 WRITE, COPY, PRODUCT = "a fresh array", "a copy", "x @ weight"
 YARDSTICKS = {WRITE, COPY, PRODUCT}  # what a loss cannot do without; no peers
@@ -89,7 +90,7 @@ def jax_functions(what: str) -> Functions:
         logging.getLogger("absl").setLevel(logging.ERROR)  # it warns of every shape that nobody has tuned
         loss = partial(tokamax.linear_softmax_cross_entropy_loss, reduction="mean")
         functions[TOKAMAX] = lambda x, weight, y: loss(x, y, weight)
-        functions[f"{TOKAMAX} chunked"] = lambda x, weight, y: loss(x, y, weight, implementation="chunked_xla")
+        functions[CHUNKED] = lambda x, weight, y: loss(x, y, weight, implementation="chunked_xla")
     return functions
 
 
@@ -116,7 +117,7 @@ def torch_functions(what: str) -> Functions:
     if not gpu():
         return {TORCH: function}
     torch.compiler.reset()  # or it goes back to eager mode after a few shapes
-    return {TORCH: function, "torch.compile": torch.compile(function, dynamic=False)}
+    return {TORCH: function, COMPILED: torch.compile(function, dynamic=False)}
 
 
 def import_torch() -> Any:

@@ -9,31 +9,30 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator
 
 from benchmarks.measure import OURS
-from benchmarks.peers import JAX_NN, OPTAX, OPTAX_FLOAT32, TORCH
-from benchmarks.report import heading, kinds, of_kind, peers_of, timed, unique
+from benchmarks.peers import CHUNKED, COMPILED, JAX_NN, OPTAX, OPTAX_FLOAT32, TOKAMAX, TORCH
+from benchmarks.report import heading, peers_of, timed, unique
 from benchmarks.results import Record, Results
 
-NAMES = [OPTAX, JAX_NN, TORCH, "tokamax", "tokamax chunked", "torch.compile", OPTAX_FLOAT32]
+NAMES = [OPTAX, JAX_NN, TORCH, TOKAMAX, CHUNKED, COMPILED, OPTAX_FLOAT32]
 COLOURS = {name: f"C{n}" for n, name in enumerate(NAMES)} | {OURS: "black"}
 MARKERS = ["o", "s", "^", "D", "v", "P"]
 Series = dict[str, list[Record]]  # what is told apart by its marker: records by the name of a card or a format
 
 
-def draw(kept: list[Results], folder: Path) -> list[Path]:
+def draw(kept: list[Results], folder: Path) -> None:
     """Draws what there are records of: times on all GPUs, times on the first CPU, errors by margin."""
     gpus = [found for found in kept if found.machine["platform"] == "gpu" and timed(found)]
     cpus = [found for found in kept if found.machine["platform"] == "cpu" and timed(found)]
-    told = [found for found in kept if found.of("accuracy")]
+    told = sorted((found for found in kept if found.of("accuracy")), key=lambda found: found in gpus)
     figures = {
         "times_gpu": [draw_ratios({heading(gpu): timed(gpu) for gpu in gpus}, "GPUs")] if gpus else [],
         "times_cpu": [draw_ratios(by_format(timed(cpu)), heading(cpu)) for cpu in cpus[:1]],
         "errors": [draw_errors(found.of("accuracy")) for found in told[:1]],
     }
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{name}.png" for name, drawn in figures.items() if drawn]
-    for path in paths:
-        figures[path.stem][0].savefig(path, dpi=110)
-    return paths
+    for name, drawn in figures.items():
+        for figure in drawn:
+            figure.savefig(folder / f"{name}.png", dpi=110)
 
 
 def by_format(chosen: list[Record]) -> Series:
@@ -47,16 +46,20 @@ def by_format(chosen: list[Record]) -> Series:
 
 def draw_ratios(series: Series, title: str) -> Figure:
     """One panel for each function and pass, one row for each cell."""
-    every = [record for records in series.values() for record in records]
-    names, titles = peers_of(every), kinds(every)
-    heights = [height_of([of_kind(records, kind) for records in series.values()]) for kind in titles]
-    rows = [max(pair) for pair in zip(heights[::2], [*heights[1::2], 0][: len(heights[::2])], strict=True)]
+    names = peers_of([record for records in series.values() for record in records])
+    panels: dict[str, Series] = {}
+    for name, records in series.items():
+        for record in records:
+            panel = panels.setdefault(f"{record['what']}, {record['passes']}", {of: [] for of in series})
+            panel[name].append(record)
+    heights = list(map(height_of, panels.values()))
+    rows = [max(heights[n : n + 2]) for n in range(0, len(heights), 2)]
     figure = Figure(figsize=(9, sum(rows) + 0.8), layout="constrained")
-    axes = figure.subplots(len(rows), 2, squeeze=False, height_ratios=rows).flat
-    for ax, kind in zip(axes, titles, strict=False):
-        draw_dots(ax, {name: of_kind(records, kind) for name, records in series.items()})
-        ax.set_title(", ".join(kind), fontsize=8)
-    for ax in axes[len(titles) :]:
+    axes = list(figure.subplots(len(rows), 2, squeeze=False, height_ratios=rows).flat)
+    for ax, (what, panel) in zip(axes, panels.items(), strict=False):
+        draw_dots(ax, panel)
+        ax.set_title(what, fontsize=8)
+    for ax in axes[len(panels) :]:
         ax.set_axis_off()
     handles = [Line2D([], [], marker="o", linestyle="", color=COLOURS[name], label=name) for name in names]
     for marker, name in zip(MARKERS, series, strict=False):
@@ -66,10 +69,10 @@ def draw_ratios(series: Series, title: str) -> Figure:
     return figure
 
 
-def height_of(series: list[list[Record]]) -> float:
-    """Of a panel, in inches: a line for each dot of a cell, and its title and axis."""
-    every = [record for records in series for record in records]
-    lanes = sum(bool(records) for records in series) * len(peers_of(every))
+def height_of(panel: Series) -> float:
+    """In inches: a line for each dot of a cell, and its title and axis."""
+    every = [record for records in panel.values() for record in records]
+    lanes = sum(map(bool, panel.values())) * len(peers_of(every))
     return 1 + len({record["cell"] for record in every}) * max(0.045 * lanes, 0.15)
 
 

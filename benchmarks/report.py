@@ -6,12 +6,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.measure import OURS
-from benchmarks.peers import JAX_NN, OPTAX, OPTAX_FLOAT32, TOKAMAX, TORCH, YARDSTICKS
+from benchmarks.peers import COMPILED, JAX_NN, OPTAX, OPTAX_FLOAT32, TOKAMAX, TORCH, YARDSTICKS
 from benchmarks.results import Record, Results
 
 TIMED = ("logits", "linear", "step")
 OF = "our time over that of"
-COMPILED = "torch.compile"
 BEST = [OPTAX, JAX_NN]
 FEW = 16  # classes
 MARGINS = (0, 5, 10, 15, 20, 60)
@@ -21,9 +20,9 @@ NONE = "-"
 def tables(kept: list[Results]) -> dict[str, str]:
     """Every table that these results have, by the name of its place."""
     gpus, cpus = ([found for found in kept if found.machine["platform"] == platform] for platform in ("gpu", "cpu"))
-    told = [found for found in kept if found.of("accuracy")]
+    told = [found for found in (*cpus, *gpus) if found.of("accuracy")]
     made = {
-        "gpus": [by_function(gpus)] if gpus else [],
+        "gpus": [by_function(gpus)] if any(map(timed, gpus)) else [],
         "heads": [by_size(gpus)] if any(gpu.of("linear") for gpu in gpus) else [],
         "cpus": [f"{by_format(cpu)}\n\n({source(cpu, timed(cpu))})" for cpu in cpus if timed(cpu)],
         "accuracy": [f"{by_margin(found)}\n\n({source(found, found.of('accuracy'))})" for found in told[:1]],
@@ -39,59 +38,52 @@ def include(path: Path, name: str, text: str) -> None:
 
 
 def by_function(gpus: list[Results]) -> str:
-    """One row for each function and pass. Of PyTorch the larger of the cards' figures."""
+    """One row for each function and pass. Of PyTorch each of the two figures is the larger of the cards'."""
     every = [timed(gpu) for gpu in gpus]
     rows = []
     for kind in kinds(record for records in every for record in records):
         cards = [of_kind(records, kind) for records in every]
         best = [mean_and_worst(card, BEST) for card in cards]
         others = [[mean_and_worst(card, [name]) for card in cards] for name in (TORCH, COMPILED)]
-        worse = [tuple(map(max, zip(*filter(None, of), strict=True))) for of in others]
-        rows.append([", ".join(kind), *map(shown, [*best, *worse])])
+        larger = [tuple(map(max, zip(*filter(None, of), strict=True))) for of in others]
+        rows.append([kind, *map(shown, [*best, *larger])])
         if any(mean_and_worst(card, [OPTAX_FLOAT32]) for card in cards):
             of_float32 = [shown(mean_and_worst(card, [OPTAX_FLOAT32])) for card in cards]
-            rows.append([f"{', '.join(kind)}, {OPTAX_FLOAT32.replace(',', ' on')}", *of_float32, NONE, NONE])
-    names = [f"Optax or `jax.nn`, {short(gpu)}" for gpu in gpus]
+            rows.append([f"{kind}, {OPTAX_FLOAT32.replace(',', ' on')}", *of_float32, NONE, NONE])
+    names = [f"Optax or `jax.nn`, {short(gpu, gpus)}" for gpu in gpus]
     return table([OF, *names, TORCH, f"`{COMPILED}`"], rows)
 
 
 def by_size(gpus: list[Results]) -> str:
     """One row for each head, a figure for each card."""
     of_cards = [{record["cell"].removesuffix(" bfloat16"): record for record in gpu.of("linear")} for gpu in gpus]
+    peers = (OPTAX, OPTAX_FLOAT32, TORCH, COMPILED)
     rows = []
     for cell in unique(cell for card in of_cards for cell in card):
-        found = [card.get(cell) for card in of_cards]
+        found = [card.get(cell, {}) for card in of_cards]
         milliseconds = [f"{record['milliseconds'][OURS]:.3g}" if record else NONE for record in found]
-        medians = [
-            [f"{record['ratios'][name][1]:.2f}" if record else NONE for record in found]
-            for name in (OPTAX, OPTAX_FLOAT32, TORCH, COMPILED)
-        ]
+        ratios = [[record.get("ratios", {}).get(name) for record in found] for name in peers]
+        medians = [[f"{quartiles[1]:.2f}" if quartiles else NONE for quartiles in of] for of in ratios]
         rows.append([cell, *(" / ".join(texts) for texts in (milliseconds, *medians))])
-    cards = " / ".join(map(short, gpus))
-    peers = ["Optax", OPTAX_FLOAT32, TORCH, f"`{COMPILED}`"]
-    return table([f"tokens x width x classes, {cards}", "ours, ms", *(f"over {peer}" for peer in peers)], rows)
+    cards = " / ".join(short(gpu, gpus) for gpu in gpus)
+    over = ["over Optax", f"over {OPTAX_FLOAT32}", f"over {TORCH}", f"over `{COMPILED}`"]
+    return table([f"tokens x width x classes, {cards}", "ours, ms", *over], rows)
 
 
 def by_format(cpu: Results) -> str:
-    """One row for each function and pass, a figure for each format; those of few classes behind the others."""
+    """One row for each function and pass, a figure for each format."""
     formats = unique(record["cell"].split()[-1] for record in timed(cpu))
-    rows: dict[bool, list[list[str]]] = {False: [], True: []}
+    rows = []
     for kind in kinds(timed(cpu)):
-        for few in rows:
-            chosen = [record for record in of_kind(timed(cpu), kind) if few == (classes_of(record) <= FEW)]
-            of_format = [[record for record in chosen if record["cell"].endswith(f" {dtype}")] for dtype in formats]
-            for peers in ([BEST, [TORCH]], [[TOKAMAX]]):
-                found = [mean_and_worst(records, names) for names in peers for records in of_format]
-                if any(found[: len(formats)]):
-                    name = [
-                        *kind,
-                        *([f"up to {FEW} classes"] if few else []),
-                        *([TOKAMAX] if [TOKAMAX] in peers else []),
-                    ]
-                    blank = [NONE] * (2 * len(formats) - len(found))
-                    rows[few].append([", ".join(name), *map(shown, found), *blank])
-    header = [f"{peer}, {dtype}" for peer in ("Optax or `jax.nn`", TORCH) for dtype in formats]
-    return table([OF, *header], [*rows[False], *rows[True]])
+        chosen = of_kind(timed(cpu), kind)
+        of_format = [[record for record in chosen if record["cell"].endswith(f" {dtype}")] for dtype in formats]
+        best, torch, tokamax = (
+            [mean_and_worst(records, names) for records in of_format] for names in (BEST, [TORCH], [TOKAMAX])
+        )
+        rows.append([kind, *map(shown, [*best, *torch])])
+        if any(tokamax):
+            rows.append([f"{kind}, {TOKAMAX}", *map(shown, tokamax), *[NONE] * len(formats)])
+    return table([OF, *(f"{peer}, {dtype}" for peer in ("Optax or `jax.nn`", TORCH) for dtype in formats)], rows)
 
 
 def by_margin(results: Results) -> str:
@@ -122,23 +114,26 @@ def timed(results: Results) -> list[Record]:
     return [record for part in TIMED for record in results.of(part)]
 
 
-def kinds(chosen: Iterable[Record]) -> list[tuple[str, str]]:
-    return list(dict.fromkeys((record["what"], record["passes"]) for record in chosen))
+def kind_of(record: Record) -> str:
+    """The function and the pass; few classes are a kind of their own."""
+    few = int(record["cell"].split()[-2]) <= FEW
+    return ", ".join([record["what"], record["passes"], *([f"up to {FEW} classes"] if few else [])])
 
 
-def of_kind(chosen: list[Record], kind: tuple[str, str]) -> list[Record]:
-    return [record for record in chosen if (record["what"], record["passes"]) == kind]
+def kinds(chosen: Iterable[Record]) -> list[str]:
+    """Those of few classes behind the others."""
+    return sorted(unique(map(kind_of, chosen)), key=lambda kind: kind.endswith(f"up to {FEW} classes"))
 
 
-def classes_of(record: Record) -> int:
-    return int(record["cell"].split()[-2])
+def of_kind(chosen: list[Record], kind: str) -> list[Record]:
+    return [record for record in chosen if kind_of(record) == kind]
 
 
 def mean_and_worst(chosen: list[Record], names: list[str]) -> tuple[float, float] | None:
     """Of our time over that of the fastest of these peers in each cell: the geometric mean, and the worst cell's."""
     ratios = [[record["ratios"][name][1] for name in names if name in record["ratios"]] for record in chosen]
-    slowest = [max(found) for found in ratios if found]
-    return (statistics.geometric_mean(slowest), max(slowest)) if slowest else None
+    of_fastest = [max(found) for found in ratios if found]
+    return (statistics.geometric_mean(of_fastest), max(of_fastest)) if of_fastest else None
 
 
 def shown(figures: tuple[float, ...] | None) -> str:
@@ -154,14 +149,20 @@ def unique(names: Iterable[str]) -> list[str]:
 
 
 def heading(results: Results) -> str:
+    return f"JAX {results.machine['jax']}, {where(results)}"
+
+
+def where(results: Results) -> str:
     machine = results.machine
     cores = f"{machine['cores']} cores of {machine['processor']}"
-    return f"JAX {machine['jax']}, {cores if machine['platform'] == 'cpu' else machine['device']}"
+    return cores if machine["platform"] == "cpu" else machine["device"]
 
 
-def short(gpu: Results) -> str:
-    """H100, of NVIDIA H100 80GB HBM3."""
-    return " ".join(gpu.machine["device"].split()[1:2]) or gpu.machine["device"]
+def short(gpu: Results, among: list[Results]) -> str:
+    """H100, of NVIDIA H100 80GB HBM3; with JAX's version where there are several."""
+    cards = [re.sub(r"^NVIDIA | \d+GB.*$", "", of.machine["device"]) for of in among]
+    card = cards[among.index(gpu)]
+    return card if cards.count(card) == 1 else f"{card}, JAX {gpu.machine['jax']}"
 
 
 def source(results: Results, chosen: list[Record]) -> str:
@@ -169,6 +170,4 @@ def source(results: Results, chosen: list[Record]) -> str:
     first, last = min(record["date"] for record in chosen), max(record["date"] for record in chosen)
     newest = max(chosen, key=lambda record: record["date"])
     versions = ", ".join(f"{name} {number}" for name, number in newest["versions"].items() if name != "jaxlib")
-    cores = f"{results.machine['cores']} cores of {results.machine['processor']}"
-    where = cores if results.machine["platform"] == "cpu" else results.machine["device"]
-    return f"{where}, {first if first == last else f'{first} to {last}'}, {versions}"
+    return f"{where(results)}, {first if first == last else f'{first} to {last}'}, {versions}"

@@ -98,8 +98,8 @@ def cross_entropy(
         or NaN, or whose every logit is -inf, gives NaN.
       labels: integers of the batch shape: class ids. Or floats of the logits' shape: probabilities, of any sum.
         Or `SparseLabels`: those of a few classes a token.
-        An id outside `[0, classes)` that is not `ignore_index` gives NaN in its row's loss and gradient; outside of
-        `jit`, in an array of NumPy or a list, it is an error.
+        An id outside `[0, classes)` that is not `ignore_index` gives NaN in its row's loss and gradient; in an array
+        of NumPy, or a list, it is an error (but NaN where the array is an argument of a `jit` function).
       axis: the axis of the classes.
       where: bool, broadcastable to the logits; False: the class does not exist, say in a vocabulary that is padded to
         a multiple of 128, or for an action that a state forbids. An integer label on such a class has loss inf; a row
@@ -157,7 +157,7 @@ def cross_entropy(
     Szegedy et al., CVPR 2016, arXiv:1512.00567 (label smoothing); Chowdhery et al., "PaLM", 2022, arXiv:2204.02311
     (z-loss); Gemma Team, "Gemma 2", 2024, arXiv:2408.00118 (softcap).
     """
-    source = given_logits("logits", logits)
+    source = given_logits("logits", logits, labels)
     options = Options(where, weights, ignore_index, class_weights, label_smoothing, z_loss, logit_scale, softcap)
     settings = Settings(reduction, normalizer, axis_name, forward_mode=forward_mode)
     return _loss(source, labels, options, settings, class_axis("logits", source.shape, axis), statistics)

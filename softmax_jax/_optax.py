@@ -23,12 +23,12 @@ from softmax_jax._inputs.arrays import (
     class_axis,
     classes_last,
     floating,
+    is_floating,
     mask,
     scalar,
     upcast,
 )
 from softmax_jax._inputs.hints import hinted
-from softmax_jax._inputs.labels import check_labels
 from softmax_jax._inputs.options import Options
 from softmax_jax._softmax import log_softmax
 from softmax_jax._sums.loss import weighted_losses
@@ -64,7 +64,11 @@ def softmax_cross_entropy(
     if jnp.issubdtype(labels.dtype, jnp.integer):
         labels = labels.astype(jnp.float32)
     axes = axes_of("logits", logits.shape, axis)
-    check_labels(labels, logits.shape, axes[0] if len(axes) == 1 else -1)
+    if not is_floating(labels) or labels.shape != logits.shape:
+        raise ValueError(
+            f"`labels` must be numbers of the logits' shape, {logits.shape}; got labels.shape={labels.shape}, dtype "
+            f"{labels.dtype}. Pass probabilities; class ids are for `softmax_cross_entropy_with_integer_labels`."
+        )
     merged, where = classes_last(logits, axes), _mask(where, logits, axes)
     return _losses(merged, classes_last(labels, axes), where, axes)
 

@@ -61,7 +61,7 @@ def label_statistics(
     Schulman et al., "Proximal Policy Optimization Algorithms", 2017, arXiv:1707.06347 (the uses of log_prob and
     entropy).
     """
-    source = given_logits("logits", logits)
+    source = given_logits("logits", logits, labels)
     options = Options(where, ignore_index=ignore_index, logit_scale=logit_scale, softcap=softcap)
     axis = class_axis("logits", source.shape, axis)
     settings = Settings(axis_name=axis_name, forward_mode=forward_mode)

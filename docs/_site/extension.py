@@ -54,7 +54,8 @@ class Indices(InlineProcessor):
 class Papers(InlineProcessor):
     """arXiv:1512.00567, as docstrings have it: a link."""
 
-    PATTERN = r"arXiv:(\d{4}\.\d{5})"
+    PATTERN = r"arXiv:(\d{4}\.\d{4,5})"
+    ANCESTOR_EXCLUDES = ("a",)
 
     def handleMatch(self, m, data):
         link = etree.Element("a", href=f"https://arxiv.org/abs/{m[1]}")

@@ -18,7 +18,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from softmax_jax._devices import unwritten, vary, vary_alike, varying
-from softmax_jax._inputs.arrays import Shape, accumulator, floating, has_range, nan_unless, product_dtype
+from softmax_jax._inputs.arrays import Shape, accumulator, floating, has_range, is_floating, nan_unless, product_dtype
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["x", "weight", "bias"], meta_fields=["dtype", "transposed"])
@@ -44,8 +44,10 @@ class Source:
         return ("logits", self.x) if self.weight is None else ("weight", self.weight)
 
 
-def given_logits(name: str, logits: Any) -> Source:
-    logits = floating(name, logits, "Class ids come behind them." if name == "logits" else "")
+def given_logits(name: str, logits: Any, labels: Any = None) -> Source:
+    """The `labels` behind them tell whether the two were swapped."""
+    swapped = hasattr(labels, "dtype") and is_floating(labels)
+    logits = floating(name, logits, f"Pass `{name}` first, then `labels`." if swapped else None)
     return Source(logits, dtype=logits.dtype)
 
 

@@ -122,10 +122,10 @@ def array(name: str, value: Any) -> Array:
         raise TypeError(f"`{name}` must be an array; got {got}. Pass {way_out}.") from None
 
 
-def floating(name: str, x: Any, hint: str = "") -> Array:
+def floating(name: str, x: Any, way_out: str | None = None) -> Array:
     x = array(name, x)
     if not is_floating(x):
-        way_out = f"{hint} Pass `{name}.astype(jnp.float32)`.".strip()
+        way_out = way_out or f"Pass `{name}.astype(jnp.float32)`."
         raise TypeError(f"`{name}` must be floating; got dtype {x.dtype}. {way_out}")
     return x
 

@@ -159,29 +159,30 @@ def check_labels(labels: Any, shape: Shape, axis: int, only_ids: str | None = No
         )
     kind, expected = ("integer", batch) if is_ids else ("floating", shape)
     if labels.shape != expected:
-        way_out = _way_out(labels.shape, is_ids, shape, axis)
+        way_out = _way_out(labels.shape, is_ids, shape, batch, only_ids is not None)
         raise ValueError(
             f"{kind} `labels` must have shape {expected}; got labels.shape={labels.shape} for logits of shape {shape} "
-            f"with the classes on axis {axis}. {'Pass ids and probabilities as `SparseLabels(*labels)`.' if entries else way_out}"
+            f"with the classes on axis {axis}. {SPARSE if entries else way_out}"
         )
     return Ids(labels) if is_ids else Dense(labels)
 
 
-def _way_out(given: Shape, is_ids: bool, shape: Shape, axis: int) -> str:
+SPARSE = "Pass ids and probabilities as `SparseLabels(*labels)`."
+
+
+def _way_out(given: Shape, is_ids: bool, shape: Shape, batch: Shape, only_ids: bool) -> str:
     """What labels of the wrong shape are likely to be."""
-    batch = shape[:axis] + shape[axis + 1 :]
-    fits = [a for a in range(len(shape)) if given == shape[:a] + shape[a + 1 :]]
-    if given == (shape if is_ids else batch):
-        return (
-            "One-hot integers are probabilities: pass `labels.astype(jnp.float32)`."
-            if is_ids
-            else "These are class ids in floats: pass `labels.astype(jnp.int32)`."
-        )
     if given == (*batch, 1):
         return "Pass `labels.squeeze(-1)`, without the axis of size 1."
-    if is_ids and fits:
-        return f"They fit classes on axis {fits[0]}: pass `axis={fits[0]}`."
-    return f"Pass class ids, integers of shape {batch}, or probabilities, floats of shape {shape}."
+    if given == batch:
+        return "These are class ids in floats: pass `labels.astype(jnp.int32)`."
+    if given == shape:
+        probabilities = "" if only_ids else ", or `labels.astype(jnp.float32)` as probabilities"
+        return f"Pass one-hot labels as ids, by `argmax` over the classes{probabilities}."
+    fits = [a for a in range(len(shape)) if is_ids and given == shape[:a] + shape[a + 1 :]]
+    told = f" These fit classes on axis {fits[0]}." if fits else ""
+    probabilities = "" if only_ids else f", or probabilities, floats of shape {shape}"
+    return f"Pass class ids, integers of shape {batch}{probabilities}.{told}"
 
 
 def check_sparse_labels(labels: SparseLabels, batch: Shape) -> Sparse:

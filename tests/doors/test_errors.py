@@ -45,11 +45,11 @@ PIXELS = np.zeros((2, 5, 3, 3), np.float32)  # classes on axis 1
         (ValueError, ["(4, 7)", "(7, 4)"], (LOGITS, DENSE.T, {})),
         (ValueError, ["(4, 4)", "(4,)", "floats"], (SQUARE, np.zeros(4, np.float32), {})),
         (ValueError, ["class ids in floats", "astype(jnp.int32)"], (LOGITS, np.zeros(4, np.float32), {})),
-        (ValueError, ["One-hot", "astype(jnp.float32)"], (LOGITS, np.eye(4, 7, dtype=np.int32), {})),
+        (ValueError, ["one-hot", "`argmax`", "astype(jnp.float32)"], (LOGITS, np.eye(4, 7, dtype=np.int32), {})),
         (ValueError, ["(2, 4, 3)", "SparseLabels(*labels)"], (LOGITS, (DENSE[:, :3], DENSE[:, :3]), {})),
-        (TypeError, ["int32", "Class ids come behind"], (IDS, LOGITS, {})),
-        (ValueError, ["(4, 4)", "(4,)", "integers"], (SQUARE, np.zeros((4, 4), np.int32), {})),
-        (ValueError, ["(4, 7)", "(4,)", "axis 0", "fit classes on axis 1: pass `axis=1`"], (LOGITS, IDS, {"axis": 0})),
+        (TypeError, ["int32", "`logits` first, then `labels`"], (IDS, LOGITS, {})),
+        (ValueError, ["(4, 4)", "(4,)", "one-hot"], (SQUARE, np.zeros((4, 4), np.int32), {})),
+        (ValueError, ["(4, 7)", "(4,)", "axis 0", "fit classes on axis 1"], (LOGITS, IDS, {"axis": 0})),
         (ValueError, ["(2, 5, 3)", "(2, 3, 3)", "fit classes on axis 1"], (PIXELS, np.zeros((2, 3, 3), np.int32), {})),
         (TypeError, ["bool", "astype(jnp.int32)"], (LOGITS, np.zeros(4, bool), {})),
         (TypeError, ["complex64", "astype"], (LOGITS, np.zeros(4, np.complex64), {})),
@@ -287,6 +287,22 @@ def test_a_name_from_elsewhere_or_misspelt_is_told_what_is_meant(f, name, hint):
         with pytest.raises(TypeError) as caught:
             call(**{name: ARRAY})
         assert str(caught.value) == f"{f.__name__}() got an unexpected keyword argument '{name}'. Did you mean {hint}?"
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda: label_statistics(LOGITS, np.eye(4, 7, dtype=np.int32)), r"by `argmax` over the classes\.$"),
+        (lambda: label_statistics(LOGITS, np.zeros(5, np.int32)), r"integers of shape \(4,\)\.$"),
+        (lambda: cross_entropy(LOGITS[:, :1], IDS[:, None]), r"labels.squeeze\(-1\)"),
+        (lambda: softmax_cross_entropy(LOGITS, IDS), "`softmax_cross_entropy_with_integer_labels`"),
+        (lambda: softmax_cross_entropy(PIXELS, LOGITS, axis=(1, 2)), r"the logits' shape, \(2, 5, 3, 3\)"),
+    ],
+    ids=["one-hot", "shape", "axis of size 1", "ids", "two axes"],
+)
+def test_the_way_out_is_one_that_the_function_has(untyped, call, told):
+    with pytest.raises(ValueError, match=told):
+        call()
 
 
 def test_an_argument_that_is_given_twice_is_told_what_is_meant():
