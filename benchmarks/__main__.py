@@ -43,9 +43,8 @@ def measure(part: str, quick: bool, only: str, folder: Path) -> None:
 
 
 def publish(folder: Path, drawn: Path) -> dict[str, str]:
-    """Draws the pictures of all results of a folder. Returns their tables by the names of their places; GPUs first."""
+    """Draws the pictures of all results of a folder. Returns their tables by the names of their places."""
     kept = [results.load(path) for path in sorted(folder.glob("*.jsonl"))]
-    kept.sort(key=lambda found: found.machine["platform"] == "cpu")
     pictures.draw(kept, drawn)
     return report.tables(kept)
 
@@ -61,11 +60,12 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(subprocess.call([sys.executable, "-m", "benchmarks.compiled", args.only], cwd=results.ROOT))
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU is shared with PyTorch
     out = args.out or (results.ROOT / "out" / "quick" if args.quick else None)
+    folder = out or results.KEPT
     for part in [] if args.part == "tables" else [args.part] if args.part else PARTS:
-        measure(part, args.quick, args.only, out or results.KEPT)
-    if not any((out or results.KEPT).glob("*.jsonl")):
-        parser.error(f"no results in {out or results.KEPT}. Measure some first: python -m benchmarks")
-    tables = publish(out or results.KEPT, (out or results.ROOT / "docs") / "pictures")
+        measure(part, args.quick, args.only, folder)
+    if not any(folder.glob("*.jsonl")):
+        parser.error(f"no results in {folder}. Measure some first: python -m benchmarks")
+    tables = publish(folder, (out or results.ROOT / "docs") / "pictures")
     for name, text in tables.items():
         print(f"\n{name}\n\n{text}")
         for page in PAGES if out is None else ():

@@ -10,7 +10,7 @@ from matplotlib.ticker import LogLocator
 
 from benchmarks.measure import OURS
 from benchmarks.peers import CHUNKED, COMPILED, JAX_NN, OPTAX, OPTAX_FLOAT32, TOKAMAX, TORCH
-from benchmarks.report import heading, peers_of, timed, unique
+from benchmarks.report import heading, peers_of, timed, timed_on, unique, with_errors
 from benchmarks.results import Record, Results
 
 NAMES = [OPTAX, JAX_NN, TORCH, TOKAMAX, CHUNKED, COMPILED, OPTAX_FLOAT32]
@@ -21,9 +21,7 @@ Series = dict[str, list[Record]]  # what is told apart by its marker: records by
 
 def draw(kept: list[Results], folder: Path) -> None:
     """Draws what there are records of: times on all GPUs, times on the first CPU, errors by margin."""
-    gpus = [found for found in kept if found.machine["platform"] == "gpu" and timed(found)]
-    cpus = [found for found in kept if found.machine["platform"] == "cpu" and timed(found)]
-    told = sorted((found for found in kept if found.of("accuracy")), key=lambda found: found in gpus)
+    gpus, cpus, told = timed_on(kept, "gpu"), timed_on(kept, "cpu"), with_errors(kept)
     figures = {
         "times_gpu": [draw_ratios({heading(gpu): timed(gpu) for gpu in gpus}, "GPUs")] if gpus else [],
         "times_cpu": [draw_ratios(by_format(timed(cpu)), heading(cpu)) for cpu in cpus[:1]],
@@ -90,9 +88,7 @@ def draw_dots(ax: Axes, series: Series) -> None:
             spread = [middle - low, high - middle]
             ax.errorbar(middle, y, xerr=spread, fmt=marker, markersize=4, elinewidth=1, color=COLOURS[name])
     ax.axvline(1, color="black", linewidth=0.8)
-    spreads = [
-        ratio for record in every for name in names if name in record["ratios"] for ratio in record["ratios"][name]
-    ]
+    spreads = [ratio for record in every for name in peers_of([record]) for ratio in record["ratios"][name]]
     ax.set_xscale("log")
     ax.set_xlim(min(0.5, *spreads) * 0.9, max(2, *spreads) * 1.1)
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -19,12 +19,11 @@ NONE = "-"
 
 def tables(kept: list[Results]) -> dict[str, str]:
     """Every table that these results have, by the name of its place."""
-    gpus, cpus = ([found for found in kept if found.machine["platform"] == platform] for platform in ("gpu", "cpu"))
-    told = [found for found in (*cpus, *gpus) if found.of("accuracy")]
+    gpus, cpus, told = timed_on(kept, "gpu"), timed_on(kept, "cpu"), with_errors(kept)
     made = {
-        "gpus": [by_function(gpus)] if any(map(timed, gpus)) else [],
+        "gpus": [by_function(gpus)] if gpus else [],
         "heads": [by_size(gpus)] if any(gpu.of("linear") for gpu in gpus) else [],
-        "cpus": [f"{by_format(cpu)}\n\n({source(cpu, timed(cpu))})" for cpu in cpus if timed(cpu)],
+        "cpus": [f"{by_format(cpu)}\n\n({source(cpu, timed(cpu))})" for cpu in cpus],
         "accuracy": [f"{by_margin(found)}\n\n({source(found, found.of('accuracy'))})" for found in told[:1]],
     }
     return {name: "\n\n".join(texts) for name, texts in made.items() if texts}
@@ -112,6 +111,15 @@ def pivot(entries: dict[tuple[str, str], str], corner: str) -> str:
 
 def timed(results: Results) -> list[Record]:
     return [record for part in TIMED for record in results.of(part)]
+
+
+def timed_on(kept: list[Results], platform: str) -> list[Results]:
+    return [found for found in kept if found.machine["platform"] == platform and timed(found)]
+
+
+def with_errors(kept: list[Results]) -> list[Results]:
+    """Those that have errors by margin, of which the first is shown: CPUs come before GPUs."""
+    return sorted((of for of in kept if of.of("accuracy")), key=lambda of: of.machine["platform"])
 
 
 def kind_of(record: Record) -> str:

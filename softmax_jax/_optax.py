@@ -23,7 +23,6 @@ from softmax_jax._inputs.arrays import (
     class_axis,
     classes_last,
     floating,
-    is_floating,
     mask,
     scalar,
     upcast,
@@ -63,11 +62,11 @@ def softmax_cross_entropy(
     logits, labels = floating("logits", logits), array("labels", labels)
     if jnp.issubdtype(labels.dtype, jnp.integer):
         labels = labels.astype(jnp.float32)
-    axes = axes_of("logits", logits.shape, axis)
-    if not is_floating(labels) or labels.shape != logits.shape:
+    labels, axes = floating("labels", labels), axes_of("logits", logits.shape, axis)
+    if labels.shape != logits.shape:
         raise ValueError(
-            f"`labels` must be numbers of the logits' shape, {logits.shape}; got labels.shape={labels.shape}, dtype "
-            f"{labels.dtype}. Pass probabilities; class ids are for `softmax_cross_entropy_with_integer_labels`."
+            f"`labels` must be of the logits' shape, {logits.shape}; got labels.shape={labels.shape}. Pass "
+            "probabilities, or class ids to `softmax_cross_entropy_with_integer_labels`."
         )
     merged, where = classes_last(logits, axes), _mask(where, logits, axes)
     return _losses(merged, classes_last(labels, axes), where, axes)

@@ -148,7 +148,7 @@ def check_labels(labels: Any, shape: Shape, axis: int, only_ids: str | None = No
         )
     if isinstance(labels, SparseLabels):
         raise TypeError(f"`labels`{only_ids} must be integers; got SparseLabels. Pass class ids.")
-    entries, labels = isinstance(labels, tuple), array("labels", labels)
+    is_tuple, labels = isinstance(labels, tuple), array("labels", labels)
     is_ids = jnp.issubdtype(labels.dtype, jnp.integer)
     if only_ids is not None and not is_ids:
         raise TypeError(f"`labels`{only_ids} must be integers; got dtype {labels.dtype}. Pass class ids.")
@@ -160,14 +160,13 @@ def check_labels(labels: Any, shape: Shape, axis: int, only_ids: str | None = No
     kind, expected = ("integer", batch) if is_ids else ("floating", shape)
     if labels.shape != expected:
         way_out = _way_out(labels.shape, is_ids, shape, batch, only_ids is not None)
+        if is_tuple and only_ids is None:
+            way_out = "Pass ids and probabilities as `SparseLabels(*labels)`."
         raise ValueError(
             f"{kind} `labels` must have shape {expected}; got labels.shape={labels.shape} for logits of shape {shape} "
-            f"with the classes on axis {axis}. {SPARSE if entries else way_out}"
+            f"with the classes on axis {axis}. {way_out}"
         )
     return Ids(labels) if is_ids else Dense(labels)
-
-
-SPARSE = "Pass ids and probabilities as `SparseLabels(*labels)`."
 
 
 def _way_out(given: Shape, is_ids: bool, shape: Shape, batch: Shape, only_ids: bool) -> str:

@@ -305,6 +305,12 @@ def test_the_way_out_is_one_that_the_function_has(untyped, call, told):
         call()
 
 
+@pytest.mark.parametrize("dtype", [bool, np.complex64])
+def test_probabilities_of_another_kind_are_a_type_error(untyped, dtype):
+    with pytest.raises(TypeError, match="`labels` must be floating; got dtype"):
+        softmax_cross_entropy(LOGITS, DENSE.astype(dtype))
+
+
 def test_an_argument_that_is_given_twice_is_told_what_is_meant():
     """PyTorch's `weight` beside the head's."""
     meant = r"multiple values for argument 'weight'\. Did you mean `class_weights` \(one number a class"
